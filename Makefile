@@ -1,0 +1,56 @@
+# Every target sets up what it needs. `make help` lists them.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+TORCH_INDEX ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-gpu check fmt bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo
+	@echo "  PYTHON=...       interpreter for .venv, 3.11 or newer (found: $(or $(PYTHON),none))"
+	@echo "  TORCH_INDEX=URL  package index for torch alone, e.g. https://download.pytorch.org/whl/cpu"
+
+demo: .venv/.runtime ## the whole job on made-up data: generate, train, report in runs/demo/report.html
+	$(BIN)/fastpref demo
+
+test: .venv/.dev ## the tests that need no GPU and no network, under 12 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: .venv/.dev ## also the long ones
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: .venv/.dev ## those that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+
+check: .venv/.dev ## ruff, mypy, import-linter
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
+
+fmt: .venv/.dev ## format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: .venv/.dev ## training speed against TRL, contenders interleaved in one run
+	$(BIN)/python -m bench train --against trl --check
+
+clean: ## remove the environment and the tools' caches; runs/ stays
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks
+
+# torch comes first, on its own: its build (CPU or CUDA) decides which triton fits, and it alone
+# may come from another index. constraints.txt pins everything but triton.
+.venv/.runtime: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "fastpref needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: .venv/.runtime
+	$(PIP) install --quiet -c constraints.txt -e ".[dev,trl]"
+	@touch $@

@@ -1,0 +1,234 @@
+"""Attention over prefix-shared packed pairs, for any model that uses `AttentionInterface`.
+
+The rejected rest attends to the prefix and to itself; everything else is causal (design 2.4):
+
+                 prefix  chosen  rejected          keys
+        prefix     \\
+        chosen     x       \\
+        rejected   x       .        \\
+        queries
+
+`register()` makes the function known to transformers as ``attn_implementation="fastpref_pair"``;
+the body of the model is called with the keyword ``pair_layout``, which transformers hands through.
+
+The backend here is torch's scaled_dot_product_attention over pairs of similar length gathered into
+dense blocks. Only attention sees the padding of a block; the rest of the body stays packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NAME = "fastpref_pair"
+# A block's slots over its tokens before another block is opened: a launch per block and layer
+# against the padding's share of attention, itself a small part of the arithmetic.
+MAX_PADDING = 1.25
+PREFIX, CHOSEN, REJECTED, PAD = range(4)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Pairs of similar length as a dense (pairs, length) grid of the padded order."""
+
+    start: int  # first slot in the padded order
+    pairs: int
+    length: int
+    part: Tensor  # (pairs, length) PREFIX | CHOSEN | REJECTED | PAD
+    position: Tensor  # (pairs, length)
+
+
+@dataclass(frozen=True)
+class PairLayout:
+    """Where the tokens of a `PairBatch` stand in the dense blocks, and who sees whom.
+
+    N slots = the blocks one after another, padding included. `gather` is None when the packed
+    order already is the padded one, which pairs of equal length give.
+    """
+
+    blocks: tuple[Block, ...]
+    gather: Tensor | None  # (N,) token of each slot; padding points at token 0
+    slot: Tensor | None  # (T,) slot of each token
+    padding: Tensor | None  # slots that hold no token
+    masks: dict[tuple[int | None, torch.dtype], list[Tensor]] = field(default_factory=dict)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> list[Tensor]:
+        """Additive masks (pairs, 1, length, length), one per block; made once per layout."""
+        key = (window, dtype)
+        if key not in self.masks:
+            self.masks[key] = [_block_mask(block, window, dtype) for block in self.blocks]
+        return self.masks[key]
+
+
+def build_layout(
+    lengths: Sequence[tuple[int, int, int]],  # (P, 3) fed tokens of prefix, chosen, rejected
+    device: torch.device | str,
+) -> PairLayout:
+    """The layout of pairs packed in this order; made on the host, once per batch."""
+    part_lengths = np.asarray(lengths, np.int64).reshape(-1, 3)
+    fed = part_lengths.sum(axis=1)
+    token_start = np.cumsum(fed) - fed
+    blocks, gather, slot_of_token = [], [], np.empty(int(fed.sum()), np.int64)
+    slots = 0
+    for first, last in _block_ranges(fed):
+        length = int(fed[first:last].max())
+        column = np.arange(length)[None]
+        prefix, chosen, _ = (part_lengths[first:last, i, None] for i in range(3))
+        part = (column >= prefix).astype(np.int64) + (column >= prefix + chosen)
+        part[column >= fed[first:last, None]] = PAD
+        position = np.where(part == REJECTED, column - chosen, column)
+        token = np.where(part == PAD, 0, token_start[first:last, None] + column)
+        held = part != PAD
+        slot_of_token[token[held]] = slots + np.flatnonzero(held)
+        gather.append(token.ravel())
+        blocks.append(
+            Block(
+                slots,
+                last - first,
+                length,
+                torch.from_numpy(part).to(device),
+                torch.from_numpy(position).to(device),
+            )
+        )
+        slots += part.size
+    if slots == len(slot_of_token):
+        return PairLayout(tuple(blocks), None, None, None)
+    empty = np.setdiff1d(np.arange(slots), slot_of_token)
+    as_index = [torch.from_numpy(i).to(device) for i in (np.concatenate(gather), slot_of_token, empty)]
+    return PairLayout(tuple(blocks), *as_index)
+
+
+def _block_ranges(fed: np.ndarray) -> list[tuple[int, int]]:
+    """Runs of consecutive pairs whose dense block is at most MAX_PADDING times their tokens."""
+    ranges, first, total, longest = [], 0, 0, 0
+    for i, n in enumerate(fed.tolist()):
+        grown = max(longest, n)
+        if i > first and grown * (i + 1 - first) > MAX_PADDING * (total + n):
+            ranges.append((first, i))
+            first, total, grown = i, 0, n
+        total, longest = total + n, grown
+    return [*ranges, (first, len(fed))] if len(fed) else []
+
+
+def _block_mask(block: Block, window: int | None, dtype: torch.dtype) -> Tensor:
+    part, position = block.part, block.position
+    slot = torch.arange(block.length, device=part.device)
+    query_part, key_part = part[:, :, None], part[:, None, :]
+    visible = (slot[:, None] >= slot) & (key_part != PAD)
+    visible &= ~((query_part == REJECTED) & (key_part == CHOSEN))
+    if window is not None:
+        visible &= position[:, :, None] - position[:, None, :] < window
+    visible |= slot[:, None] == slot  # a padding query must see something, or softmax gives nan
+    mask = torch.zeros(visible.shape, dtype=dtype, device=part.device)
+    return mask.masked_fill_(~visible, -torch.inf)[:, None]
+
+
+class _ToSlots(torch.autograd.Function):
+    """(T, ...) -> (N, ...). Each token has one slot, so both directions are gathers, no scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: PairLayout) -> Tensor:
+        ctx.layout = layout
+        return x.index_select(0, layout.gather)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(0, ctx.layout.slot), None
+
+
+class _ToTokens(torch.autograd.Function):
+    """(N, ...) -> (T, ...), dropping the padding; its gradient is zero there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: PairLayout) -> Tensor:
+        ctx.layout = layout
+        return x.index_select(0, layout.slot)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        slots = grad.index_select(0, ctx.layout.gather)
+        return slots.index_fill_(0, ctx.layout.padding, 0), None
+
+
+def pair_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, T, d)
+    key: Tensor,  # (1, kv heads, T, d)
+    value: Tensor,  # (1, kv heads, T, d)
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    pair_layout: PairLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # (1, T, heads, d)
+    """transformers' attention function; its signature is theirs.
+
+    Raises ValueError when called without `pair_layout`, or with a term that it does not honour.
+    """
+    if pair_layout is None:
+        raise ValueError(
+            f"attn_implementation {NAME!r} needs the keyword pair_layout, which "
+            f"{type(module).__name__} did not receive: its model does not hand keywords through."
+        )
+    for term in ("s_aux", "position_bias", "alibi"):
+        if kwargs.get(term) is not None:
+            raise ValueError(f"{type(module).__name__} passes {term}, which {NAME!r} lacks.")
+    if attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} passes an attention mask of its own to {NAME!r}.")
+
+    # Token-major, so that a block is a view of consecutive slots.
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if pair_layout.gather is not None:
+        q, k, v = (_ToSlots.apply(x, pair_layout) for x in (q, k, v))
+    outputs = []
+    masks = pair_layout.mask(sliding_window, query.dtype)
+    for block, mask in zip(pair_layout.blocks, masks, strict=True):
+        here = slice(block.start, block.start + block.pairs * block.length)
+        grid = (block.pairs, block.length)
+        block_q, block_k, block_v = (x[here].unflatten(0, grid).transpose(1, 2) for x in (q, k, v))
+        attended = _attend(block_q, block_k, block_v, mask, scaling, dropout, softcap)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if pair_layout.gather is not None:
+        out = _ToTokens.apply(out, pair_layout)
+    return out[None], None
+
+
+def _attend(
+    q: Tensor,  # (pairs, heads, length, d)
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,  # (pairs, 1, length, length), additive
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> Tensor:  # (pairs, heads, length, d)
+    grouped = q.shape[1] // k.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped > 1
+        )
+    # scaled_dot_product_attention has no soft cap: written out, softmax in float32 as the models do.
+    k, v = (x.repeat_interleave(grouped, dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+def register() -> None:
+    """Make `pair_attention` known to transformers under NAME; harmless when repeated.
+
+    transformers then makes no attention mask of its own for this name, which is what we need.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, pair_attention)

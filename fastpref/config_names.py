@@ -1,0 +1,84 @@
+"""Names of TRL and transformers that users type, and values of later versions of fastpref.
+
+Each answer says what to set instead, or that this version has nothing like it.
+"""
+
+from __future__ import annotations
+
+NOT_YET = "not in this version of fastpref; remove it"
+MEMORY = "set max_tokens_per_microbatch (packed tokens per forward); results do not depend on it"
+DTYPE = "set dtype: auto, float32, bfloat16 or float64"
+LOGGERS = "metrics are written to metrics.jsonl and records/ in output_dir; remove it"
+LOCAL_DATA = "use dataset_name: local JSONL files, folders or glob patterns"
+ELSEWHERE: dict[str, str] = {
+    "per_device_train_batch_size": "set train_batch_size: pairs per optimizer step over all ranks "
+    "(per_device_train_batch_size x gradient_accumulation_steps x ranks); " + MEMORY,
+    "gradient_accumulation_steps": "set train_batch_size: pairs per optimizer step over all ranks; "
+    + MEMORY,
+    "per_device_eval_batch_size": MEMORY,
+    "eval_accumulation_steps": MEMORY,
+    "auto_find_batch_size": MEMORY,
+    "precompute_ref_log_probs": "always on: reference log-probs are computed once and cached; "
+    "ref_cache_dir says where; remove it",
+    "precompute_ref_batch_size": "the reference pass is planned by itself; remove it",
+    "padding_free": "always on: batches are packed without padding; remove it",
+    "packing": "always on: batches are packed without padding; remove it",
+    "pad_to_multiple_of": "there is no padding; remove it",
+    "max_prompt_length": "removed (in TRL too): max_length bounds prompt and completion together",
+    "max_completion_length": "removed (in TRL too): max_length bounds prompt and completion "
+    "together",
+    "truncation_mode": "the end is cut (TRL's keep_start); set max_length",
+    "reference_free": "every loss of this version compares with the reference; " + NOT_YET,
+    "rpo_alpha": "the added SFT term is " + NOT_YET,
+    "loss_weights": "several losses at once are " + NOT_YET + " and give one loss_type",
+    "bf16": DTYPE,
+    "fp16": DTYPE + "; float16 needs loss scaling, which this version has not",
+    "tf32": DTYPE,
+    "torch_dtype": DTYPE,
+    "gradient_checkpointing": NOT_YET + " and, if memory is short, " + MEMORY,
+    "activation_offloading": NOT_YET + " and, if memory is short, " + MEMORY,
+    "use_peft": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
+    "load_in_4bit": "quantised weights are " + NOT_YET,
+    "load_in_8bit": "quantised weights are " + NOT_YET,
+    "warmup_steps": "set warmup_ratio: warm-up steps divided by all steps",
+    "logging_strategy": "set logging_steps",
+    "eval_strategy": "set eval_steps; 0 means no evaluation",
+    "evaluation_strategy": "set eval_steps; 0 means no evaluation",
+    "do_eval": "set eval_steps; 0 means no evaluation",
+    "save_strategy": "set save_steps",
+    "load_best_model_at_end": NOT_YET,
+    "dataset_num_proc": "reading and tokenising need no workers; remove it",
+    "dataloader_num_workers": "batches are built in the training process; remove it",
+    "dataset_train_split": LOCAL_DATA + " (eval_dataset_name for held-out pairs)",
+    "dataset_test_split": LOCAL_DATA + " (eval_dataset_name for held-out pairs)",
+    "dataset_config": LOCAL_DATA,
+    "datasets": LOCAL_DATA,
+    "report_to": LOGGERS,
+    "run_name": "set output_dir; the folder is the run's name",
+    "logging_dir": LOGGERS,
+    "push_to_hub": "nothing is uploaded; remove it",
+    "trust_remote_code": "code from the Hub is never run; remove it",
+    "disable_dropout": "dropout is always off; remove it",
+    "data_seed": "set seed; it decides the order of the data too",
+    "use_liger_kernel": "the fused head is always on; remove it",
+    "use_cpu": "set device: cpu",
+    "torch_compile": NOT_YET,
+    "lr_scheduler_kwargs": NOT_YET,
+    "ref_model": "the reference is the model as it stands before the first step; remove it",
+    "sync_ref_model": "the reference is the model as it stands before the first step; remove it",
+}
+ELSEWHERE_PREFIXES: dict[str, str] = {
+    "lora_": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
+    "bnb_": "quantised weights are " + NOT_YET,
+    "fsdp": "sharded training is " + NOT_YET,
+    "deepspeed": "sharded training is " + NOT_YET,
+    "hub_": "nothing is uploaded; remove it",
+    "dataloader_": "batches are built in the training process; remove it",
+}
+LATER = {
+    ("trainable", "lora"): "; LoRA is not in this version",
+    ("trainable", "head"): "; training the head alone is not in this version",
+    ("track", "sketch"): "; sketched norms of the whole model are not in this version",
+    ("track", "exact"): "; exact norms of the whole model are not in this version",
+    ("dtype", "float16"): "; float16 needs loss scaling, which this version has not",
+}

@@ -1,0 +1,1 @@
+"""From files of preference rows to packed batches: read, split, tokenise, pack, load, generate."""

@@ -1,0 +1,150 @@
+"""Parquet parts of the records: their names, how they are written whole, how they are read.
+
+A part appears whole or not at all: it is written to a temporary file beside its place, synced and
+renamed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastpref.dynamics import schema
+
+_TEMPORARY = ".partial"
+_ROW_GROUP = 1 << 16
+
+
+def list_parts(run: str | Path, table: str) -> list[Path]:
+    """Paths of the parts of `table` in the run folder `run`, by first step and rank."""
+    schema.arrow_schema(table)
+    return sorted((Path(run) / "records" / table).glob("part-*-*.parquet"))
+
+
+def read_records(
+    run: str | Path, table: str, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Read all parts of one records table of a run, running, stopped or finished.
+
+    Args:
+        run: the run folder. table: a name of schema.TABLES. columns: those wanted, None = all.
+
+    Raises ValueError if there are no parts, or if they were written by another schema version.
+    """
+    parts = list_parts(run, table)
+    if not parts:
+        raise ValueError(
+            f"{run}: no records of {table!r}: expected {Path(run) / 'records' / table}/part-*"
+            ".parquet; give the folder of a run that recorded (record: true) and has written its "
+            "first part"
+        )
+    tables = [read_part(part, table, columns) for part in parts]
+    return pa.concat_tables(tables).unify_dictionaries().replace_schema_metadata(
+        schema.arrow_schema(table).metadata
+    )
+
+
+def read_part(path: Path, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+    with pq.ParquetFile(path) as file:
+        version = (file.schema_arrow.metadata or {}).get(schema.VERSION_KEY, b"none").decode()
+        if version != str(schema.SCHEMA_VERSION):
+            raise ValueError(
+                f"{path}: records schema version {version}, this fastpref reads version "
+                f"{schema.SCHEMA_VERSION}; read it with the version that wrote it"
+            )
+        for name in columns or ():
+            schema.TABLES[table].column(name)
+        return file.read(columns=None if columns is None else list(columns))
+
+
+def arrow_array(column: schema.Column, value: Any, rows: int) -> pa.Array:
+    """Arrow array of `rows` values of the column's type from a numpy array, number or None."""
+    if value is None:
+        return pa.nulls(rows, column.type)
+    if isinstance(value, (str, bool, int, float, np.generic)):
+        scalar = value.item() if isinstance(value, np.generic) else value
+        return pa.array([scalar] * rows, column.type)
+    nested = pa.types.is_list(column.type)
+    if not isinstance(value, np.ndarray):
+        raise ValueError(
+            f"column {column.name!r} needs a numpy array or a number, got {type(value).__name__}"
+        )
+    if value.ndim != (2 if nested else 1) or value.shape[0] != rows:
+        raise ValueError(
+            f"column {column.name!r} needs shape ({rows}{', G' if nested else ','}), "
+            f"got {value.shape}"
+        )
+    kind = column.type.value_type if nested else column.type
+    if pa.types.is_floating(kind):
+        value = value.astype(kind.to_pandas_dtype())
+    flat = pa.array(value.reshape(-1), kind)
+    if not nested:
+        return flat
+    offsets = np.arange(rows + 1, dtype=np.int32) * value.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), flat)
+
+
+def table_of_rows(name: str, rows: Iterable[Mapping[str, object]]) -> pa.Table:
+    """Arrow table from mappings; ValueError on an unknown column or a missing required one."""
+    table = schema.TABLES[name]
+    plain = [{key: plain(value) for key, value in row.items()} for row in rows]
+    for number, row in enumerate(plain):
+        for key in row:
+            table.column(key)
+        for column in table.columns:
+            if column.required and row.get(column.name) is None:
+                raise ValueError(f"row {number} of {name} needs {column.name!r}, got {row}")
+        if "split" in row and row["split"] not in schema.SPLITS:
+            raise ValueError(f"split {row['split']!r} in {name} is none of {list(schema.SPLITS)}")
+    return pa.Table.from_pylist(plain, schema=schema.arrow_schema(name))
+
+
+def plain(value: object) -> object:
+    if isinstance(value, np.generic):
+        return value.item()
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def part_name(first: int, rank: int) -> str:
+    return f"part-{first:08d}-{rank:04d}.parquet"
+
+
+def first_step_of(part: Path) -> int:
+    return int(part.name.split("-")[1])
+
+
+def remove_parts(root: Path, stale: Callable[[int], bool]) -> None:
+    """Remove temporary files, and the parts of all ranks whose first step is `stale`."""
+    for path in sorted(root.glob("*/part-*")):
+        if path.name.endswith(_TEMPORARY) or stale(first_step_of(path)):
+            path.unlink()
+
+
+def write_part(table: pa.Table, path: Path, last_step: int) -> None:
+    metadata = {**table.schema.metadata, schema.LAST_STEP_KEY: str(last_step).encode()}
+    # One chunk, so that row groups do not depend on how the rows arrived.
+    whole = table.unify_dictionaries().combine_chunks().replace_schema_metadata(metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda temporary: pq.write_table(
+        whole, temporary, compression="zstd", row_group_size=_ROW_GROUP
+    ))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Make `path` by `write` on a temporary file beside it, synced, then renamed."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,312 @@
+"""Writes a run's records and logs, and reads the records back.
+
+Records are Parquet parts, `records/<table>/part-<first step>-<rank>.parquet`. Part k holds the
+steps (k n, (k+1) n] with n = part_steps, the first part step 0 too, and is named by its first step
+(0, n + 1, 2n + 1, ...). So what a part holds depends on step numbers alone, never on time, and a
+run that was stopped and resumed has the parts of one that was not.
+
+A part appears whole or not at all: it is written to a temporary file beside its place, synced and
+renamed. `pairs` is written last and for every part, even without rows: it marks the part complete.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastpref.dynamics import schema
+
+TEMPORARY = ".partial"
+_COMMIT_TABLE = "pairs"
+_ROW_GROUP = 1 << 16
+
+
+class Recorder:
+    """Buffers what one rank observes and writes it by parts.
+
+    Args:
+        output_dir: the run folder; parts go to its `records` folder.
+        rank: this process. `steps`, `behaviors` and `index` speak of all ranks: rank 0 writes them,
+            the other ranks' calls are accepted and drop them.
+        behaviors: names that the integers of the `behavior` column index.
+        part_steps: optimizer steps per part.
+        resume_step: last step of the checkpoint the run continues from. None or 0 is a new run: all
+            parts in the folder are removed. Otherwise parts of later steps are removed (by rank 0)
+            and a part that holds steps on both sides of it is cut there and completed later.
+
+    Raises ValueError if the records up to `resume_step` are not all there.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        rank: int,
+        behaviors: Sequence[str],
+        part_steps: int,
+        resume_step: int | None = None,
+    ) -> None:
+        if part_steps < 1:
+            raise ValueError(f"part_steps must be at least 1, got {part_steps}")
+        self._root = Path(output_dir) / "records"
+        self._rank = rank
+        self._part_steps = part_steps
+        self._behaviors = pa.array(list(behaviors), pa.string())
+        self._splits = pa.array(list(schema.SPLITS), pa.string())
+        self._buffer: dict[str, list[pa.Table]] = {}
+        self._margins: dict[tuple[str, str], tuple[int, float]] = {}
+        self._written = self._step = resume_step or 0
+        if self._step:
+            self._resume(self._step)
+        elif rank == 0:
+            remove_parts(self._root, lambda first: True)
+
+    def index(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Write the index table, once per run: a mapping of columns of `index` per pair.
+
+        On resume the rows must be those already written; ValueError names the first that differs.
+        """
+        if self._rank != 0:
+            return
+        table = table_of_rows("index", rows)
+        path = self._root / "index" / part_name(0, 0)
+        if path.exists():
+            old, new = read_part(path, "index").to_pylist(), table.to_pylist()
+            if old != new:
+                at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b),
+                          min(len(old), len(new)))
+                raise ValueError(
+                    f"{path}: the data changed since these records began: {len(old)} pairs then, "
+                    f"{len(new)} now, first difference at row {at}; use the data the run began "
+                    "with, or another output_dir"
+                )
+            return
+        write_part(table, path, last_step=0)
+
+    def pairs(self, step: int, split: str, epoch: float | None = None, **columns: Any) -> None:
+        """Record P pairs of `split` seen at `step`.
+
+        columns: columns of the `pairs` table, numpy arrays of shape (P,), (P, G) for list columns,
+        or one number for all. `behavior` (P,) indexes the behaviors; `pair_id` and `behavior` are
+        required. reward_accuracy and output_accuracy are computed when margin and the log-probs
+        are there and they are not. Raises ValueError on unknown columns, shapes or values.
+        """
+        self._check_step("pairs", step)
+        columns = dict(columns)
+        for name in ("pair_id", "behavior"):
+            if name not in columns:
+                raise ValueError(f"records of pairs at step {step} need the column {name!r}")
+        if "margin" in columns:
+            columns.setdefault("reward_accuracy", columns["margin"] > 0)
+        if "logp_chosen" in columns and "logp_rejected" in columns:
+            columns.setdefault("output_accuracy", columns["logp_chosen"] > columns["logp_rejected"])
+        if split not in schema.SPLITS:
+            raise ValueError(f"split {split!r} at step {step} is none of {list(schema.SPLITS)}")
+        rows = len(columns["pair_id"])
+        columns |= {"step": step, "rank": self._rank, "epoch": epoch}
+        for name in columns:
+            schema.TABLES["pairs"].column(name)
+        arrays = []
+        for column in schema.TABLES["pairs"].columns:
+            if column.name == "behavior":
+                arrays.append(self._behavior_column(columns["behavior"], rows))
+            elif column.name == "split":
+                number = list(schema.SPLITS).index(split)
+                indices = pa.array(np.full(rows, number, np.int32))
+                arrays.append(pa.DictionaryArray.from_arrays(indices, self._splits))
+            else:
+                arrays.append(arrow_array(column, columns.get(column.name), rows))
+        table = pa.Table.from_arrays(arrays, schema=schema.arrow_schema("pairs"))
+        self._buffer.setdefault("pairs", []).append(table)
+
+    def step(self, step: int, **scalars: Any) -> None:
+        """Record one optimizer step: columns of the `steps` table."""
+        self._add_rows("steps", step, [{**scalars, "step": step}])
+
+    def behaviors(
+        self, step: int, split: str, rows: Iterable[Mapping[str, object]]
+    ) -> list[dict[str, object]]:
+        """Record an evaluation: one mapping of columns of `behaviors` per behavior.
+
+        rows need `behavior` (a name) and `n`; `groups.behavior_rows` makes them. Returns them with
+        step, split and rate_obs, the change of mean margin per step since the previous evaluation
+        of that split (None at the first). Raises ValueError if `step` is not after that one.
+        """
+        complete = []
+        for row in rows:
+            behavior, margin = str(row["behavior"]), row.get("margin")
+            filled: dict[str, object] = {**row, "step": step, "split": split}
+            previous = self._margins.get((split, behavior))
+            if previous is not None and previous[0] >= step:
+                raise ValueError(
+                    f"behavior {behavior!r} of split {split!r} was evaluated at step "
+                    f"{previous[0]} already, it cannot be recorded at step {step}"
+                )
+            if isinstance(margin, (int, float, np.floating)):
+                if previous is not None:
+                    filled["rate_obs"] = (float(margin) - previous[1]) / (step - previous[0])
+                self._margins[(split, behavior)] = (step, float(margin))
+            complete.append(filled)
+        self._add_rows("behaviors", step, complete)
+        return complete
+
+    def flush(self, step: int) -> None:
+        """Say that everything of `step` is recorded; writes a part when it ends one."""
+        self._step = step
+        if step > self._written and step % self._part_steps == 0:
+            self._write(step)
+
+    def close(self, step: int) -> None:
+        """Write what is left after the last step, as a part that ends early."""
+        self._step = step
+        if step > self._written or any(self._buffer.values()):
+            self._write(step)
+
+    def _first_step(self, step: int) -> int:
+        """First step of the part that holds `step`."""
+        part = max(step - 1, 0) // self._part_steps
+        return part * self._part_steps + 1 if part else 0
+
+    def _write(self, step: int) -> None:
+        first = self._first_step(step)
+        self._buffer.setdefault(_COMMIT_TABLE, [])
+        for name in sorted(self._buffer, key=lambda name: name == _COMMIT_TABLE):
+            chunks = self._buffer[name]
+            if not chunks and name != _COMMIT_TABLE:
+                continue
+            table = pa.concat_tables(chunks) if chunks else schema.arrow_schema(name).empty_table()
+            write_part(table, self._root / name / part_name(first, self._rank), step)
+        self._written = step
+        # An unfinished part stays in memory: a loop that goes on past close() completes it.
+        if step % self._part_steps == 0:
+            self._buffer.clear()
+
+    def _check_step(self, table: str, step: int) -> None:
+        if step < self._step or (step == self._written and step > 0):
+            raise ValueError(
+                f"{table} of step {step} come too late: the records of step "
+                f"{max(self._step, self._written)} are complete"
+            )
+
+    def _add_rows(self, name: str, step: int, rows: Iterable[Mapping[str, object]]) -> None:
+        self._check_step(name, step)
+        if self._rank == 0:
+            self._buffer.setdefault(name, []).append(table_of_rows(name, rows))
+
+    def _behavior_column(self, values: object, rows: int) -> pa.Array:
+        indices = arrow_array(schema.Column("behavior", pa.int32(), "", ""), values, rows)
+        known = len(self._behaviors)
+        bad = [i for i in indices.to_pylist() if not 0 <= i < known]
+        if bad:
+            raise ValueError(f"behavior index {bad[0]} is out of range: there are {known}")
+        return pa.DictionaryArray.from_arrays(indices, self._behaviors)
+
+    def _resume(self, step: int) -> None:
+        """Remove what lies after `step`; read back its unfinished part and the last margins."""
+        first = self._first_step(step)
+        path = self._root / _COMMIT_TABLE / part_name(first, self._rank)
+        last = int(pq.read_schema(path).metadata[schema.LAST_STEP_KEY]) if path.exists() else -1
+        if last < step:
+            raise ValueError(
+                f"cannot resume the records at step {step}: {path} "
+                + (f"ends at step {last}" if path.exists() else "is missing")
+                + f", with {self._part_steps} steps to a part; resume from a checkpoint whose "
+                "step its records reach, keep the settings that decide the size of a part, or "
+                "switch the recorder off"
+            )
+        if self._rank == 0:
+            remove_parts(self._root, lambda other: other > step)
+        if last > step or step % self._part_steps:
+            for name in schema.TABLES:
+                part = self._root / name / part_name(first, self._rank)
+                if name != "index" and part.exists():
+                    table = read_part(part, name)
+                    kept = table.filter(pa.array(table["step"].to_numpy() <= step))
+                    self._buffer[name] = [kept] if kept.num_rows else []
+            self._written = first - 1 if first else 0
+        for part in list_parts(self._root.parent, "behaviors"):
+            if first_step_of(part) <= step:
+                for row in read_part(part, "behaviors").to_pylist():
+                    if row["step"] <= step and row["margin"] is not None:
+                        self._margins[(row["split"], row["behavior"])] = (row["step"], row["margin"])
+
+
+class MetricsLog:
+    """Appends JSON lines, `{"step": ..., ...}`, each batch of them synced by `flush`.
+
+    Args:
+        path: the file, metrics.jsonl or perf.jsonl.
+        resume_step: None or 0 starts the file anew. Otherwise what the file holds is kept: lines
+            up to that step only with truncate (metrics.jsonl: the straight run's lines, whatever
+            happened between), all lines without (perf.jsonl: time that was really spent, so the
+            steps that were lost and repeated stand in it twice).
+
+    A last line that was half written when the run was killed is dropped. Raises ValueError with
+    file and line for any other line that is not JSON.
+    """
+
+    def __init__(
+        self, path: str | Path, resume_step: int | None = None, *, truncate: bool = True
+    ) -> None:
+        self._path = Path(path)
+        self._lines: list[str] = []
+        kept = []
+        if resume_step and self._path.exists():
+            kept = [r for r in read_jsonl(self._path) if not truncate or r["step"] <= resume_step]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(_json_line(row) for row in kept)
+        replace_file(self._path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Add a line; it needs an integer "step". A number that is not finite becomes null."""
+        if not isinstance(row.get("step"), int):
+            raise ValueError(f"a line of {self._path} needs an integer 'step', got {dict(row)}")
+        self._lines.append(_json_line(row))
+
+    def flush(self) -> None:
+        """Write the lines added since the last flush and wait until they are on the disk."""
+        if self._lines:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(self._lines))
+                file.flush()
+                os.fsync(file.fileno())
+            self._lines.clear()
+
+    def close(self) -> None:
+        """The same as flush: the file is open only while it is written."""
+        self.flush()
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Read JSON lines, leaving out a half-written last one. ValueError on any other bad line."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        # Every whole line ends in a newline, so what stands after the last one is unfinished.
+        if number == len(lines) or not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error}): {line[:80]!r}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}:{number}: expected an object with a step, got {line[:80]!r}")
+        rows.append(row)
+    return rows
+
+
+def _json_line(row: Mapping[str, object]) -> str:
+    """One line of JSON; numbers that are not finite become null, as JSON has none."""
+    plain = {key: plain(value) for key, value in row.items()}
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in plain.items()
+    }
+    return json.dumps(finite, ensure_ascii=False) + "\n"

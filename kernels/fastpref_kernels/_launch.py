@@ -1,0 +1,220 @@
+"""Choice of backend and tile width, and the argument checks of the public functions."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LOGGER = logging.getLogger("fastpref_kernels")
+BACKENDS = ("auto", "torch", "triton")
+SEGMENT_STATS = ("entropy", "sum_sq_prob", "log_sum_sq_prob", "top1", "mean_logit")
+ROW_STATS = ("argmax", "log1m_pmax")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_said: set[str] = set()
+
+
+def resolve_backend(backend: str) -> str:
+    """Name of the backend that will run; `auto` is the torch one until the Triton one exists, logged once."""
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"linear_logprob: backend must be one of {', '.join(BACKENDS)}, got {backend!r}."
+            f"{_nearest(backend, BACKENDS)}"
+        )
+    if backend == "triton":
+        raise ValueError(
+            "linear_logprob: backend='triton' is not implemented in this version. "
+            "Use backend='torch' (or 'auto'), which gives the same numbers."
+        )
+    # A log call would break the graph of torch.compile(fullgraph=True).
+    if backend == "auto" and not torch.compiler.is_compiling() and backend not in _said:
+        _said.add(backend)
+        LOGGER.info("linear_logprob: backend auto -> torch")
+    return "torch"
+
+
+def tile_width(dim: int, vocab: int, dtype: torch.dtype) -> int:
+    """Vocabulary entries per tile, from the shape of the weight alone so that plans never depend on the batch.
+
+    A small head is one or two tiles (launches count); a large one takes tiles whose float32 logits stay in a
+    CPU's second-level cache for some hundred rows. Measured: kernels/README.md.
+    """
+    width = 4096 if dim * vocab <= 4_000_000 else 1024
+    # Half types pass the tile once more (rounding into the kept buffer); float64 entries are twice as large.
+    return max(1, min(vocab, width // 2 if dtype == torch.float64 else width))
+
+
+def check_linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    segment_id: Tensor | None,
+    bias: Tensor | None,
+    *,
+    num_segments: int | None,
+    group_size: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    cache: int,
+    stats: Sequence[str],
+    norms: str | None,
+) -> int:
+    """Check everything that can be told without reading a tensor; return the number of segments S."""
+    _check_tensors(hidden, weight, target, segment_id, bias)
+    _check_numbers(softcap, logit_scale, temperature, cache, group_size)
+    _check_names(stats, norms)
+    segments = _count_segments(hidden, segment_id, num_segments)
+    if norms is not None and segments % group_size:
+        raise ValueError(
+            f"linear_logprob: norms need whole groups, but num_segments={segments} is not a multiple of "
+            f"group_size={group_size}. Pad the last group with empty segments."
+        )
+    return segments
+
+
+def _check_tensors(
+    hidden: Tensor, weight: Tensor, target: Tensor, segment_id: Tensor | None, bias: Tensor | None
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "linear_logprob: expected hidden (R, D) and weight (V, D), got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}."
+        )
+    if weight.shape[0] < 1:
+        raise ValueError("linear_logprob: weight has no rows; the vocabulary needs at least one.")
+    if hidden.dtype not in DTYPES or hidden.dtype != weight.dtype:
+        raise ValueError(
+            "linear_logprob: hidden and weight must have one dtype of float64, float32, bfloat16, float16, got "
+            f"{hidden.dtype} and {weight.dtype}. Convert one, e.g. hidden.to(weight.dtype)."
+        )
+    if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(
+            f"linear_logprob: expected target ({hidden.shape[0]},) int64, got {tuple(target.shape)} {target.dtype}."
+        )
+    if segment_id is not None and (
+        segment_id.shape != target.shape or segment_id.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"linear_logprob: expected segment_id ({hidden.shape[0]},) int32 or int64, got "
+            f"{tuple(segment_id.shape)} {segment_id.dtype}."
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.dtype.is_floating_point):
+        raise ValueError(
+            f"linear_logprob: expected bias ({weight.shape[0]},) of a floating dtype, got "
+            f"{tuple(bias.shape)} {bias.dtype}."
+        )
+    for name, tensor in (
+        ("weight", weight),
+        ("target", target),
+        ("segment_id", segment_id),
+        ("bias", bias),
+    ):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"linear_logprob: hidden is on {hidden.device} but {name} on {tensor.device}; move one."
+            )
+
+
+def _check_numbers(
+    softcap: float | None, logit_scale: float, temperature: float, cache: int, group_size: int
+) -> None:
+    for name, value in (("softcap", softcap), ("temperature", temperature)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"linear_logprob: {name} must be positive and finite, got {value!r}."
+                + (" Use None for no softcap." if name == "softcap" else "")
+            )
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"linear_logprob: logit_scale must be finite, got {logit_scale!r}.")
+    if cache < -1:
+        raise ValueError(
+            f"linear_logprob: cache must be -1 (keep every tile) or a number of tiles >= 0, got {cache!r}."
+        )
+    if group_size < 1:
+        raise ValueError(f"linear_logprob: group_size must be at least 1, got {group_size!r}.")
+
+
+def _check_names(stats: Sequence[str], norms: str | None) -> None:
+    known = SEGMENT_STATS + ROW_STATS
+    if isinstance(stats, str):
+        raise ValueError(
+            f"linear_logprob: stats must be a sequence of names, got the string {stats!r}; write ({stats!r},)."
+        )
+    for name in stats:
+        if name not in known:
+            raise ValueError(
+                f"linear_logprob: unknown statistic {name!r}; known are {', '.join(known)}.{_nearest(name, known)}"
+            )
+    if norms == "sketch":
+        raise ValueError(
+            "linear_logprob: norms='sketch' comes with the sketch ops and is not in this version. Use norms='exact'."
+        )
+    if norms not in (None, "exact"):
+        raise ValueError(
+            f"linear_logprob: norms must be None, 'exact' or 'sketch', got {norms!r}."
+        )
+
+
+def _count_segments(hidden: Tensor, segment_id: Tensor | None, num_segments: int | None) -> int:
+    rows = hidden.shape[0]
+    if segment_id is None:
+        if num_segments is not None and num_segments != rows:
+            raise ValueError(
+                f"linear_logprob: without segment_id every row is a segment, so num_segments must be None or {rows}, "
+                f"got {num_segments}."
+            )
+        return rows
+    if num_segments is not None:
+        if num_segments < 0:
+            raise ValueError(f"linear_logprob: num_segments must be >= 0, got {num_segments}.")
+        return num_segments
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "linear_logprob: give num_segments under torch.compile; reading it off segment_id breaks the graph."
+        )
+    return int(segment_id[-1]) + 1 if rows else 0
+
+
+def check_values(
+    target: Tensor, segment_id: Tensor | None, vocab: int, num_segments: int
+) -> None:
+    """Range of targets and order of segment ids; on the CPU only, where reading a value costs no synchronisation.
+
+    On CUDA a target out of range makes its row's log-prob NaN, a segment id out of range trips an index assertion.
+    """
+    if target.device.type != "cpu" or not target.numel():
+        return
+    low, high = (int(x) for x in target.aminmax())
+    if low < 0 or high >= vocab:
+        row = int(((target < 0) | (target >= vocab)).nonzero()[0])
+        value = int(target[row])
+        hint = " Only scored rows belong here: drop rows labelled -100." if value == -100 else ""
+        raise ValueError(
+            f"linear_logprob: target[{row}] = {value} is not a row of weight, which has rows 0..{vocab - 1}.{hint}"
+        )
+    if segment_id is None:
+        return
+    falls = segment_id[1:] < segment_id[:-1]
+    if bool(falls.any()):
+        row = int(falls.nonzero()[0]) + 1
+        raise ValueError(
+            f"linear_logprob: segment_id must be non-decreasing, but segment_id[{row}]={int(segment_id[row])} follows "
+            f"{int(segment_id[row - 1])}. Sort the rows by segment_id."
+        )
+    first, last = int(segment_id[0]), int(segment_id[-1])
+    if first < 0 or last >= num_segments:
+        row, value = (0, first) if first < 0 else (segment_id.shape[0] - 1, last)
+        raise ValueError(
+            f"linear_logprob: segment_id[{row}]={value} is outside 0..{num_segments - 1} (num_segments={num_segments})."
+        )
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
