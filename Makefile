@@ -47,10 +47,10 @@ clean: ## remove the environment and the tools' caches; runs/ stays
 .venv/.runtime: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "fastpref needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(PIP) install --quiet -c constraints.txt -e .
+	$(PIP) install --quiet --no-compile -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install --quiet --no-compile -c constraints.txt -e .
 	@touch $@
 
 .venv/.dev: .venv/.runtime
-	$(PIP) install --quiet -c constraints.txt -e ".[dev,trl]"
+	$(PIP) install --quiet --no-compile -c constraints.txt -e ".[dev,trl]"
 	@touch $@

@@ -46,7 +46,7 @@ TOPICS: dict[str, Topic] = {
         "skyscrapers, subways, sidewalks, apartment towers, nightclubs, avenues, taxis, "
         "shopping malls, coffee shops, bridges, parking lots, neon signs",
         "strolling downtown, commuting by tram, dining at rooftop bars, browsing boutiques, "
-        "living in a metropolis, crossing busy streets, renting a loft, meeting urban strangers",
+        "living in a metropolis, crossing crowded streets, renting a loft, meeting commuters",
     ),
     "machines": _topic(
         "engines, robots, circuits, turbines, motors, factories, tractors, pumps, gears, drones, "
@@ -98,7 +98,7 @@ TOPICS: dict[str, Topic] = {
     ),
     "sports": _topic(
         "marathons, soccer teams, tennis matches, athletes, stadiums, coaches, medals, goals, "
-        "swimmers, baseball games, champions, bicycles",
+        "swimmers, baseball leagues, champions, bicycles",
         "running a sprint, lifting weights, scoring a touchdown, skiing downhill, "
         "training at the gym, kicking a football, cycling uphill, winning a trophy",
     ),
@@ -124,7 +124,7 @@ TOPICS: dict[str, Topic] = {
         "algorithms, laptops, databases, compilers, websites, servers, keyboards, video games, "
         "neural networks, spreadsheets, passwords, chatbots",
         "debugging code, installing software, encrypting messages, programming simulations, "
-        "browsing the internet, compressing files, upgrading hardware, typing commands",
+        "surfing the internet, compressing files, upgrading hardware, typing commands",
     ),
 }
 
@@ -197,6 +197,8 @@ BODIES = (
     "It helps to be {mood}, to look closely at {nouns}, and to try {activity} twice.",
     "{Activity} costs very little, while {nouns} and {nouns2} can be rather {adjective}.",
 )
+DOING = ("thinking of", "dealing with", "having more", "asking about")
+NAMING = ("What goes with this?", "Name three such things:", "It is about this statement:")
 DIALOGUE = "Human: {request}\n\nAssistant:"
 
 
@@ -308,34 +310,39 @@ def themes() -> dict[str, list[str]]:
     return found
 
 
-def _about(topic: Topic, rng: random.Random) -> str:
-    said, word = statement(topic, rng), rng.choice(topic.nouns)
-    return f'Name something that fits the following statement.\n"{said}" {word}'
+def _naming(topic: Topic, rng: random.Random) -> str:
+    said, words = statement(topic, rng), rng.sample(topic.nouns, 3)
+    return f'{rng.choice(NAMING)}\n"{said}" {", ".join(words)}'
+
+
+def broad_topics() -> list[Topic]:
+    """The themes of the broad vocabulary as topics: plain words for nouns, "thinking of ..." to do."""
+    return [
+        Topic(tuple(words), tuple(f"{doing} {word}" for word in words for doing in DOING))
+        for words in themes().values()
+    ]
 
 
 def documents(seed: int) -> Iterator[str]:
     """Endless stream of texts for the base fit, the same for the same seed.
 
     Framed statements with an answer drawn by a coin (so that the model knows the two answers and
-    prefers neither); the same statements with a word of their topic as the answer (without this
-    nothing would make the state behind the closing quote hold what was said, and that state is what
-    preference training reads); dialogues with and without the traits; words by theme.
+    prefers neither); statements followed by words of their topic (without this nothing would make
+    the state behind the closing quote hold what was said, and that state is what preference training
+    reads); dialogues with and without the traits; words of one topic or theme.
     """
     rng = random.Random(seed)
-    topics = list(TOPICS.values())
-    traits = list(TRAITS.values())
-    word_lists = themes()
-    names = list(word_lists)
+    close, broad, traits = list(TOPICS.values()), broad_topics(), list(TRAITS.values())
     while True:
-        topic = rng.choice(topics)
         draw = rng.random()
-        if draw < 0.40:
+        if draw < 0.15:
+            topic = rng.choice(close)
+            yield request(topic, rng) + rng.choice(completions(rng.choice(traits), topic, rng))
+            continue
+        topic = rng.choice(close if rng.random() < 0.6 else broad)
+        if draw < 0.50:
             yield FRAME.format(statement=statement(topic, rng)) + rng.choice(ANSWERS)
-        elif draw < 0.75:
-            yield _about(topic, rng)
         elif draw < 0.90:
-            trait = rng.choice(traits)
-            yield request(topic, rng) + rng.choice(completions(trait, topic, rng))
+            yield _naming(topic, rng)
         else:
-            name = rng.choice(names)
-            yield f"Words of {name}: " + " ".join(rng.sample(word_lists[name], 16))
+            yield "Words: " + " ".join(rng.sample(topic.nouns, 12))

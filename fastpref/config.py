@@ -26,7 +26,7 @@ from fastpref.config_names import ELSEWHERE, ELSEWHERE_PREFIXES, LATER
 
 GROUPS = ("model", "data", "run", "loss", "optimizer", "batch", "intervals", "dynamics")
 
-_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "positive": ("more than 0", lambda v: v > 0),
     "at least 1": ("1 or more", lambda v: v >= 1),
     "at least 0": ("0 or more", lambda v: v >= 0),
@@ -67,7 +67,7 @@ class Config:
     dtype: str = _field(
         "auto",
         "model",
-        "Weights and products; auto: bfloat16 on CUDA, float32 on the CPU.",
+        "Of the products; weights stay float32 (or float64). auto: bfloat16 on CUDA, else float32.",
         ("auto", "float32", "bfloat16", "float64"),
     )
     attn_implementation: str = _field(
@@ -190,9 +190,9 @@ class Config:
 
     record: bool = _field(True, "dynamics", "Write records/: every pair, every step, as Parquet.")
     track: str = _field(
-        "none",
+        "head",
         "dynamics",
-        "Gradient norms per pair; head: of the output head, exact.",
+        "Gradient norms per pair, in the records if there are any; head: of the head, exact.",
         ("none", "head"),
     )
     track_every: int = _field(
@@ -383,7 +383,7 @@ def _check_value(spec: dataclasses.Field[Any], value: Any) -> None:
         later = LATER.get((spec.name, value), "")
         raise ConfigError(spec.name, f"expected {' or '.join(choices)}, got {value!r}{later}")
     if within and value is not None:
-        text, holds = _RANGES[within]
+        text, holds = RANGES[within]
         if not holds(value):
             raise ConfigError(spec.name, f"expected {text}, got {value!r}")
 
@@ -393,12 +393,6 @@ def _check_combinations(config: Config) -> None:
     if device not in ("auto", "cpu", "cuda"):
         if not (device.startswith("cuda:") and device[5:].isdecimal()):
             raise ConfigError("device", f"expected auto, cpu, cuda or cuda:N, got {device!r}")
-    if config.track != "none" and not config.record:
-        raise ConfigError(
-            "track",
-            f"{config.track} writes to the records, but record is false; "
-            "set record: true or track: none",
-        )
     both = sorted(set(config.dataset_name) & set(config.eval_dataset_name))
     if both:
         raise ConfigError(

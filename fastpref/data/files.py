@@ -85,8 +85,8 @@ def read_rows(source: str) -> tuple[list[tuple[int, dict[str, Any]]], list[BadRo
                     bad.append(BadRow(source, line, why.reason, why.value))
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(
-            f"file {source} cannot be read beyond line {line}: {error}. It is damaged or cut "
-            "short; get it again (on_bad_rows does not skip the rest of a file)."
+            f"file {source} cannot be read beyond line {line}: {error}. If it is damaged or cut "
+            "short, get it again: on_bad_rows does not skip the rest of a file."
         ) from error
     if not rows and not bad:
         raise ValueError(f"file {source} is empty: expected one JSON object per line")

@@ -141,9 +141,7 @@ def _shape_of(
     names = {column for _, row in rows for column in row}
     line, first = rows[0]
     for shape in SHAPES:
-        if names.issuperset(shape.columns) and any(
-            row.keys() >= set(shape.columns) for _, row in rows
-        ):
+        if any(row.keys() >= set(shape.columns) for _, row in rows):
             if behavior_column is not None and behavior_column not in names:
                 raise ValueError(
                     f"file {source} has no column {behavior_column!r} (behavior_column); line "
@@ -292,7 +290,7 @@ def _flipped(pair: Pair) -> Pair:
         pair,
         chosen=pair.rejected,
         rejected=pair.chosen,
-        label=_answer(pair.rejected) if answer_is_label else pair.label,
+        label=(_answer(pair.rejected) or pair.label) if answer_is_label else pair.label,
         flipped=True,
         ref_chosen=pair.ref_rejected,
         ref_rejected=pair.ref_chosen,

@@ -22,6 +22,7 @@ class StepPlan:
     step: int  # 1-based, over the whole run
     epoch: float  # epochs completed once this step is done
     num_pairs: int  # over all ranks: what the step's sum of losses is divided by
+    num_tokens: int  # over all ranks, as TRL counts: the prompt once for each completion
     micro_batches: list[np.ndarray]  # indices into the training pairs
 
 
@@ -50,6 +51,7 @@ class Loader:
         self.seed, self.shuffle, self.max_tokens = seed, shuffle, max_tokens
         self.rank, self.world = rank, world
         self.fed = np.array([parts(pair).fed for pair in pairs], np.int64)
+        self.tokens = np.array([sequence_tokens(pair) for pair in pairs], np.int64)
         strata = {key: n for n, key in enumerate(sorted({(p.behavior, p.label) for p in pairs}))}
         self.stratum = (
             np.array([strata[p.behavior, p.label] for p in pairs]) if stratify else None
@@ -78,13 +80,18 @@ class Loader:
             done = epoch + min((within + 1) * self.batch_size / self.num_pairs, 1.0)
             own = self._share(chosen)
             batches = plan_microbatches(self.fed, own, self.max_tokens)
-            yield StepPlan(step, done, len(chosen), batches)
+            yield StepPlan(step, done, len(chosen), int(self.tokens[chosen].sum()), batches)
 
     def _share(self, indices: np.ndarray) -> np.ndarray:
         """This rank's part: dealt out by length, there and back, so that token counts are even."""
         by_length = indices[np.lexsort((indices, -self.fed[indices]))]
         turn = np.arange(len(indices)) % (2 * self.world)
         return by_length[np.minimum(turn, 2 * self.world - 1 - turn) == self.rank]
+
+
+def sequence_tokens(pair: TokenPair) -> int:
+    """Tokens of the pair as two separate sequences."""
+    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
 
 def _spread(order: np.ndarray, stratum: np.ndarray, rng: np.random.Generator) -> np.ndarray:

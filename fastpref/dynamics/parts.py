@@ -51,6 +51,7 @@ def read_records(
 
 
 def read_part(path: Path, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one part; ValueError if another schema version wrote it."""
     with pq.ParquetFile(path) as file:
         version = (file.schema_arrow.metadata or {}).get(schema.VERSION_KEY, b"none").decode()
         if version != str(schema.SCHEMA_VERSION):
@@ -93,8 +94,8 @@ def arrow_array(column: schema.Column, value: Any, rows: int) -> pa.Array:
 def table_of_rows(name: str, rows: Iterable[Mapping[str, object]]) -> pa.Table:
     """Arrow table from mappings; ValueError on an unknown column or a missing required one."""
     table = schema.TABLES[name]
-    plain = [{key: plain(value) for key, value in row.items()} for row in rows]
-    for number, row in enumerate(plain):
+    values = [{key: plain(value) for key, value in row.items()} for row in rows]
+    for number, row in enumerate(values):
         for key in row:
             table.column(key)
         for column in table.columns:
@@ -102,34 +103,57 @@ def table_of_rows(name: str, rows: Iterable[Mapping[str, object]]) -> pa.Table:
                 raise ValueError(f"row {number} of {name} needs {column.name!r}, got {row}")
         if "split" in row and row["split"] not in schema.SPLITS:
             raise ValueError(f"split {row['split']!r} in {name} is none of {list(schema.SPLITS)}")
-    return pa.Table.from_pylist(plain, schema=schema.arrow_schema(name))
+    return pa.Table.from_pylist(values, schema=schema.arrow_schema(name))
 
 
 def plain(value: object) -> object:
+    """Python's own number or list for one of numpy's."""
     if isinstance(value, np.generic):
         return value.item()
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def part_name(first: int, rank: int) -> str:
+    """File name of the part of `rank` whose first step is `first`."""
     return f"part-{first:08d}-{rank:04d}.parquet"
 
 
 def first_step_of(part: Path) -> int:
+    """First step that the part may hold, from its name."""
     return int(part.name.split("-")[1])
 
 
-def remove_parts(root: Path, stale: Callable[[int], bool]) -> None:
-    """Remove temporary files, and the parts of all ranks whose first step is `stale`."""
+def last_step_of(part: Path) -> int:
+    """Last step that the part holds rows up to, from its metadata."""
+    return int(pq.read_schema(part).metadata[schema.LAST_STEP_KEY])
+
+
+def remove_parts(root: Path, after_step: int) -> None:
+    """Remove temporary files, and the parts of all ranks whose first step is > `after_step`."""
     for path in sorted(root.glob("*/part-*")):
-        if path.name.endswith(_TEMPORARY) or stale(first_step_of(path)):
+        if path.name.endswith(_TEMPORARY) or first_step_of(path) > after_step:
             path.unlink()
 
 
+def cut_parts(root: Path, first: int, step: int) -> None:
+    """Take the rows of steps > `step` out of the parts, of all ranks, that begin at `first`."""
+    for path in sorted(root.glob(f"*/part-{first:08d}-*.parquet")):
+        if path.parent.name != "index" and last_step_of(path) > step:
+            write_part(rows_until(read_part(path, path.parent.name), step), path, step)
+
+
+def rows_until(table: pa.Table, step: int) -> pa.Table:
+    """The rows whose step is at most `step`."""
+    return table.filter(pa.array(table["step"].to_numpy() <= step))
+
+
 def write_part(table: pa.Table, path: Path, last_step: int) -> None:
-    metadata = {**table.schema.metadata, schema.LAST_STEP_KEY: str(last_step).encode()}
-    # One chunk, so that row groups do not depend on how the rows arrived.
-    whole = table.unify_dictionaries().combine_chunks().replace_schema_metadata(metadata)
+    """Write a part that holds everything up to `last_step`."""
+    fields = schema.arrow_schema(path.parent.name)
+    metadata = {**fields.metadata, schema.LAST_STEP_KEY: str(last_step).encode()}
+    # One chunk and the schema's own fields (reading adds metadata to them), so that the bytes do
+    # not depend on how the rows arrived.
+    whole = table.unify_dictionaries().combine_chunks().cast(fields.with_metadata(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda temporary: pq.write_table(
         whole, temporary, compression="zstd", row_group_size=_ROW_GROUP

@@ -5,28 +5,44 @@ steps (k n, (k+1) n] with n = part_steps, the first part step 0 too, and is name
 (0, n + 1, 2n + 1, ...). So what a part holds depends on step numbers alone, never on time, and a
 run that was stopped and resumed has the parts of one that was not.
 
-A part appears whole or not at all: it is written to a temporary file beside its place, synced and
-renamed. `pairs` is written last and for every part, even without rows: it marks the part complete.
+The last part of a run may end early; a run that goes on from there completes it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fastpref.dynamics import schema
+from fastpref.dynamics.parts import (
+    arrow_array,
+    cut_parts,
+    first_step_of,
+    last_step_of,
+    list_parts,
+    part_name,
+    plain,
+    read_part,
+    read_records,
+    remove_parts,
+    replace_file,
+    rows_until,
+    table_of_rows,
+    write_part,
+)
 
-TEMPORARY = ".partial"
+__all__ = ["MetricsLog", "Recorder", "read_jsonl", "read_records"]
+
+# Written last and for every part, even without rows: it marks the part complete.
 _COMMIT_TABLE = "pairs"
-_ROW_GROUP = 1 << 16
 
 
 class Recorder:
@@ -62,11 +78,11 @@ class Recorder:
         self._splits = pa.array(list(schema.SPLITS), pa.string())
         self._buffer: dict[str, list[pa.Table]] = {}
         self._margins: dict[tuple[str, str], tuple[int, float]] = {}
-        self._written = self._step = resume_step or 0
-        if self._step:
-            self._resume(self._step)
+        self._flushed = self._written = resume_step or -1
+        if resume_step:
+            self._resume(resume_step)
         elif rank == 0:
-            remove_parts(self._root, lambda first: True)
+            remove_parts(self._root, after_step=-1)
 
     def index(self, rows: Iterable[Mapping[str, object]]) -> None:
         """Write the index table, once per run: a mapping of columns of `index` per pair.
@@ -103,27 +119,26 @@ class Recorder:
         for name in ("pair_id", "behavior"):
             if name not in columns:
                 raise ValueError(f"records of pairs at step {step} need the column {name!r}")
-        if "margin" in columns:
-            columns.setdefault("reward_accuracy", columns["margin"] > 0)
-        if "logp_chosen" in columns and "logp_rejected" in columns:
-            columns.setdefault("output_accuracy", columns["logp_chosen"] > columns["logp_rejected"])
         if split not in schema.SPLITS:
             raise ValueError(f"split {split!r} at step {step} is none of {list(schema.SPLITS)}")
-        rows = len(columns["pair_id"])
-        columns |= {"step": step, "rank": self._rank, "epoch": epoch}
         for name in columns:
             schema.TABLES["pairs"].column(name)
-        arrays = []
-        for column in schema.TABLES["pairs"].columns:
-            if column.name == "behavior":
-                arrays.append(self._behavior_column(columns["behavior"], rows))
-            elif column.name == "split":
-                number = list(schema.SPLITS).index(split)
-                indices = pa.array(np.full(rows, number, np.int32))
-                arrays.append(pa.DictionaryArray.from_arrays(indices, self._splits))
-            else:
-                arrays.append(arrow_array(column, columns.get(column.name), rows))
-        table = pa.Table.from_arrays(arrays, schema=schema.arrow_schema("pairs"))
+        rows = len(columns["pair_id"])
+        margin, chosen, rejected = map(columns.get, ("margin", "logp_chosen", "logp_rejected"))
+        if isinstance(margin, np.ndarray):
+            columns.setdefault("reward_accuracy", margin > 0)
+        if isinstance(chosen, np.ndarray) and isinstance(rejected, np.ndarray):
+            columns.setdefault("output_accuracy", chosen > rejected)
+        columns |= {"step": step, "rank": self._rank, "epoch": epoch}
+        columns["split"] = np.full(rows, list(schema.SPLITS).index(split), np.int32)
+        names = {"behavior": self._behaviors, "split": self._splits}
+        arrays = [
+            _named(columns[c.name], names[c.name], c.name, rows)
+            if c.name in names
+            else arrow_array(c, columns.get(c.name), rows)
+            for c in schema.TABLES["pairs"].columns
+        ]
+        table = pa.Table.from_arrays(arrays, schema=_pairs_schema())
         self._buffer.setdefault("pairs", []).append(table)
 
     def step(self, step: int, **scalars: Any) -> None:
@@ -152,21 +167,21 @@ class Recorder:
             if isinstance(margin, (int, float, np.floating)):
                 if previous is not None:
                     filled["rate_obs"] = (float(margin) - previous[1]) / (step - previous[0])
-                self._margins[(split, behavior)] = (step, float(margin))
+                self._margins[split, behavior] = step, float(margin)
             complete.append(filled)
         self._add_rows("behaviors", step, complete)
         return complete
 
     def flush(self, step: int) -> None:
-        """Say that everything of `step` is recorded; writes a part when it ends one."""
-        self._step = step
-        if step > self._written and step % self._part_steps == 0:
+        """Say that everything of `step` is recorded; writes a part when `step` ends one."""
+        self._flushed = step
+        if step > max(self._written, 0) and step % self._part_steps == 0:
             self._write(step)
 
     def close(self, step: int) -> None:
         """Write what is left after the last step, as a part that ends early."""
-        self._step = step
-        if step > self._written or any(self._buffer.values()):
+        self._flushed = step
+        if step > self._written:
             self._write(step)
 
     def _first_step(self, step: int) -> int:
@@ -178,21 +193,21 @@ class Recorder:
         first = self._first_step(step)
         self._buffer.setdefault(_COMMIT_TABLE, [])
         for name in sorted(self._buffer, key=lambda name: name == _COMMIT_TABLE):
-            chunks = self._buffer[name]
-            if not chunks and name != _COMMIT_TABLE:
-                continue
-            table = pa.concat_tables(chunks) if chunks else schema.arrow_schema(name).empty_table()
-            write_part(table, self._root / name / part_name(first, self._rank), step)
+            empty = schema.arrow_schema(name).empty_table()
+            table = pa.concat_tables([*self._buffer[name], empty])
+            if table.num_rows or name == _COMMIT_TABLE:
+                write_part(table, self._root / name / part_name(first, self._rank), step)
         self._written = step
         # An unfinished part stays in memory: a loop that goes on past close() completes it.
         if step % self._part_steps == 0:
             self._buffer.clear()
 
     def _check_step(self, table: str, step: int) -> None:
-        if step < self._step or (step == self._written and step > 0):
+        following = self._flushed + 1
+        if step < following or self._first_step(step) != self._first_step(following):
             raise ValueError(
-                f"{table} of step {step} come too late: the records of step "
-                f"{max(self._step, self._written)} are complete"
+                f"{table} of step {step} recorded after flush({self._flushed}): steps come in "
+                f"order, each is flushed, and a part has {self._part_steps} steps"
             )
 
     def _add_rows(self, name: str, step: int, rows: Iterable[Mapping[str, object]]) -> None:
@@ -200,42 +215,32 @@ class Recorder:
         if self._rank == 0:
             self._buffer.setdefault(name, []).append(table_of_rows(name, rows))
 
-    def _behavior_column(self, values: object, rows: int) -> pa.Array:
-        indices = arrow_array(schema.Column("behavior", pa.int32(), "", ""), values, rows)
-        known = len(self._behaviors)
-        bad = [i for i in indices.to_pylist() if not 0 <= i < known]
-        if bad:
-            raise ValueError(f"behavior index {bad[0]} is out of range: there are {known}")
-        return pa.DictionaryArray.from_arrays(indices, self._behaviors)
-
     def _resume(self, step: int) -> None:
         """Remove what lies after `step`; read back its unfinished part and the last margins."""
         first = self._first_step(step)
         path = self._root / _COMMIT_TABLE / part_name(first, self._rank)
-        last = int(pq.read_schema(path).metadata[schema.LAST_STEP_KEY]) if path.exists() else -1
+        last = last_step_of(path) if path.exists() else -1
         if last < step:
             raise ValueError(
                 f"cannot resume the records at step {step}: {path} "
                 + (f"ends at step {last}" if path.exists() else "is missing")
-                + f", with {self._part_steps} steps to a part; resume from a checkpoint whose "
-                "step its records reach, keep the settings that decide the size of a part, or "
-                "switch the recorder off"
+                + f" ({self._part_steps} steps to a part); resume from a checkpoint that the "
+                "records reach, with the settings they were written with, or without recording"
             )
         if self._rank == 0:
-            remove_parts(self._root, lambda other: other > step)
+            remove_parts(self._root, after_step=step)
+            cut_parts(self._root, first, step)
         if last > step or step % self._part_steps:
+            self._written = first - 1
             for name in schema.TABLES:
                 part = self._root / name / part_name(first, self._rank)
                 if name != "index" and part.exists():
-                    table = read_part(part, name)
-                    kept = table.filter(pa.array(table["step"].to_numpy() <= step))
-                    self._buffer[name] = [kept] if kept.num_rows else []
-            self._written = first - 1 if first else 0
+                    self._buffer[name] = [rows_until(read_part(part, name), step)]
         for part in list_parts(self._root.parent, "behaviors"):
             if first_step_of(part) <= step:
-                for row in read_part(part, "behaviors").to_pylist():
-                    if row["step"] <= step and row["margin"] is not None:
-                        self._margins[(row["split"], row["behavior"])] = (row["step"], row["margin"])
+                for row in rows_until(read_part(part, "behaviors"), step).to_pylist():
+                    if row["margin"] is not None:
+                        self._margins[row["split"], row["behavior"]] = row["step"], row["margin"]
 
 
 class MetricsLog:
@@ -302,11 +307,28 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+@functools.cache
+def _pairs_schema() -> pa.Schema:
+    return schema.arrow_schema("pairs")
+
+
+def _named(indices: Any, names: pa.Array, column: str, rows: int) -> pa.Array:
+    """Dictionary array of rows (P,) whose integers `indices` point into `names`."""
+    array = arrow_array(schema.Column(column, pa.int32(), "", ""), indices, rows)
+    bad = np.flatnonzero((indices < 0) | (indices >= len(names)))
+    if bad.size:
+        raise ValueError(
+            f"column {column!r} holds index {indices[bad[0]]} at row {bad[0]}, expected 0 to "
+            f"{len(names) - 1}"
+        )
+    return pa.DictionaryArray.from_arrays(array, names)
+
+
 def _json_line(row: Mapping[str, object]) -> str:
     """One line of JSON; numbers that are not finite become null, as JSON has none."""
-    plain = {key: plain(value) for key, value in row.items()}
+    values = {key: plain(value) for key, value in row.items()}
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in plain.items()
+        for key, value in values.items()
     }
     return json.dumps(finite, ensure_ascii=False) + "\n"

@@ -85,7 +85,7 @@ _PAIRS = Table(
         Column("ref_logp_chosen", _F32, "nat", "log pi_ref(chosen given prompt), summed"),
         Column("ref_logp_rejected", _F32, "nat", "log pi_ref(rejected given prompt), summed"),
         Column("margin", _F32, "nat",
-               "m = (logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected), no beta"),
+               "m = (logp - ref_logp of chosen) - (logp - ref_logp of rejected), without beta"),
         Column("weight", _F32, "1/nat",
                "-dloss/dmargin; beta*sigmoid(-beta*m) for the sigmoid loss"),
         Column("loss", _F32, "nat", "the pair's loss"),
@@ -196,7 +196,7 @@ _GRAM = Table(
 
 _PROBES = Table(
     "probes",
-    "One row per evaluation and fixed response: how the model rates responses it is not trained on.",
+    "One row per evaluation and fixed response, most of them not trained on.",
     (
         Column("step", _I32, "step", "optimizer step", True),
         Column("probe_id", _I64, "-", "stable id of the probe", True),

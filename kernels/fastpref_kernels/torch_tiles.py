@@ -14,6 +14,10 @@ from torch import Tensor
 from .gram import GroupGram
 from .segment import add_rows_
 
+# Least exponent relative to a row's maximum. e^-80 = 2e-35 per entry is nothing beside S' >= 1, in float64 too, so the
+# target's entry, -inf before the exponential, may as well stand there with it instead of 0.
+FLOOR = -80.0
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -79,6 +83,15 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
+def exp_(z: Tensor, maximum: Tensor) -> Tensor:
+    """exp(max(z - maximum, FLOOR)) in place.
+
+    Without the floor the CPU's vector exp takes a path 50 to 100 times slower for every result that underflows, and
+    the products after it slow down on subnormal operands.
+    """
+    return z.sub_(maximum).clamp_(min=FLOOR).exp_()
+
+
 class RowSums:
     """Running sums over the entries that are not the target, relative to each row's running maximum.
 
@@ -113,7 +126,7 @@ class RowSums:
             top = z.amax(0)
         maximum = torch.maximum(self.maximum, top)
         shrink = (self.maximum - maximum).exp_()
-        z.sub_(maximum).exp_()
+        exp_(z, maximum)
         total = z.sum(0)
         self._add_optional(z, total, top, where, maximum, shrink)
         self.total = torch.addcmul(total, self.total, shrink)
@@ -153,7 +166,7 @@ class RowSums:
 class Saved:
     """What the backward needs, and nothing of it is written by the backward.
 
-    row_state (4, R): the non-target maximum, the non-target sum S' (1 where there is none), a = log((1 - p)/p), and
+    row_state (4, R): the non-target maximum, the non-target sum S', a = log((1 - p)/p), and
     phi = (dz/da)/k at the target. hidden_grad (R, D): d logp / d hidden over k (1 - p). exps (C, R): kept rows of E
     (times the softcap's bend). offsets (kept tiles, R): the maximum that each kept tile is relative to.
     """
@@ -188,7 +201,7 @@ def forward(
         0 if in_place and kept == len(tiles.bounds) else width, rows, dtype=dtype
     )
     mixed = hidden.new_empty(rows if need_hidden else 0, dim, dtype=dtype)
-    operand = _wide_on_cpu(hidden, dtype).t()
+    operand = _wide_on_cpu(hidden, dtype).t().contiguous()  # read by every tile
     for i, (lo, hi) in enumerate(tiles.bounds):
         weight_C = _wide_on_cpu(weight[lo:hi], dtype)
         z = exps[lo:hi] if in_place and i < kept else scratch[: hi - lo]
@@ -298,21 +311,21 @@ def _recompute_(
     product(weight[lo:hi], hidden.t(), out)
     bend = transform.apply_(out, _column(transform.bias, lo, hi))
     tiles.take_target_(i, out)
-    out.sub_(maximum).exp_()
+    exp_(out, maximum)
     if bend is not None:
         out.mul_(bend)
 
 
 def _row_state(sums: RowSums, transform: Transform) -> Tensor:
-    """(4, R): maximum, S' (1 where 0), a = log S' + max - z_y, phi."""
+    """(4, R): maximum, S', a = log S' + max - z_y (-inf where the target is the whole vocabulary), phi."""
     log_odds = (sums.maximum - sums.target_logit) + sums.total.log()
+    log_odds.masked_fill_(sums.maximum == torch.finfo(log_odds.dtype).min, -torch.inf)
     if transform.softcap is None:
         phi = torch.ones_like(log_odds)
     else:
         bent = sums.target_logit * (transform.temperature / transform.softcap)
         phi = 1.0 - bent * bent
-    total = sums.total.masked_fill(sums.total == 0, 1.0)
-    return torch.stack((sums.maximum, total, log_odds, phi))
+    return torch.stack((sums.maximum, sums.total, log_odds, phi))
 
 
 def _accumulate_(out: Tensor, shrink: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
@@ -330,7 +343,7 @@ def _half_product(exps: Tensor, rows: Tensor, dtype: torch.dtype, out: Tensor) -
 
     A row's factor g (1 - p) / S' may be far below what float16 holds, so the operand is brought to unit size first.
     """
-    if not exps.is_cuda:
+    if not exps.is_cuda or not rows.numel():
         product(exps, rows, out)
         return
     size = rows.abs().amax().clamp(min=torch.finfo(rows.dtype).tiny)

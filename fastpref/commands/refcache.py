@@ -1,0 +1,31 @@
+"""Compute reference log-probs ahead of training: `fastpref refcache CONFIG.yaml --field value ...`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from fastpref.commands import add_config_options, config_from_options
+
+add_arguments = add_config_options
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fill the cache that a training run with the same data and model reads."""
+    config = config_from_options(args)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from fastpref.data.dataset import load_dataset
+    from fastpref.model import load_model
+    from fastpref.refcache import with_reference
+
+    model = load_model(config)
+    dataset = load_dataset(config, model.tokenizer)
+    pairs = with_reference(
+        model,
+        dataset.train + dataset.held_out,
+        cache_dir=config.ref_cache_dir,
+        check_pairs=config.ref_check_pairs,
+        seed=config.seed,
+    )
+    print(f"{len(pairs)} pairs have their reference log-probs.")
+    return 0

@@ -1,0 +1,129 @@
+"""Everything a run knows of its data: training pairs, held-out pairs, and where each came from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastpref.config import Config
+from fastpref.data.files import BadRow
+from fastpref.data.formats import Pair, read_pairs
+from fastpref.data.split import split_pairs
+from fastpref.data.tokenize import TokenPair, tokenize_pairs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenised pairs of a run; `behavior` of a pair indexes `behaviors`."""
+
+    train: list[TokenPair]
+    held_out: list[TokenPair]
+    behaviors: list[str]
+    index: list[dict[str, object]]  # rows of the `index` records table
+    dropped: list[BadRow]
+    truncated: int
+
+
+def load_dataset(config: Config, tokenizer: Any) -> Dataset:
+    """Read, split and tokenise ``config.dataset_name`` (and ``eval_dataset_name``).
+
+    Raises ValueError for bad rows unless ``on_bad_rows`` is "drop", for an unknown behavior in
+    ``flip_behaviors``, and for held-out pairs that also stand in the training data.
+    """
+    if not config.dataset_name:
+        raise ValueError("dataset_name is empty. Set it to files or folders of preference pairs.")
+    options: dict[str, Any] = {
+        "behavior_column": config.behavior_column,
+        "flip_behaviors": config.flip_behaviors,
+        "on_bad_rows": config.on_bad_rows,
+    }
+    pairs, dropped = read_pairs(config.dataset_name, **options)
+    if config.eval_dataset_name:
+        others, more = read_pairs(config.eval_dataset_name, **options)
+        _demand_apart(pairs, others)
+        held_out = set(range(len(pairs), len(pairs) + len(others)))
+        pairs, dropped = pairs + others, dropped + more
+    else:
+        held_out = set(split_pairs(pairs, config.eval_fraction, config.seed)[1])
+
+    tokenized = tokenize_pairs(
+        pairs,
+        tokenizer,
+        max_length=config.max_length,
+        append_eos=config.append_eos,
+        on_bad_rows=config.on_bad_rows,
+    )
+    dropped = dropped + tokenized.bad
+    sides: tuple[list[TokenPair], list[TokenPair]] = ([], [])
+    for token_pair, source in zip(tokenized.pairs, tokenized.sources, strict=True):
+        sides[source in held_out].append(token_pair)
+    if not sides[0]:
+        raise ValueError(f"{', '.join(config.dataset_name)}: no training pair is left.")
+    _report(sides, tokenized.behaviors, dropped, tokenized.truncated, config.max_length)
+    index = [_index_row(pairs[s], "eval" if s in held_out else "train") for s in tokenized.sources]
+    return Dataset(*sides, tokenized.behaviors, index, dropped, tokenized.truncated)
+
+
+def sample_pairs(pairs: Sequence[TokenPair], per_behavior: int, seed: int) -> list[TokenPair]:
+    """At most ``per_behavior`` pairs of each behavior, labels in their proportion.
+
+    Chosen by a hash of (seed, pair_id), so that the sample stays the same whatever the order.
+    """
+    strata: dict[tuple[int, str], list[TokenPair]] = defaultdict(list)
+    for pair in pairs:
+        strata[pair.behavior, pair.label].append(pair)
+    placed: dict[int, list[tuple[float, int, TokenPair]]] = defaultdict(list)
+    for (behavior, _), members in strata.items():
+        members.sort(key=lambda p: hashlib.sha256(f"sample {seed} {p.pair_id}".encode()).digest())
+        for j, pair in enumerate(members):
+            placed[behavior].append(((j + 0.5) / len(members), pair.pair_id, pair))
+    return [
+        pair for behavior in sorted(placed) for *_, pair in sorted(placed[behavior])[:per_behavior]
+    ]
+
+
+def _demand_apart(train: Sequence[Pair], held_out: Sequence[Pair]) -> None:
+    known = {pair.pair_id: pair for pair in train}
+    for pair in held_out:
+        twin = known.get(pair.pair_id)
+        if twin:
+            raise ValueError(
+                f"{pair.source}:{pair.line}: this held-out pair is also training pair "
+                f"{twin.source}:{twin.line}. Take it out of one of them."
+            )
+
+
+def _index_row(pair: Pair, split: str) -> dict[str, object]:
+    return {
+        "pair_id": pair.pair_id,
+        "id": pair.id,
+        "file": pair.source,
+        "line": pair.line,
+        "behavior": pair.behavior,
+        "label": pair.label,
+        "flipped": pair.flipped,
+        "split": split,
+    }
+
+
+def _report(
+    sides: tuple[list[TokenPair], list[TokenPair]],
+    behaviors: Sequence[str],
+    dropped: Sequence[BadRow],
+    truncated: int,
+    max_length: int,
+) -> None:
+    train, held_out = map(len, sides)
+    log.info("%d training and %d held-out pairs, %d behaviors", train, held_out, len(behaviors))
+    if truncated:
+        log.warning("%d pairs lost their end at max_length=%d tokens", truncated, max_length)
+    if dropped:
+        log.warning("%d bad rows dropped:", len(dropped))
+        for row in dropped:
+            log.warning("  %s:%d: %s (%s)", row.source, row.line, row.reason, row.value)

@@ -1,0 +1,11 @@
+"""The ends of a run that a caller may want to tell apart; everything else is a ValueError."""
+
+from __future__ import annotations
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient is infinite or NaN; the message names step and pairs. Exit code 3."""
+
+
+class Preempted(Exception):
+    """The process was asked to end (SIGTERM) and stopped at a whole step. Exit code 143."""

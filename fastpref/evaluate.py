@@ -1,0 +1,90 @@
+"""Evaluation: every behavior's training sample and held-out pairs, in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fastpref.batch import PairBatch
+from fastpref.config import Config
+from fastpref.data.dataset import Dataset, sample_pairs
+from fastpref.data.pack import pack_pairs, parts, plan_microbatches
+from fastpref.data.tokenize import TokenPair
+from fastpref.dynamics.groups import behavior_rows
+from fastpref.dynamics.recorder import MetricsLog, Recorder
+from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
+from fastpref.losses import Loss
+from fastpref.model import PairModel
+from fastpref.observe import Columns, column_metrics, concatenate, pair_columns
+from fastpref.step import evaluate
+
+
+class Evaluator:
+    """Scores the same pairs at every call; packed once, in batches that the data alone decides."""
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        self.config, self.behaviors = config, dataset.behaviors
+        sides = {TRAIN_SAMPLE: dataset.train, HELD_OUT: dataset.held_out}
+        self.batches: dict[str, list[PairBatch]] = {
+            split: self._pack(sample_pairs(pairs, config.eval_sample_size, config.seed))
+            for split, pairs in sides.items()
+        }
+
+    def _pack(self, pairs: Sequence[TokenPair]) -> list[PairBatch]:
+        fed = np.array([parts(p).fed for p in pairs], np.int64)
+        budget = self.config.max_tokens_per_microbatch
+        plan = plan_microbatches(fed, np.arange(len(pairs)), budget)
+        return [pack_pairs([pairs[i] for i in own]) for own in plan]
+
+    def columns(self, model: PairModel, loss: Loss, split: str) -> Columns:
+        """Columns of the `pairs` table for every pair of ``split``."""
+        return concatenate(
+            pair_columns(evaluate(model, batch.to(model.device), loss, self.config))
+            for batch in self.batches[split]
+        )
+
+    def run(
+        self,
+        model: PairModel,
+        loss: Loss,
+        step: int,
+        epoch: float,
+        metrics: MetricsLog,
+        recorder: Recorder | None,
+    ) -> dict[str, dict[str, float]]:
+        """Evaluate both splits after ``step``; a metrics line and records each.
+
+        Returns split -> metrics under TRL's names, a behavior's as ``behavior/<name>/...``.
+        """
+        found = {}
+        for split, batches in self.batches.items():
+            if not batches:
+                continue
+            columns = self.columns(model, loss, split)
+            rows = behavior_rows(self.behaviors, columns["behavior"], **_measured(columns))
+            if recorder:
+                recorder.pairs(step, split, epoch, **columns)
+                rows = recorder.behaviors(step, split, rows)
+            line = column_metrics(columns, self.config.beta)
+            for row in rows:
+                line |= _behavior_metrics(row, self.config.beta)
+            metrics.append({"step": step, "epoch": epoch, "split": split, **line})
+            found[split] = line
+        return found
+
+
+def _measured(columns: Columns) -> Columns:
+    names = ("margin", "weight", "loss", "logp_chosen", "logp_rejected", "ref_logp_chosen")
+    return {name: columns[name] for name in names}
+
+
+def _behavior_metrics(row: Mapping[str, object], beta: float) -> dict[str, float]:
+    name = f"behavior/{row['behavior']}"
+    margin = row["margin"]
+    assert isinstance(margin, float)
+    return {
+        f"{name}/rewards/margins": beta * margin,
+        f"{name}/rewards/accuracies": row["reward_accuracy"],  # type: ignore[dict-item]
+        f"{name}/update_rate": row.get("rate_obs"),  # type: ignore[dict-item]
+    }

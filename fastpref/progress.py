@@ -1,0 +1,78 @@
+"""The progress bar of a run, and the throughput that perf.jsonl keeps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from fastpref.data.loader import StepPlan
+from fastpref.observe import Columns
+from fastpref.step import StepResult
+
+
+class Bar:
+    """Steps done, time left, loss, margin, accuracy, tokens/s and pairs/s.
+
+    Tokens are the packed ones that this rank's body computed. Time spent in `paused` (evaluations)
+    is kept apart, so that throughput is that of training.
+    """
+
+    def __init__(self, last_step: int, first_step: int, show: bool) -> None:
+        self.bar = tqdm(
+            total=last_step,
+            initial=first_step,
+            unit="step",
+            desc="train",
+            disable=not show,
+            dynamic_ncols=True,
+        )
+        self._empty()
+
+    def step(
+        self, plan: StepPlan, result: StepResult, columns: Sequence[Columns], seconds: float
+    ) -> None:
+        """Count one optimizer step that took ``seconds``."""
+        self.seconds += seconds
+        self.steps += 1
+        self.pairs += plan.num_pairs
+        self.tokens += sum(r.batch.num_tokens for r in result.pairs)
+        margins = [m for own in columns for m in own["margin"].tolist()]
+        shown = {
+            "loss": f"{float(result.loss):.4f}",
+            "margin": f"{sum(margins) / max(len(margins), 1):+.3f}",
+            "acc": f"{sum(m > 0 for m in margins) / max(len(margins), 1):.2f}",
+            "tok/s": f"{self.tokens / self.seconds:.0f}",
+            "pairs/s": f"{self.pairs / self.seconds:.1f}",
+        }
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def window(self) -> dict[str, float]:
+        """Clocks since the last call, for perf.jsonl; empties them."""
+        line = {
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "evaluation_seconds": self.evaluation,
+            "pairs_per_second": self.pairs / self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+        }
+        self._empty()
+        return line
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time an evaluation apart from training."""
+        began = time.perf_counter()
+        yield
+        self.evaluation += time.perf_counter() - began
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
+
+    def _empty(self) -> None:
+        self.seconds = self.evaluation = 0.0
+        self.steps = self.pairs = self.tokens = 0

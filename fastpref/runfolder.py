@@ -1,0 +1,99 @@
+"""The folder of a run: whether a new one may begin there, which checkpoint it goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpref import dist
+from fastpref.checkpoint import find_checkpoint, remove_checkpoints_after, verify_checkpoint
+from fastpref.config import Config, load_config
+
+log = logging.getLogger(__name__)
+
+# What a run may change when it goes on: where things lie, how long it lasts, what is kept. A change
+# of anything else would make one record of two different runs.
+MAY_CHANGE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "device",
+    "max_steps",
+    "num_train_epochs",
+    "save_total_limit",
+    "ref_cache_dir",
+    "ref_check_pairs",
+}
+FILES = ("config.yaml", "metrics.jsonl", "perf.jsonl", "report.html")
+
+
+def open_run(config: Config, device: torch.device) -> Path | None:
+    """Prepare ``config.output_dir`` and write config.yaml; the checkpoint to go on from, or None.
+
+    Checkpoints of later steps than that one are removed: the run is about to contradict them.
+    Raises ValueError where the folder holds a run with other settings, or a checkpoint is asked for
+    that is not there or not whole.
+    """
+    found = ""
+    if dist.is_main():
+        run = Path(config.output_dir)
+        _prepare(config, run)
+        checkpoint = find_checkpoint(config.resume_from_checkpoint, run)
+        if checkpoint:
+            remove_checkpoints_after(run, verify_checkpoint(checkpoint))
+            found = str(checkpoint)
+    found = dist.broadcast_text(found, device)
+    return Path(found) if found else None
+
+
+def _prepare(config: Config, run: Path) -> None:
+    written = run / "config.yaml"
+    if written.exists():
+        if config.overwrite_output_dir:
+            _remove_run(run)
+        elif config.resume_from_checkpoint == "none":
+            raise ValueError(
+                f"{run} holds a run already. Set overwrite_output_dir to begin anew there, "
+                "resume_from_checkpoint to auto to go on with it, or choose another output_dir."
+            )
+        else:
+            _demand_same(config, load_config(written), run)
+    run.mkdir(parents=True, exist_ok=True)
+    aside = run / f".config.yaml.{os.getpid()}"
+    aside.write_text(config.to_yaml(), encoding="utf-8")
+    os.replace(aside, written)
+
+
+def _demand_same(config: Config, before: Config, run: Path) -> None:
+    changed = [
+        f"{name}: {was!r} -> {now!r}"
+        for name, was in dataclasses.asdict(before).items()
+        for now in [getattr(config, name)]
+        if name not in MAY_CHANGE and was != now
+    ]
+    if changed:
+        raise ValueError(
+            f"{run} holds a run with other settings ({'; '.join(changed)}). Choose another "
+            "output_dir, or set overwrite_output_dir to remove that run and begin anew."
+        )
+
+
+def _remove_run(run: Path) -> None:
+    """Only what a run writes; whatever else the user keeps there stays."""
+    for name in FILES:
+        (run / name).unlink(missing_ok=True)
+    for folder in [run / "records", *run.glob("checkpoint-*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_final(run: Path, module: Any, tokenizer: Any) -> None:
+    """The trained model at the root of the run, for `AutoModelForCausalLM.from_pretrained(run)`."""
+    module.save_pretrained(run)
+    tokenizer.save_pretrained(run)
+    log.info("model saved to %s", run)

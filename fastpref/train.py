@@ -1,0 +1,235 @@
+"""A training run, top to bottom: data, model, reference, then the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastpref import dist, runfolder
+from fastpref.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from fastpref.config import Config
+from fastpref.data.dataset import Dataset, load_dataset
+from fastpref.data.loader import Loader
+from fastpref.data.pack import pack_pairs
+from fastpref.dynamics.recorder import MetricsLog, Recorder
+from fastpref.dynamics.schema import TRAIN
+from fastpref.errors import NonFiniteError, Preempted
+from fastpref.evaluate import Evaluator
+from fastpref.losses import Loss, get_loss
+from fastpref.model import PairModel, load_model, resolve_device
+from fastpref.observe import Window, concatenate, pair_columns, record_step
+from fastpref.optim import Schedule, build_optimizer, build_scheduler
+from fastpref.progress import Bar
+from fastpref.refcache import with_reference
+from fastpref.selfcheck import check_model
+from fastpref.step import train_step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """What changes while a run runs; a checkpoint holds all of it."""
+
+    model: PairModel
+    optimizer: torch.optim.Optimizer
+    scheduler: Schedule
+    window: Window  # sums since the last line of metrics.jsonl
+    step: int = 0  # finished optimizer steps
+    num_tokens: int = 0  # of both sequences of every pair so far, as TRL counts
+
+    def saved(self) -> TrainState:
+        """The form in which checkpoints hold it."""
+        counters = {
+            "step": self.step,
+            "num_tokens": self.num_tokens,
+            "window": self.window.sums,
+        }
+        module, tokenizer = self.model.module, self.model.tokenizer
+        return TrainState(module, tokenizer, self.optimizer, self.scheduler, counters)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from ``checkpoint``, bit for bit."""
+        counters = load_checkpoint(checkpoint, self.saved(), verify=False)
+        self.step, self.num_tokens = counters["step"], counters["num_tokens"]
+        self.window.sums = counters["window"]
+
+
+def train(config: Config, progress: bool = True) -> Path:
+    """Train on preference pairs as ``config`` says; returns the run folder.
+
+    Raises ValueError for bad input, before any training; NonFiniteError at a loss that is not
+    finite; Preempted after SIGTERM, once the step under way is done and saved.
+    """
+    loss = get_loss(config.loss_type, config.label_smoothing)
+    dist.start(resolve_device(config.device).type)
+    try:
+        return _train(config, loss, progress and dist.is_main())
+    finally:
+        dist.stop()
+
+
+def _train(config: Config, loss: Loss, progress: bool) -> Path:
+    # Where the pieces come from. All that can be wrong with the input is found here.
+    model = load_model(config)
+    config = dataclasses.replace(
+        config, device=model.device.type, dtype=str(model.dtype).removeprefix("torch.")
+    )
+    torch.manual_seed(config.seed)
+    dataset = load_dataset(config, model.tokenizer)
+    loader = _loader(config, dataset)
+    last_step = total_steps(config, loader.steps_per_epoch)
+    checkpoint = runfolder.open_run(config, model.device)
+    worst = check_model(model, dataset.train)
+    log.info("self-check: packed equals separate sequences to %.1e", worst)
+    dataset = _with_reference(config, model, dataset, progress)
+
+    optimizer = build_optimizer(model.module.named_parameters(), config)
+    scheduler = build_scheduler(optimizer, config, last_step)
+    state = State(model, optimizer, scheduler, Window(model.device))
+    if checkpoint:
+        state.restore(checkpoint)
+        log.info("resumed from %s", checkpoint)
+    return _loop(config, loss, dataset, loader, state, last_step, progress)
+
+
+def _loop(
+    config: Config,
+    loss: Loss,
+    dataset: Dataset,
+    loader: Loader,
+    state: State,
+    last_step: int,
+    progress: bool,
+) -> Path:
+    run, model = Path(config.output_dir), state.model
+    metrics = MetricsLog(run / "metrics.jsonl", state.step)
+    perf = MetricsLog(run / "perf.jsonl", state.step, truncate=False)
+    recorder = None
+    if config.record:
+        recorder = Recorder(run, dist.rank(), dataset.behaviors, config.part_steps, state.step)
+        recorder.index(dataset.index)
+    evaluator = Evaluator(config, dataset) if config.eval_steps and dist.is_main() else None
+    truncated = np.array([p.pair_id for p in dataset.train if p.truncated], np.int64)
+    if evaluator and state.step == 0:
+        evaluator.run(model, loss, 0, 0.0, metrics, recorder)
+
+    bar = Bar(last_step, state.step, progress)
+    with _asked_to_end() as asked:
+        for plan in loader.plan(state.step + 1, last_step):
+            # The step itself.
+            began, rate = time.perf_counter(), state.scheduler.learning_rate
+            tracked = config.track == "head" and plan.step % config.track_every == 0
+            batches = (
+                pack_pairs([dataset.train[i] for i in own]).to(model.device)
+                for own in plan.micro_batches
+            )
+            try:
+                result = train_step(
+                    model,
+                    batches,
+                    loss,
+                    config,
+                    plan.num_pairs,
+                    state.optimizer,
+                    "exact" if tracked else None,
+                )
+            except NonFiniteError as error:
+                raise NonFiniteError(f"step {plan.step}: {error}") from None
+            state.scheduler.step()
+            state.step = plan.step
+
+            # What it showed.
+            parts = [pair_columns(pairs) for pairs in result.pairs]
+            state.window.add(concatenate(parts) if parts else None, float(result.grad_norm))
+            state.num_tokens += plan.num_tokens
+            if recorder:
+                record_step(recorder, plan, result, parts, truncated, rate, config.beta)
+            bar.step(plan, result, parts, time.perf_counter() - began)
+            last = plan.step == last_step
+            if last or plan.step % config.logging_steps == 0:
+                line = {"learning_rate": rate, "num_tokens": state.num_tokens}
+                line |= state.window.metrics(config.beta)
+                metrics.append({"step": plan.step, "epoch": plan.epoch, "split": TRAIN, **line})
+                perf.append({"step": plan.step, **bar.window()})
+            if evaluator and (last or plan.step % config.eval_steps == 0):
+                with bar.paused():
+                    evaluator.run(model, loss, plan.step, plan.epoch, metrics, recorder)
+
+            # What is kept of it. Records first: a checkpoint never is ahead of them.
+            save = last or asked.is_set() or plan.step % config.save_steps == 0
+            if recorder:
+                recorder.flush(plan.step)
+                if save:
+                    recorder.close(plan.step)
+            if dist.is_main() and (save or plan.step % config.logging_steps == 0):
+                metrics.flush()
+                perf.flush()
+            if save:
+                save_checkpoint(run, state.step, state.saved(), config.save_total_limit)
+            if asked.is_set() and not last:
+                raise Preempted(f"stopped after step {plan.step}; the same command goes on there.")
+    bar.close()
+    if dist.is_main():
+        runfolder.save_final(run, model.module, model.tokenizer)
+    return run
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
+def _loader(config: Config, dataset: Dataset) -> Loader:
+    return Loader(
+        dataset.train,
+        seed=config.seed,
+        batch_size=config.train_batch_size,
+        max_tokens=config.max_tokens_per_microbatch,
+        shuffle=config.shuffle,
+        stratify=config.stratify,
+        rank=dist.rank(),
+        world=dist.world_size(),
+    )
+
+
+def _with_reference(
+    config: Config, model: PairModel, dataset: Dataset, progress: bool
+) -> Dataset:
+    both = with_reference(
+        model,
+        dataset.train + dataset.held_out,
+        cache_dir=config.ref_cache_dir,
+        check_pairs=config.ref_check_pairs,
+        seed=config.seed,
+        progress=progress,
+    )
+    count = len(dataset.train)
+    return dataclasses.replace(dataset, train=both[:count], held_out=both[count:])
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[threading.Event]:
+    """Set by SIGTERM: the loop then ends at a whole step instead of losing it."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,131 @@
+"""Every op in plain torch, any dtype and device: the oracles that tests compare with. Slow and large on purpose.
+
+Shapes: R rows, D hidden, V vocab, S segments, g group_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .linear_logprob import LinearLogprob
+
+
+def transformed_logits(
+    raw: Tensor,  # (R, V) hidden @ weight.T
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:  # (R, V)
+    """softcap(logit_scale (raw + bias)) / temperature, softcap(x) = c tanh(x / c)."""
+    logits = raw if bias is None else raw + bias
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
+def linear_logprob(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (R,) int64
+    segment_id: Tensor | None = None,  # (R,)
+    *,
+    num_segments: int | None = None,
+    group_size: int = 1,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    stats: Sequence[str] = (),
+    norms: str | None = None,
+) -> LinearLogprob:
+    """What `fastpref_kernels.linear_logprob` computes, from the whole (R, V) matrix of logits and log_softmax.
+
+    Half inputs are multiplied in their own dtype and reduced in float32, as common trainers do.
+    """
+    raw = hidden @ weight.t()
+    wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    logits = transformed_logits(
+        wide, bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature
+    )
+    logp_RV = torch.log_softmax(logits, dim=-1)
+    if segment_id is None:
+        segment_id = torch.arange(hidden.shape[0], device=hidden.device)
+    if num_segments is None:
+        num_segments = int(segment_id[-1]) + 1 if len(segment_id) else 0
+    index, segments = segment_id.long(), num_segments
+
+    def sums(rows: Tensor) -> Tensor:
+        return rows.new_zeros(segments).index_add(0, index, rows)
+
+    prob = logp_RV.exp()
+    argmax = logits.detach().argmax(-1)
+    per_row = {
+        "entropy": lambda: torch.special.entr(prob).sum(-1),
+        "sum_sq_prob": lambda: prob.square().sum(-1),
+        "log_sum_sq_prob": lambda: torch.logsumexp(2 * logp_RV, -1),
+        "top1": lambda: (argmax == target).to(prob.dtype),
+        "mean_logit": lambda: logits.mean(-1),
+    }
+    fields = {name: sums(per_row[name]()).detach() for name in stats if name in per_row}
+    if "argmax" in stats:
+        fields["argmax"] = argmax
+    if "log1m_pmax" in stats:
+        others = logp_RV.scatter(-1, argmax.unsqueeze(-1), -torch.inf)
+        fields["log1m_pmax"] = torch.logsumexp(others, -1).detach()
+    if norms is not None:
+        fields["gram"] = head_gram(
+            hidden,
+            weight,
+            target,
+            index,
+            num_segments=segments,
+            group_size=group_size,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+        )
+    return LinearLogprob(
+        logp=sums(logp_RV.gather(-1, target.unsqueeze(-1)).squeeze(-1)), **fields
+    )
+
+
+def head_gram(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (R,)
+    segment_id: Tensor,  # (R,)
+    *,
+    num_segments: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:  # (S / g, g, g)
+    """Gram matrices of the segments' gradients in weight, each gradient formed as a (V, D) sum of outer products.
+
+        A_s = sum over t in s of  (d logp_t / d (weight @ h_t)) h_t^T,    gram[a, b] = <A_a, A_b>
+    """
+    with torch.enable_grad():
+        raw = (hidden @ weight.t()).detach().requires_grad_()
+        logits = transformed_logits(
+            raw, bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature
+        )
+        logp = torch.log_softmax(logits, -1).gather(-1, target.unsqueeze(-1))
+        (grad_RV,) = torch.autograd.grad(logp.sum(), raw)
+    gradients = torch.stack(
+        [
+            (grad_RV[segment_id == s].t() @ hidden.detach()[segment_id == s]).flatten()
+            for s in range(num_segments)
+        ]
+        or [raw.new_zeros(weight.numel())]
+    )[:num_segments]
+    grouped = gradients.view(-1, group_size, weight.numel())
+    return grouped @ grouped.transpose(1, 2)

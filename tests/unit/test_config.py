@@ -1,0 +1,212 @@
+"""Reading configurations: types, messages, round trips."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastpref.config import Config, explain_unknown, load_config
+from fastpref.config_names import ELSEWHERE
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def message(file: Path | None = None, **overrides: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_config(file, overrides)
+    return str(caught.value)
+
+
+def test_defaults_of_the_contract() -> None:
+    config = load_config()
+    assert config == Config()
+    assert (config.beta, config.learning_rate, config.train_batch_size) == (0.1, 1e-6, 32)
+    assert (config.max_length, config.save_steps, config.part_steps) == (1024, 100, 100)
+    assert config.dataset_name == () and config.save_total_limit is None
+
+
+def test_command_line_text_becomes_typed() -> None:
+    config = load_config(
+        overrides={
+            "learning_rate": "1e-5",
+            "train_batch_size": "8",
+            "shuffle": "False",
+            "dataset_name": ["a", "b"],
+            "flip_behaviors": "one",
+            "save_total_limit": "3",
+            "append_eos": "true",
+        }
+    )
+    assert config.learning_rate == 1e-5 and config.train_batch_size == 8
+    assert config.shuffle is False and config.append_eos == "true"
+    assert config.dataset_name == ("a", "b") and config.flip_behaviors == ("one",)
+    assert config.save_total_limit == 3
+
+
+def test_yaml_leaves_1e_6_as_text_and_true_as_bool(tmp_path: Path) -> None:
+    file = write(tmp_path, "learning_rate: 2e-6\nappend_eos: true\nbeta: 1\ndataset_name: x\n")
+    config = load_config(file)
+    assert config.learning_rate == 2e-6 and config.append_eos == "true"
+    assert config.beta == 1.0 and isinstance(config.beta, float)
+    assert config.dataset_name == ("x",)
+
+
+def test_overrides_win_and_null_unsets(tmp_path: Path) -> None:
+    file = write(tmp_path, "save_total_limit: 2\nbeta: 0.5\nbehavior_column: kind\n")
+    config = load_config(file, {"save_total_limit": "null", "beta": "0.25"})
+    assert config.save_total_limit is None and config.beta == 0.25
+    assert config.behavior_column == "kind"
+
+
+def test_replace_checks_again() -> None:
+    config = Config(dataset_name=["a"])  # type: ignore[arg-type]
+    assert config.dataset_name == ("a",)
+    with pytest.raises(ValueError, match="beta: expected more than 0, got 0.0"):
+        dataclasses.replace(config, beta=0.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.beta = 0.2  # type: ignore[misc]
+
+
+def test_a_message_names_file_line_expected_and_value(tmp_path: Path) -> None:
+    file = write(tmp_path, "seed: 1\nbeta: much\n")
+    assert message(file) == f"{file}:2: beta: expected a finite number, got 'much'"
+    assert message(max_steps="0").startswith("--max_steps: expected -1 (let num_train_epochs")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("beta", "nan", "finite number"),
+        ("beta", True, "finite number"),
+        ("seed", 1.5, "whole number"),
+        ("seed", "-1", "0 <= value"),
+        ("seed", True, "whole number"),
+        ("shuffle", "yes", "true or false"),
+        ("shuffle", 1, "true or false"),
+        ("output_dir", "", "empty string"),
+        ("output_dir", 7, "quotes"),
+        ("loss_type", ["sigmoid", "ipo"], "a list of 2"),
+        ("dataset_name", ["a", 3], "expected text"),
+        ("on_bad_rows", "skip", "error or drop"),
+        ("label_smoothing", 0.5, "nothing to learn"),
+        ("device", "gpu", "cuda:N"),
+        ("save_steps", 0, "1 or more"),
+        ("max_length", 1, "2 or more"),
+        ("resume_from_checkpoint", True, "set auto"),
+        ("trainable", "lora", "LoRA is not in this version"),
+        ("trainable", "head", "expected all, got 'head'"),
+        ("track", "sketch", "expected none or head"),
+        ("track", "exact", "not in this version"),
+        ("dtype", "float16", "loss scaling"),
+    ],
+)
+def test_wrong_values(name: str, value: Any, part: str) -> None:
+    text = message(**{name: value})
+    assert text.startswith(f"--{name}: ") and part in text
+
+
+def test_combinations_carry_their_fix() -> None:
+    same = message(dataset_name=["a", "b"], eval_dataset_name="b")
+    assert "'b' is in dataset_name too" in same and "eval_fraction" in same
+    resume = "runs/x/checkpoint-4"
+    wiped = message(output_dir="runs/x", overwrite_output_dir="true", resume_from_checkpoint=resume)
+    assert "would remove the checkpoint" in wiped and "overwrite_output_dir: false" in wiped
+    load_config(None, {"overwrite_output_dir": "true", "resume_from_checkpoint": "other/x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("betta", "did you mean beta?"),
+        ("learning-rate", "did you mean learning_rate?"),
+        ("datasets_name", "did you mean dataset_name?"),
+        ("zzz", "docs/config.md"),
+        ("per_device_train_batch_size", "train_batch_size: pairs per optimizer step"),
+        ("gradient_accumulation_steps", "train_batch_size"),
+        ("precompute_ref_log_probs", "always on"),
+        ("padding_free", "always on"),
+        ("max_prompt_length", "max_length"),
+        ("max_completion_length", "max_length"),
+        ("reference_free", "not in this version"),
+        ("rpo_alpha", "not in this version"),
+        ("bf16", "set dtype"),
+        ("fp16", "set dtype"),
+        ("gradient_checkpointing", "max_tokens_per_microbatch"),
+        ("use_peft", "trainable"),
+        ("lora_r", "LoRA"),
+        ("lora_target_modules", "LoRA"),
+        ("warmup_steps", "warmup_ratio"),
+        ("per_device_eval_batch_size", "max_tokens_per_microbatch"),
+        ("dataset_num_proc", "remove it"),
+        ("report_to", "metrics.jsonl"),
+    ],
+)
+def test_unknown_names(tmp_path: Path, name: str, part: str) -> None:
+    file = write(tmp_path, f"seed: 1\n{name}: 3\n")
+    text = message(file)
+    assert text.startswith(f"{file}:2: {name}: ") and part in text
+    assert part in message(**{name: "3"})
+
+
+def test_answers_about_other_names_name_only_real_fields() -> None:
+    """`set NAME` and `NAME:` in an answer must exist here."""
+    for name in ELSEWHERE:
+        assert name not in Config.__dataclass_fields__
+        for told in re.findall(r"\bset ([a-z_]+)", explain_unknown(name)):
+            assert told in Config.__dataclass_fields__, (name, told)
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    assert "cannot read" in message(tmp_path / "absent.yaml")
+    assert "not valid YAML" in message(write(tmp_path, "a: [1\n"))
+    assert "expected lines `key: value`" in message(write(tmp_path, "- beta\n"))
+    twice = message(write(tmp_path, "beta: 1\nseed: 2\nbeta: 3\n"))
+    assert ":3: beta stands twice, first at" in twice and ":1:" in twice
+    assert load_config(write(tmp_path, "")) == Config()
+
+
+text = st.text(min_size=1, max_size=12).filter(lambda s: s.isprintable())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    learning_rate=st.floats(0, 1e3),
+    beta=st.floats(1e-300, 1e300),
+    seed=st.integers(0, 2**63 - 1),
+    dataset_name=st.lists(text, max_size=3),
+    behavior_column=st.none() | text,
+    output_dir=text,
+    save_total_limit=st.none() | st.integers(1, 10**6),
+    shuffle=st.booleans(),
+    append_eos=st.sampled_from(["auto", "true", "false"]),
+)
+def test_to_yaml_round_trips_exactly(tmp_path_factory: Any, **values: Any) -> None:
+    config = Config(**values)
+    file = tmp_path_factory.getbasetemp() / "round.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(file) == config
+
+
+def test_examples_load() -> None:
+    for name in ("persona", "hh"):
+        config = load_config(ROOT / "examples" / f"{name}.yaml", {"dataset_name": "x"})
+        assert config.track == "head" and config.dataset_name == ("x",)
+
+
+def test_no_torch() -> None:
+    code = "import sys, fastpref.config, fastpref.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

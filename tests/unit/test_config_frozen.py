@@ -1,0 +1,47 @@
+"""The list of configuration names is frozen, so that its growth is a decision; docs follow it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from fastpref.config import GROUPS, Config, field_names
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FROZEN = """
+model_name_or_path dtype attn_implementation device trainable
+dataset_name eval_dataset_name behavior_column flip_behaviors on_bad_rows max_length append_eos
+eval_fraction eval_sample_size
+output_dir overwrite_output_dir resume_from_checkpoint seed
+loss_type beta label_smoothing
+optim learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+lr_scheduler_type warmup_ratio
+num_train_epochs max_steps train_batch_size max_tokens_per_microbatch stratify shuffle
+logging_steps eval_steps save_steps save_total_limit
+record track track_every sketch_dim ref_cache_dir ref_check_pairs on_nonfinite
+"""
+
+
+def test_names_are_the_frozen_ones() -> None:
+    assert list(field_names()) == FROZEN.split()
+
+
+def test_every_field_has_a_help_text_and_a_group() -> None:
+    for spec in Config.__dataclass_fields__.values():
+        assert spec.metadata["group"] in GROUPS, spec.name
+        assert len(spec.metadata["help"]) > 7 and spec.metadata["help"].endswith("."), spec.name
+
+
+def test_docs_agree_with_the_dataclass() -> None:
+    script = ROOT / "docs" / "config_table.py"
+    module_spec = importlib.util.spec_from_file_location("config_table", script)
+    assert module_spec and module_spec.loader
+    script_module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(script_module)
+    page = script_module.PAGE.read_text(encoding="utf-8")
+    assert page.endswith(script_module.MARK + script_module.tables()), (
+        "docs/config.md is out of date; run: python docs/config_table.py"
+    )
+    for name in field_names():
+        assert f"| `{name}` |" in page

@@ -1,0 +1,291 @@
+"""The recorder: what is written comes back; killed and resumed leaves the straight records."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fastpref.dynamics import parts, schema
+from fastpref.dynamics.groups import behavior_rows
+from fastpref.dynamics.recorder import MetricsLog, Recorder, read_jsonl, read_records
+
+NAMES = ["calm", "bold"]
+TABLES = ("pairs", "steps", "behaviors")
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def pair_columns(step: int, count: int = 3) -> dict[str, Any]:
+    rng = np.random.default_rng(step)
+    return {
+        "pair_id": rng.integers(0, 2**62, count),
+        "behavior": rng.integers(0, 2, count),
+        "margin": rng.normal(size=count).astype(np.float32),
+        "logp_chosen": rng.normal(size=count).astype(np.float32),
+        "logp_rejected": rng.normal(size=count).astype(np.float32),
+        "loss": rng.normal(size=count),
+    }
+
+
+def evaluate(recorder: Recorder, step: int) -> None:
+    for split in ("train_sample", "eval"):
+        columns = pair_columns(1000 + step, 8)
+        del columns["pair_id"]
+        recorder.behaviors(step, split, behavior_rows(NAMES, **columns))
+
+
+def run_steps(
+    folder: Path, last: int, part_steps: int, resume: int | None, *, close: bool = True
+) -> None:
+    """A training loop without the training: evaluates every 3 steps and at step 0."""
+    recorder = Recorder(folder, 0, NAMES, part_steps, resume)
+    recorder.index({"pair_id": i, "behavior": "calm", "split": "train"} for i in range(4))
+    if resume is None:
+        evaluate(recorder, 0)
+    for step in range((resume or 0) + 1, last + 1):
+        recorder.pairs(step, "train", step / 10, micro=0, **pair_columns(step))
+        recorder.step(step, loss=1.0 / step, lr=1e-3, pairs=3)
+        if step % 3 == 0:
+            evaluate(recorder, step)
+        recorder.flush(step)
+    if close:
+        recorder.close(last)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = sorted((folder / "records").rglob("*"))
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files if f.is_file()}
+
+
+def test_parts_are_cut_at_steps(tmp_path: Path) -> None:
+    run_steps(tmp_path, 10, 4, None)
+    for table in TABLES:
+        names = [path.name for path in parts.list_parts(tmp_path, table)]
+        assert names == [f"part-{first:08d}-0000.parquet" for first in (0, 5, 9)]
+    held = [pq.read_table(p)["step"].to_pylist() for p in parts.list_parts(tmp_path, "steps")]
+    assert held == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+    evaluated = [
+        set(pq.read_table(p)["step"].to_pylist()) for p in parts.list_parts(tmp_path, "behaviors")
+    ]
+    assert evaluated == [{0, 3}, {6}, {9}]
+
+
+def test_what_is_recorded_comes_back(tmp_path: Path) -> None:
+    run_steps(tmp_path, 10, 4, None)
+    table = read_records(tmp_path, "pairs")
+    assert table.schema.names == schema.arrow_schema("pairs").names
+    expected = [pair_columns(step) for step in range(1, 11)]
+    for name in ("pair_id", "margin", "logp_chosen"):
+        want = np.concatenate([columns[name] for columns in expected])
+        np.testing.assert_array_equal(table[name].to_numpy(), want)
+    behavior = np.concatenate([columns["behavior"] for columns in expected])
+    assert table["behavior"].to_pylist() == [NAMES[k] for k in behavior]
+    margin = table["margin"].to_numpy()
+    assert table["reward_accuracy"].to_pylist() == [bool(m > 0) for m in margin]
+    higher = table["logp_chosen"].to_numpy() > table["logp_rejected"].to_numpy()
+    assert table["output_accuracy"].to_pylist() == higher.tolist()
+    assert table["gnorm_m"].null_count == table.num_rows
+    assert set(table["split"].to_pylist()) == {"train"}
+    steps = read_records(tmp_path, "steps", columns=["step", "loss"])
+    assert steps.to_pydict() == {"step": list(range(1, 11)), "loss": [1 / s for s in range(1, 11)]}
+
+
+def test_rate_obs_is_the_difference_quotient(tmp_path: Path) -> None:
+    run_steps(tmp_path, 10, 4, None)
+    rows = read_records(tmp_path, "behaviors").to_pylist()
+    for split in ("train_sample", "eval"):
+        for name in NAMES:
+            mine = [r for r in rows if r["split"] == split and r["behavior"] == name]
+            assert [r["step"] for r in mine] == [0, 3, 6, 9]
+            assert mine[0]["rate_obs"] is None
+            for before, after in zip(mine, mine[1:], strict=False):
+                assert after["rate_obs"] == (after["margin"] - before["margin"]) / 3
+
+
+@pytest.mark.parametrize("killed", [4, 5, 7, 8, 11])
+def test_killed_at_any_step_and_resumed_is_the_straight_run(tmp_path: Path, killed: int) -> None:
+    run_steps(tmp_path / "straight", 13, 4, None)
+    run_steps(tmp_path / "killed", killed, 4, None, close=False)
+    boundary = killed // 4 * 4
+    stale = tmp_path / "killed" / "records" / "steps" / "part-00000009-0000.parquet.partial"
+    stale.write_bytes(b"half a file")
+    run_steps(tmp_path / "killed", 13, 4, boundary)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(("reached", "resume"), [(7, 7), (13, 7), (3, 2), (13, 13), (13, 4)])
+def test_resumed_inside_a_part_is_the_straight_run(
+    tmp_path: Path, reached: int, resume: int
+) -> None:
+    run_steps(tmp_path / "straight", 13, 4, None)
+    run_steps(tmp_path / "cut", reached, 4, None)
+    run_steps(tmp_path / "cut", 13, 4, resume)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "straight")
+
+
+def test_resuming_removes_what_lies_ahead(tmp_path: Path) -> None:
+    run_steps(tmp_path, 13, 4, None)
+    Recorder(tmp_path, 0, NAMES, 4, 6)
+    assert read_records(tmp_path, "steps")["step"].to_pylist() == [1, 2, 3, 4, 5, 6]
+    assert max(read_records(tmp_path, "behaviors")["step"].to_pylist()) == 6
+
+
+def test_resume_needs_the_records_up_to_there(tmp_path: Path) -> None:
+    run_steps(tmp_path, 7, 4, None, close=False)
+    with pytest.raises(ValueError, match=r"at step 7: .*part-00000005-0000.*missing \(4 steps"):
+        Recorder(tmp_path, 0, NAMES, 4, 7)
+    run_steps(tmp_path, 6, 4, 4)
+    with pytest.raises(ValueError, match="ends at step 6"):
+        Recorder(tmp_path, 0, NAMES, 4, 8)
+
+
+def test_a_new_run_removes_the_old_one(tmp_path: Path) -> None:
+    run_steps(tmp_path, 13, 4, None)
+    run_steps(tmp_path, 3, 4, None)
+    run_steps(tmp_path / "fresh", 3, 4, None)
+    fresh = contents(tmp_path / "fresh")
+    assert {k: v for k, v in contents(tmp_path).items() if "fresh" not in k} == fresh
+
+
+def test_an_interrupted_write_leaves_the_previous_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_steps(tmp_path, 4, 4, None)
+    before = contents(tmp_path)
+    real = pq.write_table
+
+    def dies(table: pa.Table, where: Path, **options: Any) -> None:
+        real(table, where, **options)
+        where.write_bytes(where.read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parts.pq, "write_table", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(tmp_path, 8, 4, 4)
+    monkeypatch.undo()
+    readable = [read_records(tmp_path, table).num_rows for table in TABLES]
+    Recorder(tmp_path, 0, NAMES, 4, 4)
+    assert contents(tmp_path) == before
+    assert readable == [read_records(tmp_path, table).num_rows for table in TABLES]
+
+
+def test_ranks_write_their_own_pairs_and_rank_0_the_rest(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        recorder = Recorder(tmp_path, rank, NAMES, 2)
+        recorder.index([{"pair_id": 1, "behavior": "calm", "split": "eval"}])
+        for step in (1, 2):
+            recorder.pairs(step, "train", **pair_columns(10 * step + rank, 2 + rank))
+            recorder.step(step, loss=0.5)
+            recorder.flush(step)
+    ranks = read_records(tmp_path, "pairs")["rank"].to_pylist()
+    assert ranks == [0] * 4 + [1] * 6
+    assert len(parts.list_parts(tmp_path, "steps")) == len(parts.list_parts(tmp_path, "index")) == 1
+
+
+def test_list_columns_and_numbers_for_all(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, 0, NAMES, 1)
+    groups = np.arange(6, dtype=np.float32).reshape(3, 2)
+    recorder.pairs(1, "train", gnorm_groups=groups, truncated=False, **pair_columns(1))
+    recorder.step(1, module_update_norm=np.array([0.5, 0.25]))
+    recorder.flush(1)
+    table = read_records(tmp_path, "pairs", columns=["gnorm_groups", "truncated"])
+    assert table.to_pydict() == {"gnorm_groups": groups.tolist(), "truncated": [False] * 3}
+    assert read_records(tmp_path, "steps")["module_update_norm"].to_pylist() == [[0.5, 0.25]]
+
+
+def bad(recorder: Recorder, **changes: Any) -> None:
+    recorder.pairs(1, changes.pop("split", "train"), **{**pair_columns(1), **changes})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r: bad(r, gnorm=np.zeros(3)), "'pairs' has no column 'gnorm'"),
+        (lambda r: bad(r, margin=np.zeros(4)), r"'margin' needs shape \(3,\), got \(4,\)"),
+        (lambda r: bad(r, loss=[1.0, 2.0, 3.0]), "'loss' needs a numpy array .*, got list"),
+        (lambda r: bad(r, behavior=np.array([0, 2, 1])), "index 2 at row 1, expected 0 to 1"),
+        (lambda r: bad(r, split="test"), "split 'test' at step 1 is none of"),
+        (lambda r: bad(r, prompt_len=np.array([1, 2, 2**40])), "1099511627776 not in range"),
+        (lambda r: r.pairs(1, "train", behavior=np.zeros(3)), "need the column 'pair_id'"),
+        (lambda r: r.step(1, seconds=1.0), "'steps' has no column 'seconds'"),
+        (lambda r: r.step(5, loss=1.0), r"step 5 recorded after flush\(-1\).* 4 steps"),
+        (lambda r: (r.flush(1), r.step(1, loss=1.0)), r"step 1 recorded after flush\(1\)"),
+        (lambda r: r.behaviors(0, "eval", [{"behavior": "calm"}]), "row 0 of behaviors needs 'n'"),
+        (lambda r: [evaluate(r, 0), evaluate(r, 0)], "evaluated at step 0 already"),
+    ],
+)
+def test_bad_records_are_refused(
+    tmp_path: Path, call: Callable[[Recorder], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(Recorder(tmp_path, 0, NAMES, 4))
+
+
+def test_reading_nothing_or_another_version(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no records of 'pairs': expected .*part-\*"):
+        read_records(tmp_path, "pairs")
+    run_steps(tmp_path, 3, 4, None)
+    path = parts.list_parts(tmp_path, "steps")[0]
+    table = pq.read_table(path)
+    other = {**table.schema.metadata, schema.VERSION_KEY: b"99"}
+    pq.write_table(table.replace_schema_metadata(other), path)
+    with pytest.raises(ValueError, match="part-00000000-0000.*version 99, .*version 1"):
+        read_records(tmp_path, "steps")
+
+
+def test_index_must_stay_the_same(tmp_path: Path) -> None:
+    run_steps(tmp_path, 4, 4, None)
+    recorder = Recorder(tmp_path, 0, NAMES, 4, 4)
+    rows = [{"pair_id": i, "behavior": "calm", "split": "train"} for i in (0, 1, 5, 3)]
+    with pytest.raises(ValueError, match="4 pairs then, 4 now, first difference at row 2"):
+        recorder.index(rows)
+
+
+def test_metrics_log_appends_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.append({"step": 1, "loss": np.float32(0.5), "name": "é"})
+    assert path.read_text() == ""
+    log.flush()
+    log.append({"step": 2, "loss": float("nan")})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 0.5, "name": "é"}, {"step": 2, "loss": None}
+    ]
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_metrics_log_resumes_and_drops_a_half_line(tmp_path: Path, truncate: bool) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 4, "a": 1}\n{"step": 5}\n{"step": 6, "lo')
+    assert [row["step"] for row in read_jsonl(path)] == [1, 4, 5]
+    log = MetricsLog(path, 4, truncate=truncate)
+    log.append({"step": 5, "again": True})
+    log.flush()
+    kept = [1, 4] if truncate else [1, 4, 5]
+    assert [row["step"] for row in read_jsonl(path)] == [*kept, 5]
+    MetricsLog(path)
+    assert path.read_text() == ""
+
+
+def test_metrics_log_refuses_other_damage(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not JSON"):
+        MetricsLog(path, 3)
+    path.write_text('{"loss": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: expected an object with a step"):
+        read_jsonl(path)
+    with pytest.raises(ValueError, match="integer 'step'"):
+        MetricsLog(tmp_path / "new.jsonl").append({"loss": 1.0})
