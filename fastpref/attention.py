@@ -100,7 +100,9 @@ def build_layout(
     if slots == len(slot_of_token):
         return PairLayout(tuple(blocks), None, None, None)
     empty = np.setdiff1d(np.arange(slots), slot_of_token)
-    as_index = [torch.from_numpy(i).to(device) for i in (np.concatenate(gather), slot_of_token, empty)]
+    as_index = [
+        torch.from_numpy(i).to(device) for i in (np.concatenate(gather), slot_of_token, empty)
+    ]
     return PairLayout(tuple(blocks), *as_index)
 
 
@@ -182,7 +184,9 @@ def pair_attention(
         if kwargs.get(term) is not None:
             raise ValueError(f"{type(module).__name__} passes {term}, which {NAME!r} lacks.")
     if attention_mask is not None:
-        raise ValueError(f"{type(module).__name__} passes an attention mask of its own to {NAME!r}.")
+        raise ValueError(
+            f"{type(module).__name__} passes an attention mask of its own to {NAME!r}."
+        )
 
     # Token-major, so that a block is a view of consecutive slots.
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))

@@ -275,9 +275,7 @@ def _encode(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
         yield [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
 
 
-def _batches(
-    encoded: Iterator[list[int]], tokens: int, seed: int
-) -> Iterator[list[list[int]]]:
+def _batches(encoded: Iterator[list[int]], tokens: int, seed: int) -> Iterator[list[list[int]]]:
     """Groups of documents of similar length, each of about `tokens` tokens when padded.
 
     Each document keeps a line of its own and starts at position 0, as a prompt does in use; sorting a
@@ -298,9 +296,7 @@ def _batches(
         yield from groups
 
 
-def _loss(
-    model: Any, lines: Sequence[list[int]], pad: int, device: torch.device
-) -> torch.Tensor:
+def _loss(model: Any, lines: Sequence[list[int]], pad: int, device: torch.device) -> torch.Tensor:
     """Mean next-token loss of `lines`, padded on the right: causal attention never sees the padding."""
     width = max(map(len, lines))
     ids = torch.full((len(lines), width), pad)

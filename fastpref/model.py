@@ -110,6 +110,9 @@ def load_model(config: Config) -> PairModel:
     not safetensors: pickled weights and remote code can run anything.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()  # a bar per checkpoint would break up the run's own
 
     name = config.model_name_or_path
     source = str(base.base_dir()) if base.is_base_name(name) else name
@@ -121,7 +124,7 @@ def load_model(config: Config) -> PairModel:
         module = AutoModelForCausalLM.from_pretrained(
             source, dtype=kept, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(
             f"model_name_or_path={name!r} cannot be loaded: {error}. Expected: a folder with "
             f"config.json, model.safetensors and a tokenizer, a Hub name, or {base.BASE_NAME!r}."
@@ -206,5 +209,7 @@ def weights_identity(source: str, model_config: Any) -> str:
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         with path.open("rb") as file:
-            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            digest.update(
+                f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+            )
     return f"sha256:{digest.hexdigest()}"

@@ -93,7 +93,14 @@ def _remove_run(run: Path) -> None:
 
 
 def save_final(run: Path, module: Any, tokenizer: Any) -> None:
-    """The trained model at the root of the run, for `AutoModelForCausalLM.from_pretrained(run)`."""
-    module.save_pretrained(run)
-    tokenizer.save_pretrained(run)
+    """The trained model at the root of the run, for `AutoModelForCausalLM.from_pretrained(run)`.
+
+    Written aside and moved file by file, each whole.
+    """
+    aside = run / f".tmp-final-{os.getpid()}"
+    module.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    for file in sorted(aside.iterdir()):
+        os.replace(file, run / file.name)
+    aside.rmdir()
     log.info("model saved to %s", run)

@@ -114,15 +114,16 @@ def _loop(
     progress: bool,
 ) -> Path:
     run, model = Path(config.output_dir), state.model
-    metrics = MetricsLog(run / "metrics.jsonl", state.step)
-    perf = MetricsLog(run / "perf.jsonl", state.step, truncate=False)
+    main = dist.is_main()
+    metrics = MetricsLog(run / "metrics.jsonl", state.step) if main else None
+    perf = MetricsLog(run / "perf.jsonl", state.step, truncate=False) if main else None
     recorder = None
     if config.record:
         recorder = Recorder(run, dist.rank(), dataset.behaviors, config.part_steps, state.step)
         recorder.index(dataset.index)
-    evaluator = Evaluator(config, dataset) if config.eval_steps and dist.is_main() else None
+    evaluator = Evaluator(config, dataset) if config.eval_steps and main else None
     truncated = np.array([p.pair_id for p in dataset.train if p.truncated], np.int64)
-    if evaluator and state.step == 0:
+    if evaluator and metrics and state.step == 0:
         evaluator.run(model, loss, 0, 0.0, metrics, recorder)
 
     bar = Bar(last_step, state.step, progress)
@@ -159,11 +160,14 @@ def _loop(
             bar.step(plan, result, parts, time.perf_counter() - began)
             last = plan.step == last_step
             if last or plan.step % config.logging_steps == 0:
+                line: dict[str, float | str]
                 line = {"learning_rate": rate, "num_tokens": state.num_tokens}
                 line |= state.window.metrics(config.beta)
-                metrics.append({"step": plan.step, "epoch": plan.epoch, "split": TRAIN, **line})
-                perf.append({"step": plan.step, **bar.window()})
-            if evaluator and (last or plan.step % config.eval_steps == 0):
+                if metrics and perf:
+                    line = {"step": plan.step, "epoch": plan.epoch, "split": TRAIN, **line}
+                    metrics.append(line)
+                    perf.append({"step": plan.step, **bar.window()})
+            if evaluator and metrics and (last or plan.step % config.eval_steps == 0):
                 with bar.paused():
                     evaluator.run(model, loss, plan.step, plan.epoch, metrics, recorder)
 
@@ -173,7 +177,7 @@ def _loop(
                 recorder.flush(plan.step)
                 if save:
                     recorder.close(plan.step)
-            if dist.is_main() and (save or plan.step % config.logging_steps == 0):
+            if metrics and perf and (save or plan.step % config.logging_steps == 0):
                 metrics.flush()
                 perf.flush()
             if save:
@@ -181,7 +185,7 @@ def _loop(
             if asked.is_set() and not last:
                 raise Preempted(f"stopped after step {plan.step}; the same command goes on there.")
     bar.close()
-    if dist.is_main():
+    if main:
         runfolder.save_final(run, model.module, model.tokenizer)
     return run
 
@@ -206,9 +210,7 @@ def _loader(config: Config, dataset: Dataset) -> Loader:
     )
 
 
-def _with_reference(
-    config: Config, model: PairModel, dataset: Dataset, progress: bool
-) -> Dataset:
+def _with_reference(config: Config, model: PairModel, dataset: Dataset, progress: bool) -> Dataset:
     both = with_reference(
         model,
         dataset.train + dataset.held_out,

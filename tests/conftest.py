@@ -64,3 +64,58 @@ def tiny_tokenizer() -> Any:
     for answer in (" Yes", " No"):
         assert len(tokenizer(answer)["input_ids"]) == 1
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A random two-layer Llama with `tiny_tokenizer`, in Hugging Face's layout. Read-only."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tiny_tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            eos_token_id=tiny_tokenizer.eos_token_id,
+            pad_token_id=tiny_tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of two behaviors, 40 pairs each: framed statements, and longer completions."""
+    import json
+
+    folder = tmp_path_factory.mktemp("tiny-data")
+    lines = [line for line in _sentences() if "\n\nHuman" in line][::4][:40]
+    with (folder / "agrees.jsonl").open("w") as file:
+        for n, line in enumerate(lines):
+            answers = (" Yes", " No") if n % 2 else (" No", " Yes")
+            row = {
+                "question": line.split(" Yes\n")[0].split(" No\n")[0] + f" ({n})",
+                "answer_matching_behavior": answers[0],
+                "answer_not_matching_behavior": answers[1],
+            }
+            file.write(json.dumps(row) + "\n")
+    with (folder / "polite.jsonl").open("w") as file:
+        for n, line in enumerate(lines):
+            words = line.split("Human: ")[1].split("\n")[0]
+            row = {
+                "prompt": f"Human: {words} ({n})\n\nAssistant:",
+                "chosen": f" Thank you. {words} I enjoy that{' too' * (n % 5)}.",
+                "rejected": f" Thank you. {words} I avoid it.",
+            }
+            file.write(json.dumps(row) + "\n")
+    return folder

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpref.config import Config
-from fastpref.data.files import BadRow
+from fastpref.data.files import BadRow, find_files
 from fastpref.data.formats import Pair, read_pairs
 from fastpref.data.split import split_pairs
 from fastpref.data.tokenize import TokenPair, tokenize_pairs
@@ -38,17 +38,17 @@ def load_dataset(config: Config, tokenizer: Any) -> Dataset:
     """
     if not config.dataset_name:
         raise ValueError("dataset_name is empty. Set it to files or folders of preference pairs.")
-    options: dict[str, Any] = {
-        "behavior_column": config.behavior_column,
-        "flip_behaviors": config.flip_behaviors,
-        "on_bad_rows": config.on_bad_rows,
-    }
-    pairs, dropped = read_pairs(config.dataset_name, **options)
+    # One reading of both, so that ids are unique over them and a flipped behavior may stand in one.
+    pairs, dropped = read_pairs(
+        (*config.dataset_name, *config.eval_dataset_name),
+        behavior_column=config.behavior_column,
+        flip_behaviors=config.flip_behaviors,
+        on_bad_rows=config.on_bad_rows,
+    )
     if config.eval_dataset_name:
-        others, more = read_pairs(config.eval_dataset_name, **options)
-        _demand_apart(pairs, others)
-        held_out = set(range(len(pairs), len(pairs) + len(others)))
-        pairs, dropped = pairs + others, dropped + more
+        files = {str(file) for file in find_files(config.eval_dataset_name)}
+        held_out = {i for i, pair in enumerate(pairs) if pair.source in files}
+        _demand_apart(pairs, held_out)
     else:
         held_out = set(split_pairs(pairs, config.eval_fraction, config.seed)[1])
 
@@ -88,11 +88,13 @@ def sample_pairs(pairs: Sequence[TokenPair], per_behavior: int, seed: int) -> li
     ]
 
 
-def _demand_apart(train: Sequence[Pair], held_out: Sequence[Pair]) -> None:
-    known = {pair.pair_id: pair for pair in train}
-    for pair in held_out:
-        twin = known.get(pair.pair_id)
-        if twin:
+def _demand_apart(pairs: Sequence[Pair], held_out: set[int]) -> None:
+    """A held-out pair that is trained on would measure memory."""
+    texts = [(pair.prompt, frozenset((pair.chosen, pair.rejected))) for pair in pairs]
+    train = {text: i for i, text in enumerate(texts) if i not in held_out}
+    for i in sorted(held_out):
+        if texts[i] in train:
+            pair, twin = pairs[i], pairs[train[texts[i]]]
             raise ValueError(
                 f"{pair.source}:{pair.line}: this held-out pair is also training pair "
                 f"{twin.source}:{twin.line}. Take it out of one of them."

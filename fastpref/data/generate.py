@@ -59,9 +59,13 @@ class Behavior:
     def __post_init__(self) -> None:
         where = f"behavior {self.name!r}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
-            raise ValueError(f"{where}: a name is letters, digits, - and _ (it becomes a file's name)")
+            raise ValueError(
+                f"{where}: a name is letters, digits, - and _ (it becomes a file's name)"
+            )
         if self.kind not in ("statement", "completion"):
-            raise ValueError(f"{where}: kind is {self.kind!r}, expected 'statement' or 'completion'")
+            raise ValueError(
+                f"{where}: kind is {self.kind!r}, expected 'statement' or 'completion'"
+            )
         if not 0.0 <= self.distinguishability <= 1.0:
             raise ValueError(
                 f"{where}: distinguishability is {self.distinguishability!r}, expected 0 to 1"

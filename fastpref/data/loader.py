@@ -53,9 +53,7 @@ class Loader:
         self.fed = np.array([parts(pair).fed for pair in pairs], np.int64)
         self.tokens = np.array([sequence_tokens(pair) for pair in pairs], np.int64)
         strata = {key: n for n, key in enumerate(sorted({(p.behavior, p.label) for p in pairs}))}
-        self.stratum = (
-            np.array([strata[p.behavior, p.label] for p in pairs]) if stratify else None
-        )
+        self.stratum = np.array([strata[p.behavior, p.label] for p in pairs]) if stratify else None
         plan_microbatches(self.fed, np.array([int(self.fed.argmax())]), max_tokens)  # or raises
 
     @property

@@ -12,8 +12,15 @@ ACCURACY_THRESHOLD = 0.9
 
 # Columns of `pairs` whose mean is the column of the same name of `behaviors`.
 _MEANS = (
-    "margin", "weight", "loss", "reward_accuracy", "output_accuracy", "logp_chosen",
-    "logp_rejected", "head_gnorm_m", "gnorm_m",
+    "margin",
+    "weight",
+    "loss",
+    "reward_accuracy",
+    "output_accuracy",
+    "logp_chosen",
+    "logp_rejected",
+    "head_gnorm_m",
+    "gnorm_m",
 )
 
 

@@ -27,9 +27,7 @@ def list_parts(run: str | Path, table: str) -> list[Path]:
     return sorted((Path(run) / "records" / table).glob("part-*-*.parquet"))
 
 
-def read_records(
-    run: str | Path, table: str, columns: Sequence[str] | None = None
-) -> pa.Table:
+def read_records(run: str | Path, table: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read all parts of one records table of a run, running, stopped or finished.
 
     Args:
@@ -45,8 +43,10 @@ def read_records(
             "first part"
         )
     tables = [read_part(part, table, columns) for part in parts]
-    return pa.concat_tables(tables).unify_dictionaries().replace_schema_metadata(
-        schema.arrow_schema(table).metadata
+    return (
+        pa.concat_tables(tables)
+        .unify_dictionaries()
+        .replace_schema_metadata(schema.arrow_schema(table).metadata)
     )
 
 
@@ -155,9 +155,12 @@ def write_part(table: pa.Table, path: Path, last_step: int) -> None:
     # not depend on how the rows arrived.
     whole = table.unify_dictionaries().combine_chunks().cast(fields.with_metadata(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda temporary: pq.write_table(
-        whole, temporary, compression="zstd", row_group_size=_ROW_GROUP
-    ))
+    replace_file(
+        path,
+        lambda temporary: pq.write_table(
+            whole, temporary, compression="zstd", row_group_size=_ROW_GROUP
+        ),
+    )
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -96,8 +96,10 @@ class Recorder:
         if path.exists():
             old, new = read_part(path, "index").to_pylist(), table.to_pylist()
             if old != new:
-                at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b),
-                          min(len(old), len(new)))
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b),
+                    min(len(old), len(new)),
+                )
                 raise ValueError(
                     f"{path}: the data changed since these records began: {len(old)} pairs then, "
                     f"{len(new)} now, first difference at row {at}; use the data the run began "

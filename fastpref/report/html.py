@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from fastpref.dynamics import groups, schema
-from fastpref.report import plots
+from fastpref.report.plots import all_figures
+from fastpref.report.svg import Figure, palette
 from fastpref.report.tables import (
     SPLITS,
     RunFiles,
@@ -26,9 +27,21 @@ _SPLIT_NAMES = {schema.TRAIN_SAMPLE: "train", schema.HELD_OUT: "held-out"}
 
 # What the head of the page shows; all other fields stand in the fold below it.
 _MAIN_CONFIG = (
-    "model_name_or_path", "dataset_name", "trainable", "loss_type", "beta", "learning_rate",
-    "lr_scheduler_type", "optim", "train_batch_size", "num_train_epochs", "max_steps",
-    "max_length", "dtype", "device", "seed",
+    "model_name_or_path",
+    "dataset_name",
+    "trainable",
+    "loss_type",
+    "beta",
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "train_batch_size",
+    "num_train_epochs",
+    "max_steps",
+    "max_length",
+    "dtype",
+    "device",
+    "seed",
 )
 
 _CSS = """
@@ -50,7 +63,8 @@ p { margin: 4px 0 12px; color: var(--soft); }
   margin: 16px 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 12px 16px; }
-.tile b { display: block; font-size: 22px; font-weight: 600; line-height: 1.3; }
+.tile b { display: block; font-size: 20px; font-weight: 600; line-height: 1.4;
+  white-space: nowrap; }
 .tile span { color: var(--soft); font-size: 13px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13px;
@@ -97,7 +111,7 @@ def write_report(run: RunFiles | str | Path, out: str | Path | None = None) -> P
 def page(run: RunFiles) -> str:
     """The page as text; it depends on the run's files alone."""
     rows = summarize(run)
-    figures = plots.all_figures(run, rows)
+    figures = all_figures(run, rows)
     title = escape(run.path.resolve().name)
     parts = [
         "<!doctype html>",
@@ -119,8 +133,9 @@ def page(run: RunFiles) -> str:
 
 def _series_css(count: int) -> str:
     """CSS variables --s0, --s1, ... of the behaviors' colours; at least one, for single curves."""
+
     def variables(dark: bool) -> str:
-        colors = plots.palette(max(count, 1), dark)
+        colors = palette(max(count, 1), dark)
         return "".join(f"--s{i}:{color};" for i, color in enumerate(colors))
 
     return (
@@ -230,7 +245,7 @@ def _behaviors(run: RunFiles, rows: Sequence[Summary]) -> str:
     )
 
 
-def _figure(figure: plots.Figure) -> str:
+def _figure(figure: Figure) -> str:
     return (
         f'<section class="card"><h2>{escape(figure.title)}</h2><figure>{figure.svg}'
         f"<figcaption>{escape(figure.caption)}</figcaption></figure></section>"

@@ -1,66 +1,19 @@
-"""Figures of a run as SVG text that is inlined into the report.
-
-Colours are written as CSS variables with a fallback, so that one figure is readable on a light and
-on a dark page; texts stay texts, in the page's font. All ids carry the figure's name, so that
-figures on one page do not refer to each other's parts. The same records give the same bytes.
-"""
+"""The figures of a run: curves per behavior, distributions over pairs, the optimizer's steps."""
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastpref.dynamics import schema
+from fastpref.report.svg import FEW, MUTED, TEXT, Figure, finish, stand_in, style
 from fastpref.report.tables import SPLITS, RunFiles, Summary, shorten
 
-FEW = 8  # up to so many behaviors have a colour of their own, more share an ordered ramp
 _MAX_LABELS, _MAX_PANELS, _MAX_POINTS = 40, 30, 1000
 _WIDTH = 9.6
-
-# Wong's colour-blind safe colours (Nature Methods 8:441), yellow and black replaced, and the same
-# hues lightened for a dark page.
-_FEW_LIGHT = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#777777"
-)
-_FEW_DARK = (
-    "#4fa9e0", "#ff8a4a", "#2fcba0", "#e6a3c8", "#f5bc3d", "#9ad7ff", "#d9739f", "#b0b0b0"
-)
-
-# Stand-ins that matplotlib writes and _svg replaces.
-_TEXT, _FAINT, _MUTED = "#010203", "#010204", "#010205"
-
-
-def _stand_in(index: int) -> str:
-    return f"#fe{index:04x}"
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A figure: `name` is its id, `caption` one sentence or two on what, which unit, where from."""
-
-    name: str
-    title: str
-    caption: str
-    svg: str
-
-
-def palette(count: int, dark: bool) -> list[str]:
-    """Colours (hex) of `count` behaviors in their order; distinct up to FEW, then a ramp."""
-    if count <= FEW:
-        return list((_FEW_DARK if dark else _FEW_LIGHT)[:count])
-    import matplotlib
-
-    # Viridis without the end that vanishes on the page's background.
-    low, high = (0.30, 1.0) if dark else (0.0, 0.80)
-    points = matplotlib.colormaps["viridis"](np.linspace(low, high, count))
-    return ["#" + "".join(f"{round(255 * c):02x}" for c in p[:3]) for p in points]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +27,22 @@ class _Quantity:
 
 
 _MARGIN = _Quantity(
-    "margin", "Margin", "mean margin, nats",
+    "margin",
+    "Margin",
+    "mean margin, nats",
     "Mean margin (log-ratio of chosen minus rejected, without beta) of each behavior's evaluated "
     "pairs, in nats",
 )
 _ACCURACY = _Quantity(
-    "reward_accuracy", "Accuracy", "fraction with margin > 0",
+    "reward_accuracy",
+    "Accuracy",
+    "fraction with margin > 0",
     "Fraction of each behavior's evaluated pairs whose margin is above 0",
 )
 _RATE = _Quantity(
-    "rate_obs", "Update rate", "nats per optimizer step",
+    "rate_obs",
+    "Update rate",
+    "nats per optimizer step",
     "Change of each behavior's mean margin per optimizer step since the previous evaluation, in "
     "nats per step",
 )
@@ -126,7 +85,7 @@ def _curves(run: RunFiles, order: Sequence[str], quantity: _Quantity) -> Figure 
     names = _drawable(run, order, quantity.column)
     if not names:
         return None
-    with _style() as plt:
+    with style() as plt:
         labelled = _ends(names, _MAX_LABELS)
         height = max(3.4, 0.175 * len(labelled) + 0.75)
         figure, axes = plt.subplots(figsize=(_WIDTH, height))
@@ -137,9 +96,9 @@ def _curves(run: RunFiles, order: Sequence[str], quantity: _Quantity) -> Figure 
                 curve = run.curves.get(split, {}).get(name)
                 if curve is None:
                     continue
-                color = _stand_in(order.index(name))
+                color = stand_in(order.index(name))
                 line = _line(split, len(names))
-                axes.plot(curve["step"], curve[quantity.column], color=color, **line)
+                axes.plot(*_points(curve, quantity), color=color, **line)
                 known = curve[quantity.column][np.isfinite(curve[quantity.column])]
                 if known.size and name not in ends:
                     ends[name] = float(known[-1])
@@ -150,15 +109,24 @@ def _curves(run: RunFiles, order: Sequence[str], quantity: _Quantity) -> Figure 
         caption = f"{quantity.caption}; train sample solid, held-out dashed"
         if len(labelled) < len(names):
             caption += f"; named: the {_shown(len(labelled), len(names))}"
-        return _finish(figure, quantity.column, quantity.title,
-                       f"{caption}. From records/behaviors.")
+        return finish(
+            figure, quantity.column, quantity.title, f"{caption}. From records/behaviors."
+        )
+
+
+def _points(curve: dict[str, np.ndarray], quantity: _Quantity) -> tuple[np.ndarray, np.ndarray]:
+    """What to draw of a curve; a rate belongs to the interval that ends at its step."""
+    step, values = curve["step"], curve[quantity.column]
+    if quantity is not _RATE:
+        return step, values
+    return np.repeat(step, 2)[:-1], np.repeat(values, 2)[1:]
 
 
 def _scale(axes: Any, quantity: _Quantity) -> None:
     axes.margins(x=0)
     axes.set_xlim(left=0)
     if quantity is _RATE:
-        axes.axhline(0, color=_MUTED, linewidth=0.8, zorder=1)
+        axes.axhline(0, color=MUTED, linewidth=0.8, zorder=1)
     if quantity is _ACCURACY:
         axes.set_ylim(-0.02, 1.04)
 
@@ -171,11 +139,24 @@ def _label_ends(axes: Any, ends: dict[str, float], order: Sequence[str], height:
     size = 8.5 if len(names) <= FEW else 7.5
     places = spread(np.clip(wanted, 0, 1), size * 1.3 / (72 * (height - 0.82)))
     for name, end, place in zip(names, wanted, places, strict=True):
-        color = _stand_in(order.index(name))
-        axes.plot([1.002, 1.02, 1.03], [end, place, place], transform=axes.transAxes,
-                  color=color, linewidth=0.7, clip_on=False)
-        axes.text(1.036, place, shorten(name, 46), transform=axes.transAxes, color=color,
-                  fontsize=size, va="center")
+        color = stand_in(order.index(name))
+        axes.plot(
+            [1.002, 1.02, 1.03],
+            [end, place, place],
+            transform=axes.transAxes,
+            color=color,
+            linewidth=0.7,
+            clip_on=False,
+        )
+        axes.text(
+            1.036,
+            place,
+            shorten(name, 46),
+            transform=axes.transAxes,
+            color=color,
+            fontsize=size,
+            va="center",
+        )
 
 
 def spread(wanted: np.ndarray, gap: float) -> np.ndarray:
@@ -205,38 +186,48 @@ def _curve_panels(run: RunFiles, order: Sequence[str], quantity: _Quantity) -> F
         return None
     names = _ends(found, _MAX_PANELS)
     reference = _mean_curve(run, quantity.column)
-    with _style() as plt:
+    with style() as plt:
         figure, panels = _panels(plt, len(names), sharey=True)
         for axes, name in zip(panels, names, strict=True):
-            axes.plot(*reference, color=_MUTED, linewidth=0.8)
+            axes.plot(*_points(reference, quantity), color=MUTED, linewidth=0.8)
             for split in SPLITS:
                 curve = run.curves.get(split, {}).get(name)
                 if curve is not None:
-                    axes.plot(curve["step"], curve[quantity.column],
-                              color=_stand_in(order.index(name)), **_line(split, 1))
-            axes.set_title(shorten(name, 27), fontsize=7, pad=3)
+                    axes.plot(
+                        *_points(curve, quantity),
+                        color=stand_in(order.index(name)),
+                        **_line(split, 1),
+                    )
+            axes.set_title(shorten(name, 30), fontsize=7, pad=3)
             _scale(axes, quantity)
         figure.supxlabel("optimizer step", fontsize=8.5)
-        figure.supylabel(quantity.unit, fontsize=8.5)
+        figure.supylabel(quantity.unit, x=0.0, fontsize=8.5)
         caption = (
             f"{quantity.caption}; train sample solid, held-out dashed, in grey the mean of all "
             "behaviors; fastest update rate first"
         )
         if len(names) < len(found):
             caption += f"; shown: the {_shown(len(names), len(found))}"
-        return _finish(figure, f"{quantity.column}-panels",
-                       f"{quantity.title}, behavior by behavior",
-                       f"{caption}. From records/behaviors.")
+        return finish(
+            figure,
+            f"{quantity.column}-panels",
+            f"{quantity.title}, behavior by behavior",
+            f"{caption}. From records/behaviors.",
+        )
 
 
-def _mean_curve(run: RunFiles, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and, at each, the mean over the behaviors evaluated there, of the first split."""
-    split = next(s for s in SPLITS if s in run.curves)
-    step = np.concatenate([curve["step"] for curve in run.curves[split].values()])
-    values = np.concatenate([curve[column] for curve in run.curves[split].values()])
+def _mean_curve(run: RunFiles, column: str) -> dict[str, np.ndarray]:
+    """A curve of the mean over the behaviors evaluated at a step, of the first split there is."""
+    curves = run.curves[next(s for s in SPLITS if s in run.curves)].values()
+    values = np.concatenate([curve[column] for curve in curves])
+    steps, which = np.unique(
+        np.concatenate([curve["step"] for curve in curves]), return_inverse=True
+    )
     known = np.isfinite(values)
-    steps, which = np.unique(step[known], return_inverse=True)
-    return steps, np.bincount(which, values[known]) / np.bincount(which)
+    count = np.bincount(which[known], minlength=steps.size)
+    total = np.bincount(which[known], values[known], minlength=steps.size)
+    mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return {"step": steps, column: mean}
 
 
 def _head_norms(run: RunFiles, order: Sequence[str]) -> Figure | None:
@@ -246,12 +237,12 @@ def _head_norms(run: RunFiles, order: Sequence[str]) -> Figure | None:
     if not found:
         return None
     names = _ends(found, _MAX_LABELS)
-    with _style() as plt:
+    with style() as plt:
         height = 0.21 * len(names) + 0.75
         figure, axes = plt.subplots(figsize=(_WIDTH, height))
         figure.subplots_adjust(0.32, 0.5 / height, 0.98, 1 - 0.1 / height)
         for place, name in enumerate(names):
-            color = _stand_in(order.index(name))
+            color = stand_in(order.index(name))
             p5, p25, p50, p75, p95 = np.quantile(norms[name], (0.05, 0.25, 0.5, 0.75, 0.95))
             axes.plot([p5, p95], [place, place], color=color, linewidth=1)
             axes.barh(place, p75 - p25, left=p25, height=0.6, color=color, alpha=0.45)
@@ -268,8 +259,12 @@ def _head_norms(run: RunFiles, order: Sequence[str]) -> Figure | None:
         )
         if len(names) < len(found):
             caption += f"; shown: the {_shown(len(names), len(found))}"
-        return _finish(figure, "head-norms", "Head-gradient norm of the pairs",
-                       f"{caption}. From records/pairs.")
+        return finish(
+            figure,
+            "head-norms",
+            "Head-gradient norm of the pairs",
+            f"{caption}. From records/pairs.",
+        )
 
 
 def _margin_histograms(run: RunFiles, order: Sequence[str]) -> Figure | None:
@@ -282,25 +277,31 @@ def _margin_histograms(run: RunFiles, order: Sequence[str]) -> Figure | None:
     every = np.concatenate([run.pairs[name]["margin"] for name in names])
     low, high = np.quantile(every[np.isfinite(every)], (0.002, 0.998))
     edges = np.linspace(min(low, 0.0), max(high, 1e-6), 31)
-    with _style() as plt:
+    with style() as plt:
         figure, panels = _panels(plt, len(names), sharey=False)
         for axes, name in zip(panels, names, strict=True):
             pairs = run.pairs[name]
             windows = (
-                (pairs["step"] <= last / 5, _MUTED),
-                (pairs["step"] > last * 4 / 5, _stand_in(order.index(name))),
+                (pairs["step"] <= last / 5, MUTED),
+                (pairs["step"] > last * 4 / 5, stand_in(order.index(name))),
             )
             for inside, color in windows:
                 margins = np.clip(pairs["margin"][inside], edges[0], edges[-1])
                 counts, _ = np.histogram(margins[np.isfinite(margins)], edges)
-                axes.stairs(counts / max(counts.sum(), 1), edges, fill=True, color=color,
-                            alpha=0.55, linewidth=0)
-            axes.axvline(0, color=_MUTED, linewidth=0.8)
-            axes.set_title(shorten(name, 27), fontsize=7, pad=3)
+                axes.stairs(
+                    counts / max(counts.sum(), 1),
+                    edges,
+                    fill=True,
+                    color=color,
+                    alpha=0.55,
+                    linewidth=0,
+                )
+            axes.axvline(0, color=MUTED, linewidth=0.8)
+            axes.set_title(shorten(name, 30), fontsize=7, pad=3)
             axes.set_yticks([])
             axes.margins(x=0)
         figure.supxlabel("margin, nats", fontsize=8.5)
-        figure.supylabel("fraction of pairs", fontsize=8.5)
+        figure.supylabel("fraction of pairs", x=0.0, fontsize=8.5)
         caption = (
             "Distribution of the margins of trained pairs, in nats (the outermost bins hold what "
             "lies beyond): first fifth of the steps grey, last fifth in colour, each panel with "
@@ -308,8 +309,12 @@ def _margin_histograms(run: RunFiles, order: Sequence[str]) -> Figure | None:
         )
         if len(names) < len(found):
             caption += f"; shown: the {_shown(len(names), len(found))}"
-        return _finish(figure, "margin-histograms", "Margins of the pairs, early and late",
-                       f"{caption}. From records/pairs.")
+        return finish(
+            figure,
+            "margin-histograms",
+            "Margins of the pairs, early and late",
+            f"{caption}. From records/pairs.",
+        )
 
 
 def _optimizer(run: RunFiles) -> Figure | None:
@@ -318,13 +323,13 @@ def _optimizer(run: RunFiles) -> Figure | None:
         return None
     labels = {"loss": "loss, nats", "grad_norm": "gradient norm", "lr": "learning rate"}
     shown = [name for name in labels if np.isfinite(run.steps[name]).any()]
-    with _style() as plt:
+    with style() as plt:
         figure, panels = plt.subplots(
             len(shown), 1, figsize=(_WIDTH, 1.55 * len(shown) + 0.5), sharex=True, squeeze=False
         )
         for axes, name in zip(panels[:, 0], shown, strict=True):
             step, values, bins = _thin(run.steps["step"], run.steps[name])
-            axes.plot(step, values, color=_stand_in(0), linewidth=1.1)
+            axes.plot(step, values, color=stand_in(0), linewidth=1.1)
             axes.set_ylabel(labels[name])
             axes.margins(x=0)
             if name == "lr":
@@ -337,7 +342,7 @@ def _optimizer(run: RunFiles) -> Figure | None:
             "learning rate"
         )
         caption += f", each point the mean of up to {bins} steps" if bins > 1 else ""
-        return _finish(figure, "optimizer", "Optimizer steps", caption + ". From records/steps.")
+        return finish(figure, "optimizer", "Optimizer steps", caption + ". From records/steps.")
 
 
 def _thin(step: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -352,7 +357,7 @@ def _ends(names: Sequence[str], most: int) -> list[str]:
     """The names, or the first and the last of them where there are more than `most`."""
     if len(names) <= most:
         return list(names)
-    return [*names[: most // 2], *names[-(most // 2):]]
+    return [*names[: most // 2], *names[-(most // 2) :]]
 
 
 def _shown(shown: int, of: int) -> str:
@@ -369,9 +374,17 @@ def _split_legend(axes: Any, run: RunFiles) -> None:
     names = {schema.TRAIN_SAMPLE: "train sample", schema.HELD_OUT: "held-out"}
     for split, name in names.items():
         if split in run.curves:
-            axes.plot([], [], color=_TEXT, label=name, **_line(split, 1))
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.995), ncols=2, frameon=False,
-                fontsize=8, borderpad=0.2, handlelength=2.6, labelcolor=_TEXT)
+            axes.plot([], [], color=TEXT, label=name, **_line(split, 1))
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 0.995),
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+        borderpad=0.2,
+        handlelength=2.6,
+        labelcolor=TEXT,
+    )
 
 
 def _panels(plt: Any, count: int, *, sharey: bool) -> tuple[Any, list[Any]]:
@@ -382,9 +395,7 @@ def _panels(plt: Any, count: int, *, sharey: bool) -> tuple[Any, list[Any]]:
     figure, grid = plt.subplots(
         lines, columns, figsize=(_WIDTH, height), sharex=True, sharey=sharey, squeeze=False
     )
-    figure.subplots_adjust(
-        0.072, 0.48 / height, 0.99, 1 - 0.2 / height, wspace=0.12, hspace=0.38
-    )
+    figure.subplots_adjust(0.072, 0.48 / height, 0.99, 1 - 0.2 / height, wspace=0.12, hspace=0.38)
     flat = list(grid.flat)
     for number, axes in enumerate(flat):
         axes.tick_params(labelsize=7)
@@ -392,56 +403,3 @@ def _panels(plt: Any, count: int, *, sharey: bool) -> tuple[Any, list[Any]]:
         axes.xaxis.set_tick_params(labelbottom=number + columns >= count)
         axes.set_visible(number < count)
     return figure, flat[:count]
-
-
-@contextmanager
-def _style() -> Iterator[Any]:
-    """Give pyplot, on the Agg backend and in the report's style; close its figures at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style = {
-        "svg.fonttype": "none", "svg.hashsalt": "fastpref", "text.parse_math": False,
-        "font.family": "DejaVu Sans", "font.size": 8.5, "text.color": _TEXT,
-        "axes.labelcolor": _TEXT, "axes.edgecolor": _MUTED, "axes.linewidth": 0.8,
-        "axes.titlecolor": _TEXT, "axes.grid": True, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none",
-        "figure.facecolor": "none", "grid.color": _FAINT, "grid.linewidth": 0.7,
-        "xtick.color": _MUTED, "ytick.color": _MUTED, "xtick.labelcolor": _TEXT,
-        "ytick.labelcolor": _TEXT, "lines.solid_capstyle": "round",
-        "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5),
-    }
-    with matplotlib.rc_context(style):
-        try:
-            yield plt
-        finally:
-            plt.close("all")
-
-
-def _finish(figure: Any, name: str, title: str, caption: str) -> Figure:
-    return Figure(name, title, caption, _svg(figure, name, title))
-
-
-def _svg(figure: Any, name: str, title: str) -> str:
-    """The figure as an <svg> element with CSS colours, the page's font and ids of its own."""
-    buffer = io.StringIO()
-    with warnings.catch_warnings():
-        # The browser has glyphs for the characters that matplotlib's own font lacks.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg"):].strip()
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
-    text = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', text)
-    text = text.replace("'DejaVu Sans'", "var(--font, sans-serif)")
-    text = text.replace(_TEXT, "currentColor")
-    text = text.replace(_FAINT, "var(--faint, #e3e6ea)").replace(_MUTED, "var(--muted, #9aa1a9)")
-    text = re.sub(r"#fe([0-9a-f]{4})", lambda m: f"var(--s{int(m[1], 16)})", text)
-    head, _, rest = text.partition(">")
-    box = re.search(r'viewBox="[^"]+"', head)
-    assert box is not None, "matplotlib writes a viewBox"
-    return f'<svg {box[0]} role="img" aria-label="{title}" xmlns="http://www.w3.org/2000/svg">{rest}'

@@ -200,7 +200,7 @@ def shorten(text: str, width: int) -> str:
     if len(line) <= width:
         return line
     head = width // 2
-    return f"{line[:head]}…{line[len(line) - (width - head - 1):]}"
+    return f"{line[:head]}…{line[len(line) - (width - head - 1) :]}"
 
 
 def decimals(values: Sequence[float | None], digits: int = 3) -> int:

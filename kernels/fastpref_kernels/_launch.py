@@ -20,7 +20,7 @@ _said: set[str] = set()
 
 
 def resolve_backend(backend: str) -> str:
-    """Name of the backend that will run; `auto` is the torch one until the Triton one exists, logged once."""
+    """Name of the backend that runs; `auto` is torch until there is a Triton one, logged once."""
     if backend not in BACKENDS:
         raise ValueError(
             f"linear_logprob: backend must be one of {', '.join(BACKENDS)}, got {backend!r}."
@@ -39,14 +39,13 @@ def resolve_backend(backend: str) -> str:
 
 
 def tile_width(dim: int, vocab: int, dtype: torch.dtype) -> int:
-    """Vocabulary entries per tile, from the shape of the weight alone so that plans never depend on the batch.
+    """Vocabulary entries per tile; depends on the weight alone, never on the batch.
 
-    A small head is one or two tiles (launches count); a large one takes tiles whose float32 logits stay in a
-    CPU's second-level cache for some hundred rows. Measured: kernels/README.md.
+    A small head is one or two tiles (launches count); a large one takes tiles whose float32 logits
+    stay in a CPU's second-level cache for some hundred rows. Measured: kernels/README.md.
     """
     width = 4096 if dim * vocab <= 4_000_000 else 1024
-    # Half types pass the tile once more (rounding into the kept buffer); float64 entries are twice as large.
-    return max(1, min(vocab, width // 2 if dtype == torch.float64 else width))
+    return min(vocab, width // 2 if dtype == torch.float64 else width)
 
 
 def check_linear_logprob(
@@ -65,15 +64,15 @@ def check_linear_logprob(
     stats: Sequence[str],
     norms: str | None,
 ) -> int:
-    """Check everything that can be told without reading a tensor; return the number of segments S."""
+    """Check what can be told without reading a tensor; returns the number of segments S."""
     _check_tensors(hidden, weight, target, segment_id, bias)
     _check_numbers(softcap, logit_scale, temperature, cache, group_size)
     _check_names(stats, norms)
     segments = _count_segments(hidden, segment_id, num_segments)
     if norms is not None and segments % group_size:
         raise ValueError(
-            f"linear_logprob: norms need whole groups, but num_segments={segments} is not a multiple of "
-            f"group_size={group_size}. Pad the last group with empty segments."
+            f"linear_logprob: norms need whole groups, but num_segments={segments} is not a "
+            f"multiple of group_size={group_size}. Pad the last group with empty segments."
         )
     return segments
 
@@ -90,12 +89,14 @@ def _check_tensors(
         raise ValueError("linear_logprob: weight has no rows; the vocabulary needs at least one.")
     if hidden.dtype not in DTYPES or hidden.dtype != weight.dtype:
         raise ValueError(
-            "linear_logprob: hidden and weight must have one dtype of float64, float32, bfloat16, float16, got "
-            f"{hidden.dtype} and {weight.dtype}. Convert one, e.g. hidden.to(weight.dtype)."
+            "linear_logprob: hidden and weight must have one dtype of float64, float32, bfloat16, "
+            f"float16, got {hidden.dtype} and {weight.dtype}. "
+            "Convert one, e.g. hidden.to(weight.dtype)."
         )
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
         raise ValueError(
-            f"linear_logprob: expected target ({hidden.shape[0]},) int64, got {tuple(target.shape)} {target.dtype}."
+            f"linear_logprob: expected target ({hidden.shape[0]},) int64, got "
+            f"{tuple(target.shape)} {target.dtype}."
         )
     if segment_id is not None and (
         segment_id.shape != target.shape or segment_id.dtype not in (torch.int32, torch.int64)
@@ -117,7 +118,8 @@ def _check_tensors(
     ):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(
-                f"linear_logprob: hidden is on {hidden.device} but {name} on {tensor.device}; move one."
+                f"linear_logprob: hidden is on {hidden.device} but {name} on {tensor.device}; "
+                "move one."
             )
 
 
@@ -134,7 +136,8 @@ def _check_numbers(
         raise ValueError(f"linear_logprob: logit_scale must be finite, got {logit_scale!r}.")
     if cache < -1:
         raise ValueError(
-            f"linear_logprob: cache must be -1 (keep every tile) or a number of tiles >= 0, got {cache!r}."
+            "linear_logprob: cache must be -1 (keep every tile) or a number of tiles >= 0, got "
+            f"{cache!r}."
         )
     if group_size < 1:
         raise ValueError(f"linear_logprob: group_size must be at least 1, got {group_size!r}.")
@@ -144,21 +147,22 @@ def _check_names(stats: Sequence[str], norms: str | None) -> None:
     known = SEGMENT_STATS + ROW_STATS
     if isinstance(stats, str):
         raise ValueError(
-            f"linear_logprob: stats must be a sequence of names, got the string {stats!r}; write ({stats!r},)."
+            f"linear_logprob: stats must be a sequence of names, got the string {stats!r}; write "
+            f"({stats!r},)."
         )
     for name in stats:
         if name not in known:
             raise ValueError(
-                f"linear_logprob: unknown statistic {name!r}; known are {', '.join(known)}.{_nearest(name, known)}"
+                f"linear_logprob: unknown statistic {name!r}; known are "
+                f"{', '.join(known)}.{_nearest(name, known)}"
             )
     if norms == "sketch":
         raise ValueError(
-            "linear_logprob: norms='sketch' comes with the sketch ops and is not in this version. Use norms='exact'."
+            "linear_logprob: norms='sketch' comes with the sketch ops and is not in this "
+            "version. Use norms='exact'."
         )
     if norms not in (None, "exact"):
-        raise ValueError(
-            f"linear_logprob: norms must be None, 'exact' or 'sketch', got {norms!r}."
-        )
+        raise ValueError(f"linear_logprob: norms must be None, 'exact' or 'sketch', got {norms!r}.")
 
 
 def _count_segments(hidden: Tensor, segment_id: Tensor | None, num_segments: int | None) -> int:
@@ -166,8 +170,8 @@ def _count_segments(hidden: Tensor, segment_id: Tensor | None, num_segments: int
     if segment_id is None:
         if num_segments is not None and num_segments != rows:
             raise ValueError(
-                f"linear_logprob: without segment_id every row is a segment, so num_segments must be None or {rows}, "
-                f"got {num_segments}."
+                "linear_logprob: without segment_id every row is a segment, so num_segments "
+                f"must be None or {rows}, got {num_segments}."
             )
         return rows
     if num_segments is not None:
@@ -176,17 +180,17 @@ def _count_segments(hidden: Tensor, segment_id: Tensor | None, num_segments: int
         return num_segments
     if torch.compiler.is_compiling():
         raise ValueError(
-            "linear_logprob: give num_segments under torch.compile; reading it off segment_id breaks the graph."
+            "linear_logprob: give num_segments under torch.compile; reading it off segment_id "
+            "breaks the graph."
         )
     return int(segment_id[-1]) + 1 if rows else 0
 
 
-def check_values(
-    target: Tensor, segment_id: Tensor | None, vocab: int, num_segments: int
-) -> None:
-    """Range of targets and order of segment ids; on the CPU only, where reading a value costs no synchronisation.
+def check_values(target: Tensor, segment_id: Tensor | None, vocab: int, num_segments: int) -> None:
+    """Range of targets, order and range of segment ids; only on the CPU, where reading is free.
 
-    On CUDA a target out of range makes its row's log-prob NaN, a segment id out of range trips an index assertion.
+    On CUDA a target out of range makes its row's log-prob NaN, a segment id out of range trips an
+    index assertion.
     """
     if target.device.type != "cpu" or not target.numel():
         return
@@ -196,7 +200,8 @@ def check_values(
         value = int(target[row])
         hint = " Only scored rows belong here: drop rows labelled -100." if value == -100 else ""
         raise ValueError(
-            f"linear_logprob: target[{row}] = {value} is not a row of weight, which has rows 0..{vocab - 1}.{hint}"
+            f"linear_logprob: target[{row}] = {value} is not a row of weight, which has rows "
+            f"0..{vocab - 1}.{hint}"
         )
     if segment_id is None:
         return
@@ -204,14 +209,16 @@ def check_values(
     if bool(falls.any()):
         row = int(falls.nonzero()[0]) + 1
         raise ValueError(
-            f"linear_logprob: segment_id must be non-decreasing, but segment_id[{row}]={int(segment_id[row])} follows "
-            f"{int(segment_id[row - 1])}. Sort the rows by segment_id."
+            "linear_logprob: segment_id must be non-decreasing, but "
+            f"segment_id[{row}]={int(segment_id[row])} follows {int(segment_id[row - 1])}. "
+            "Sort the rows by segment_id."
         )
     first, last = int(segment_id[0]), int(segment_id[-1])
     if first < 0 or last >= num_segments:
         row, value = (0, first) if first < 0 else (segment_id.shape[0] - 1, last)
         raise ValueError(
-            f"linear_logprob: segment_id[{row}]={value} is outside 0..{num_segments - 1} (num_segments={num_segments})."
+            f"linear_logprob: segment_id[{row}]={value} is outside 0..{num_segments - 1} "
+            f"(num_segments={num_segments})."
         )
 
 

@@ -1,6 +1,6 @@
-"""Gram matrices of head gradients within groups of segments, from the vocabulary tiles of the forward.
+"""Gram matrices of head gradients within groups of segments, from the forward's vocabulary tiles.
 
-Shapes: R rows, D hidden, V vocab, S segments, g group_size, B groups of one row count L, C tile width.
+Shapes: R rows, D hidden, V vocab, S segments, g group_size, C tile width; B groups of L rows each.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ class _Batch:
 
 
 class GroupGram:
-    """<d logp[a] / dW, d logp[b] / dW> for all segments a, b of one group, W the head weight (not its bias).
+    """<d logp[a] / dW, d logp[b] / dW> for all segments a, b of one group; W without the bias.
 
-    The gradient of a segment is sum_t d_t h_t^T with d_t = k (1 - p_t) (phi_t 1[y_t] - q_t), q_t = F_t / S'_t zero
-    at y_t, so that
+    The gradient of a segment is sum_t d_t h_t^T with d_t = m_t (phi_t 1[y_t] - q_t),
+    m = k (1 - p), q_t = F_t / S'_t zero at y_t, so that
 
-        d_t . d_s = k^2 (1 - p_t)(1 - p_s) (phi_t phi_s 1[y_t = y_s] - phi_t q_s[y_t] - phi_s q_t[y_s] + q_t . q_s)
+        d_t . d_s  = m_t m_s (phi_t phi_s 1[y_t=y_s] - phi_t q_s[y_t] - phi_s q_t[y_s] + q_t . q_s)
         gram[a, b] = sum over t in a, s in b of  (d_t . d_s) (h_t . h_s)
 
     Memory    sum of L^2 over groups; groups of equal row count are multiplied together.
     Cost      2 R L V for q.q, 4 R L D for h.h and q[y].
-    Numerics  no cancellation for confident rows: (1 - p) is a factor and every bracket is formed without the target.
+    Numerics  no cancellation for confident rows: (1 - p) is a factor and every bracket is formed
+              without the target.
     Reads the row counts on the host once (a synchronisation on CUDA).
     """
 
@@ -85,26 +86,22 @@ class GroupGram:
         weight: Tensor,
         target: Tensor,
         terms: RowTerms,
-        transform: Callable[[Tensor, Tensor], Tensor | None],
+        exps: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:  # (S / g, g, g)
-        """The Gram matrices. `transform(raw logits, target)` makes them z in place and returns the softcap's bend."""
+        """The Gram matrices. `exps(raw logits, their vocabulary ids, row maximum)` gives F."""
         dtype = terms.total.dtype
         gram = terms.total.new_zeros(self.groups, self.group_size, self.group_size)
         for batch in self.batches:
             hidden_BLD = hidden[batch.rows].to(dtype)
             target_BL = target[batch.rows]
-            total, weight_BL, phi = (
-                x[batch.rows] for x in (terms.total, terms.weight, terms.phi)
-            )
+            total, weight_BL, phi = (x[batch.rows] for x in (terms.total, terms.weight, terms.phi))
             same = target_BL.unsqueeze(2) == target_BL.unsqueeze(1)
-            # other[t, s] = q_t[y_s]: what row t gives to the target of row s
+            # other[t, s] = q_t[y_s]: what row t gives to the target of row s.
             other = torch.bmm(hidden_BLD, weight[target_BL].to(dtype).transpose(1, 2))
-            bend = transform(other, target_BL)
-            other.sub_(terms.maximum[batch.rows].unsqueeze(2)).exp_()
-            if bend is not None:
-                other.mul_(bend)
+            other = exps(other, target_BL.unsqueeze(1), terms.maximum[batch.rows].unsqueeze(2))
             other = (other / total.unsqueeze(2)).masked_fill_(same, 0.0) * phi.unsqueeze(1)
-            dots = batch.products / (total.unsqueeze(2) * total.unsqueeze(1))
+            # One division after the other: the product of two totals may underflow.
+            dots = batch.products / total.unsqueeze(2) / total.unsqueeze(1)
             dots += same * (phi.unsqueeze(2) * phi.unsqueeze(1))
             dots -= other + other.transpose(1, 2)
             dots *= weight_BL.unsqueeze(2) * weight_BL.unsqueeze(1)

@@ -1,6 +1,7 @@
 """Per-segment log-probabilities of a linear language-model head, without a float32 (R, V) tensor.
 
-Shapes: R rows, D hidden, V vocab, S segments, g group_size. Mathematics, memory, numerics: kernels/README.md.
+Shapes: R rows, D hidden, V vocab, S segments, g group_size. Mathematics, memory, numerics:
+kernels/README.md.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ _SEGMENT_STATS = _launch.SEGMENT_STATS
 class LinearLogprob:
     """Result of `linear_logprob`; float32 (float64 for float64 inputs), None where not asked for.
 
-    Only `logp` is differentiable. The statistics are sums over the rows of each segment (S,), `argmax` and
-    `log1m_pmax` stand per row (R,).
+    Only `logp` is differentiable. The statistics are sums over the rows of each segment (S,),
+    `argmax` and `log1m_pmax` stand per row (R,).
     """
 
     logp: Tensor  # (S,) nats
@@ -36,7 +37,7 @@ class LinearLogprob:
     top1: Tensor | None = None  # (S,) number of rows whose target is the first largest entry
     mean_logit: Tensor | None = None  # (S,) of the mean over v of the transformed logit
     argmax: Tensor | None = None  # (R,) int64, first largest entry
-    log1m_pmax: Tensor | None = None  # (R,) log(1 - max_v p), -inf where that is below what the dtype holds
+    log1m_pmax: Tensor | None = None  # (R,) log(1 - max_v p); see kernels/README.md on its floor
     gram: Tensor | None = None  # (S / g, g, g) <d logp[a] / dW, d logp[b] / dW>
 
 
@@ -57,20 +58,21 @@ def linear_logprob(
     norms: str | None = None,
     backend: str = "auto",
 ) -> LinearLogprob:
-    """Log-probability of the targets of every segment, in nats; differentiable in hidden, weight and bias.
+    """Log-probability of every segment's targets, in nats; differentiable in hidden, weight, bias.
 
         logp[s] = sum over rows t of segment s of  z_t[y_t] - logsumexp_v z_t[v]
-        z = softcap(logit_scale (hidden @ weight.T + bias)) / temperature,   softcap(x) = c tanh(x / c)
+        z = softcap(logit_scale (hidden @ weight.T + bias)) / temperature,  softcap(x) = c tanh(x/c)
 
-    A segment without rows has logp 0. `num_segments` is the last id + 1 if not given (on CUDA that waits for the
-    device; under torch.compile it must be given). `stats`: names of fields of `LinearLogprob` to compute, from entropy,
-    sum_sq_prob, log_sum_sq_prob, top1, mean_logit, argmax, log1m_pmax. `norms="exact"`: `gram`, the inner products of
-    the segments' gradients in `weight` (bias left out) within each group of `group_size` segments.
+    A segment without rows has logp 0. `num_segments` is the last id + 1 if not given: on CUDA that
+    waits for the device, under torch.compile it must be given. `stats`: fields of `LinearLogprob`
+    to compute, from entropy, sum_sq_prob, log_sum_sq_prob, top1, mean_logit, argmax, log1m_pmax.
+    `norms="exact"`: `gram`, of the segments' gradients in `weight` (bias left out) within each
+    group of `group_size` segments.
 
-    Memory    hidden and weight require grad: one (R, V) buffer in their dtype, or only `cache` tiles of it (0: none)
-              at a fourth matrix product. Weight and bias frozen: no (R, V) buffer, two products. No grad: one.
-    Numerics  products accumulated and logits reduced in float32; 1 - p formed without cancellation, so gradients of
-              confident rows keep their digits. Repeatable: no atomics. Backward may run twice (retain_graph).
+    Memory    weight trained: one (R, V) buffer in its dtype, or `cache` tiles of it (0: none) at a
+              fourth product. Weight and bias frozen: no such buffer, two products. No grad: one.
+    Numerics  products accumulated, logits reduced in float32; 1 - p formed without cancellation.
+              Repeatable: no atomics. Backward may run twice (retain_graph).
     Errors    ValueError with the offending value; on CUDA a target out of range gives NaN instead.
     Oracle    reference.linear_logprob
     """
@@ -90,7 +92,7 @@ def linear_logprob(
         norms=norms,
     )
     _launch.resolve_backend(backend)
-    grad = torch.is_grad_enabled()
+    plan = _make_plan(hidden, weight, bias, cache, group_size if norms else 0)
     logp, sums, argmax, log1m_pmax, gram, *_ = _forward_op(
         hidden,
         weight,
@@ -98,16 +100,9 @@ def linear_logprob(
         segment_id,
         bias,
         segments,
-        group_size if norms else 0,
-        softcap,
-        float(logit_scale),
-        float(temperature),
-        cache,
-        _launch.tile_width(hidden.shape[1], weight.shape[0], hidden.dtype),
-        ",".join(stats),
-        grad and hidden.requires_grad,
-        grad and weight.requires_grad,
-        grad and bias is not None and bias.requires_grad,
+        [logit_scale, temperature] if softcap is None else [logit_scale, temperature, softcap],
+        [int(x) for x in plan],
+        ",".join(sorted(set(stats))),
     )
     asked = [name for name in _SEGMENT_STATS if name in stats]
     fields: dict[str, Tensor] = {
@@ -122,9 +117,39 @@ def linear_logprob(
     return LinearLogprob(logp=logp, **fields)
 
 
-def _kept_tiles(vocab: int, width: int, cache: int, need: bool) -> int:
-    count = -(-vocab // width)
-    return 0 if not need else count if cache < 0 else min(cache, count)
+class Plan(NamedTuple):
+    """What the ops do, as a list of integers: every argument of a custom op costs time a call."""
+
+    width: int  # vocabulary entries per tile
+    kept: int  # tiles of E kept for the backward
+    group_size: int  # 0: no Gram matrices
+    need_hidden: int
+    need_weight: int
+    need_bias: int
+
+
+def _make_plan(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, cache: int, group_size: int
+) -> Plan:
+    """Tile width, tiles to keep (none with weight and bias frozen) and the gradients wanted."""
+    width = _launch.tile_width(hidden.shape[1], weight.shape[0], hidden.dtype)
+    grad = torch.is_grad_enabled()
+    need_weight = grad and weight.requires_grad
+    need_bias = grad and bias is not None and bias.requires_grad
+    count = -(-weight.shape[0] // width) if need_weight or need_bias else 0
+    return Plan(
+        width=width,
+        kept=count if cache < 0 else min(cache, count),
+        group_size=group_size,
+        need_hidden=grad and hidden.requires_grad,
+        need_weight=need_weight,
+        need_bias=need_bias,
+    )
+
+
+def _transform(bias: Tensor | None, scales: Sequence[float]) -> torch_tiles.Transform:
+    logit_scale, temperature, *softcap = scales
+    return torch_tiles.Transform(bias, logit_scale, softcap[0] if softcap else None, temperature)
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -137,10 +162,9 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]
 @torch.library.custom_op(
     "fastpref::linear_logprob_forward",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, Tensor? bias, SymInt segments, "
-    "int group_size, float? softcap, float logit_scale, float temperature, int cache, int width, str stats, "
-    "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, Tensor? bias, "
+    "SymInt segments, float[] scales, int[] plan, str stats) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_op(
     hidden: Tensor,
@@ -149,49 +173,46 @@ def _forward_op(
     segment_id: Tensor | None,
     bias: Tensor | None,
     segments: int,
-    group_size: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    cache: int,
-    width: int,
+    scales: Sequence[float],
+    plan: Sequence[int],
     stats: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
 ) -> tuple[Tensor, ...]:
-    """Returns logp, segment statistics, argmax, log1m_pmax, gram, and the four tensors of `torch_tiles.Saved`."""
+    """logp, segment statistics, argmax, log1m_pmax, gram, and the four of `torch_tiles.Saved`."""
     _launch.check_values(target, segment_id, weight.shape[0], segments)
-    transform = torch_tiles.Transform(bias, logit_scale, softcap, temperature)
+    transform, what = _transform(bias, scales), Plan(*plan)
     dtype = torch_tiles.accumulate_dtype(hidden.dtype)
     empty = hidden.new_empty(0, dtype=dtype)
     names = frozenset(stats.split(",")) - {""}
-    gram = GroupGram(segment_id, segments, group_size, empty) if group_size else None
+    gram = GroupGram(segment_id, segments, what.group_size, empty) if what.group_size else None
     with _no_autocast(hidden.device):
         sums, saved = torch_tiles.forward(
             hidden,
             weight,
             target,
             transform,
-            width=width,
-            kept=_kept_tiles(weight.shape[0], width, cache, need_weight or need_bias),
-            need_hidden=need_hidden,
+            width=what.width,
+            kept=what.kept,
+            need_hidden=bool(what.need_hidden),
             stats=names,
             gram=gram,
         )
-        _, total, log_odds, phi = saved.row_state
+        log_odds = saved.row_state[2]
         logp_R = F.logsigmoid(-log_odds)
-        rows = row_statistics(sums, saved.row_state, logp_R, weight.shape[0], target)
+        rows = row_statistics(sums, log_odds, logp_R, weight.shape[0], target) if names else {}
         asked = [rows[name] for name in _SEGMENT_STATS if name in names]
         gram_out = empty
         if gram is not None:
-            terms = RowTerms(sums.maximum, total, log_odds.sigmoid() * transform.slope, phi)
+            phi = torch.ones_like(log_odds) if transform.softcap is None else saved.row_state[3]
+            miss = log_odds.sigmoid() * transform.slope
+            terms = RowTerms(sums.maximum, sums.total, miss, phi)
             gram_out = gram.finish(
                 hidden,
                 weight,
                 target,
                 terms,
-                lambda z, y: transform.apply_(z, None if bias is None else bias[y].unsqueeze(1)),
+                lambda raw, vocab_id, maximum: torch_tiles.exps_at(
+                    raw, transform, None if bias is None else bias[vocab_id], maximum
+                ),
             )
     return (
         segment_sum(logp_R, segment_id, segments),
@@ -209,7 +230,7 @@ def _forward_op(
 
 
 def row_statistics(
-    sums: torch_tiles.RowSums, row_state: Tensor, logp: Tensor, vocab: int, target: Tensor
+    sums: torch_tiles.RowSums, log_odds: Tensor, logp: Tensor, vocab: int, target: Tensor
 ) -> dict[str, Tensor]:
     """Statistics per row (R,) from sums over the non-target entries and a = log((1 - p) / p).
 
@@ -217,9 +238,10 @@ def row_statistics(
 
         entropy = -p log p - (1-p) log(1-p) + (1-p) H(q)           every term >= 0
         sum_v p_v^2 = p^2 + (1-p)^2 Q / S'^2
-        1 - p_max = 1 - p if the target is the largest entry, else (rest + e_y) / (S' + e_y), e_y = exp(z_y - max)
+        1 - p_max = 1 - p if the target is the largest entry, else (rest + e_y) / (S' + e_y), e_y =
+        exp(z_y - max)
     """
-    maximum, total, log_odds, _ = row_state
+    maximum, total = sums.maximum, sums.total
     out: dict[str, Tensor] = {}
     log1m, miss = F.logsigmoid(log_odds), log_odds.sigmoid()
     if "entropy" in sums.stats:
@@ -255,41 +277,34 @@ def _forward_fake(
     segment_id: Tensor | None,
     bias: Tensor | None,
     segments: int,
-    group_size: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    cache: int,
-    width: int,
+    scales: Sequence[float],
+    plan: Sequence[int],
     stats: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
 ) -> tuple[Tensor, ...]:
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     wide = hidden.new_empty(0, dtype=torch_tiles.accumulate_dtype(hidden.dtype))
     names = stats.split(",")
-    kept = _kept_tiles(vocab, width, cache, need_weight or need_bias)
-    groups = (segments // group_size, group_size, group_size) if group_size else (0,)
+    what, g = Plan(*plan), plan[2]
+    groups = (segments // g, g, g) if g else (0,)
     return (
         wide.new_empty(segments),
         wide.new_empty(sum(name in _SEGMENT_STATS for name in names), segments),
         target.new_empty(rows if "argmax" in names else 0),
         wide.new_empty(rows if "log1m_pmax" in names else 0),
         wide.new_empty(groups),
-        wide.new_empty(4, rows),
-        wide.new_empty(rows if need_hidden else 0, dim),
-        hidden.new_empty(min(kept * width, vocab), rows),
-        wide.new_empty(kept, rows),
+        wide.new_empty(4 if len(scales) == 3 else 3, rows),
+        wide.new_empty(rows if what.need_hidden else 0, dim),
+        hidden.new_empty(min(what.kept * what.width, vocab), rows),
+        wide.new_empty(what.kept, rows),
     )
 
 
 @torch.library.custom_op(
     "fastpref::linear_logprob_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, Tensor? bias, "
-    "Tensor row_state, Tensor hidden_grad, Tensor exps, Tensor offsets, float? softcap, float logit_scale, "
-    "float temperature, int width, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, "
+    "Tensor? bias, Tensor row_state, Tensor hidden_grad, Tensor exps, Tensor offsets, "
+    "float[] scales, int[] plan) -> (Tensor, Tensor, Tensor)",
 )
 def _backward_op(
     grad: Tensor,
@@ -302,26 +317,22 @@ def _backward_op(
     hidden_grad: Tensor,
     exps: Tensor,
     offsets: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    width: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    scales: Sequence[float],
+    plan: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    what = Plan(*plan)
     with _no_autocast(hidden.device):
         return torch_tiles.backward(
             segment_expand(grad, segment_id),
             hidden,
             weight,
             target,
-            torch_tiles.Transform(bias, logit_scale, softcap, temperature),
+            _transform(bias, scales),
             torch_tiles.Saved(row_state, hidden_grad, exps, offsets),
-            width=width,
-            need_hidden=need_hidden,
-            need_weight=need_weight,
-            need_bias=need_bias,
+            width=what.width,
+            need_hidden=bool(what.need_hidden),
+            need_weight=bool(what.need_weight),
+            need_bias=bool(what.need_bias),
         )
 
 
@@ -329,32 +340,31 @@ def _backward_op(
 def _backward_fake(
     grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    bias, (need_hidden, need_weight, need_bias) = rest[1], rest[-3:]
+    bias, what = rest[1], Plan(*rest[-1])
     vocab, dim = weight.shape
     return (
-        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
-        weight.new_empty(vocab if need_weight else 0, dim),
-        (weight if bias is None else bias).new_empty(vocab if need_bias else 0),
+        hidden.new_empty(hidden.shape if what.need_hidden else (0,)),
+        weight.new_empty(vocab if what.need_weight else 0, dim),
+        (weight if bias is None else bias).new_empty(vocab if what.need_bias else 0),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, segment_id, bias, _, _, *numbers = inputs
-    softcap, logit_scale, temperature, _, width, _, *ctx.needs = numbers
-    ctx.numbers = (softcap, logit_scale, temperature, width)
-    # Gradients of the outputs nobody differentiates stay None; as zeros one of them would be (R, V).
+    hidden, weight, target, segment_id, bias, _, ctx.scales, ctx.plan, _ = inputs
+    # Gradients of the outputs nobody differentiates stay None; as zeros one of them would be (R,
+    # V).
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, target, segment_id, bias, *output[-4:])
 
 
 def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 16
+    grads: list[Tensor | None] = [None] * 9
     if grad is not None:
-        hidden, weight, bias = _backward_op(grad, *ctx.saved_tensors, *ctx.numbers, *ctx.needs)
-        need_hidden, need_weight, need_bias = ctx.needs
-        grads[0] = hidden if need_hidden else None
-        grads[1] = weight if need_weight else None
-        grads[4] = bias if need_bias else None
+        what = Plan(*ctx.plan)
+        hidden, weight, bias = _backward_op(grad, *ctx.saved_tensors, ctx.scales, ctx.plan)
+        grads[0] = hidden if what.need_hidden else None
+        grads[1] = weight if what.need_weight else None
+        grads[4] = bias if what.need_bias else None
     return tuple(grads)
 
 

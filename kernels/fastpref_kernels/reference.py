@@ -1,4 +1,4 @@
-"""Every op in plain torch, any dtype and device: the oracles that tests compare with. Slow and large on purpose.
+"""Every op in plain torch, any dtype and device: the oracles of the tests, slow and large.
 
 Shapes: R rows, D hidden, V vocab, S segments, g group_size.
 """
@@ -44,7 +44,7 @@ def linear_logprob(
     stats: Sequence[str] = (),
     norms: str | None = None,
 ) -> LinearLogprob:
-    """What `fastpref_kernels.linear_logprob` computes, from the whole (R, V) matrix of logits and log_softmax.
+    """What `fastpref_kernels.linear_logprob` computes, by log_softmax of the (R, V) logits.
 
     Half inputs are multiplied in their own dtype and reduced in float32, as common trainers do.
     """
@@ -91,9 +91,7 @@ def linear_logprob(
             logit_scale=logit_scale,
             temperature=temperature,
         )
-    return LinearLogprob(
-        logp=sums(logp_RV.gather(-1, target.unsqueeze(-1)).squeeze(-1)), **fields
-    )
+    return LinearLogprob(logp=sums(logp_RV.gather(-1, target.unsqueeze(-1)).squeeze(-1)), **fields)
 
 
 def head_gram(
@@ -109,9 +107,9 @@ def head_gram(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:  # (S / g, g, g)
-    """Gram matrices of the segments' gradients in weight, each gradient formed as a (V, D) sum of outer products.
+    """Gram matrices of the segments' gradients in weight, each formed as (V, D) outer products.
 
-        A_s = sum over t in s of  (d logp_t / d (weight @ h_t)) h_t^T,    gram[a, b] = <A_a, A_b>
+    A_s = sum over t in s of  (d logp_t / d (weight @ h_t)) h_t^T,    gram[a, b] = <A_a, A_b>
     """
     with torch.enable_grad():
         raw = (hidden @ weight.t()).detach().requires_grad_()

@@ -2,8 +2,9 @@
 
 Shapes: R rows, S segments, V vocab, D hidden.
 
-Both functions are repeatable: on the CPU `index_add_` walks the rows in order on one thread; on CUDA
-`index_add_` would use atomics, so `index_put_(accumulate=True)` is used there, which sorts the indices first.
+Both functions are repeatable: on the CPU `index_add_` walks the rows in order on one thread; on
+CUDA `index_add_` would use atomics, so `index_put_(accumulate=True)` is used there, which sorts the
+indices first.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ def segment_sum(
 ) -> Tensor:  # (..., S), dtype of rows
     """Sum of the rows of every segment; a segment without rows gives 0.
 
-    Numerics  sums in float64 where the device has it, rounded once: a segment may hold thousands of rows of
-              the same sign, and the log-ratios that are formed of these sums are small differences.
+    Numerics  sums in float64 where the device has it, rounded once: a segment may hold thousands of
+              rows of the same sign, and the log-ratios that are formed of these sums are small
+              differences.
     """
     if segment_id is None:
         return rows

@@ -1,7 +1,7 @@
 """The plain-torch backend of `linear_logprob`: a loop over vocabulary tiles around matrix products.
 
-Shapes: R rows, D hidden, V vocab, N tiles, C tile width. Kept exponentials are transposed, (V, R), so that a tile is
-one contiguous block of rows. Formulas, memory and numerics: kernels/README.md.
+Shapes: R rows, D hidden, V vocab, N tiles, C tile width. Kept exponentials are transposed, (V, R),
+so that a tile is one contiguous block of rows. Formulas, memory and numerics: kernels/README.md.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from torch import Tensor
 from .gram import GroupGram
 from .segment import add_rows_
 
-# Least exponent relative to a row's maximum. e^-80 = 2e-35 per entry is nothing beside S' >= 1, in float64 too, so the
-# target's entry, -inf before the exponential, may as well stand there with it instead of 0.
+# Least exponent relative to a row's maximum. e^-80 = 2e-35 per entry is nothing beside S' >= 1, in
+# float64 too, so the target's entry, -inf before the exponential, may as well stand there with it
+# instead of 0.
 FLOOR = -80.0
+ORDER_STATS = frozenset({"argmax", "top1", "log1m_pmax"})
 
 
 @dataclass(frozen=True)
 class Transform:
-    """z = softcap(s (a + bias)) / temperature, in the order bias, scale, softcap, temperature (TRL's)."""
+    """z = softcap(s (a + bias)) / temperature: bias, scale, softcap, temperature, TRL's order."""
 
     bias: Tensor | None  # (V,)
     logit_scale: float
@@ -34,7 +36,7 @@ class Transform:
         return self.logit_scale / self.temperature
 
     def apply_(self, logits: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Raw logits to z in place; returns (dz/da) / k with a softcap, None (= 1 everywhere) without."""
+        """Raw logits to z in place; returns the bend (dz/da) / k, None (= 1) without a softcap."""
         if bias is not None:
             logits.add_(bias)
         if self.softcap is None:
@@ -58,16 +60,19 @@ class Tiles:
     @staticmethod
     def make(target: Tensor, vocab: int, width: int) -> Tiles:
         bounds = [(lo, min(lo + width, vocab)) for lo in range(0, vocab, width)]
+        if len(bounds) == 1:
+            local = target.clamp(0, vocab - 1).unsqueeze(0)
+            return Tiles(bounds, local, (target == local[0]).unsqueeze(0))
         low = torch.arange(0, vocab, width, device=target.device).unsqueeze(1)
         high = (low + width).clamp_(max=vocab)
         inside = (target >= low) & (target < high)
         return Tiles(bounds, torch.minimum(target.maximum(low), high - 1) - low, inside)
 
-    def take_target_(self, i: int, z: Tensor) -> Tensor:
-        """Put -inf at the target's place of tile i (where it lies there); returns what stood at the local index."""
+    def take_target_(self, i: int, z: Tensor, fill: float) -> Tensor:
+        """fill to the target's place where it lies in tile i; returns what stood at `local`."""
         index = self.local[i].unsqueeze(0)
         value = z.gather(0, index)
-        z.scatter_(0, index, value.masked_fill(self.inside[i], -torch.inf))
+        z.scatter_(0, index, value.masked_fill(self.inside[i], fill))
         return value[0]
 
 
@@ -86,40 +91,39 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 def exp_(z: Tensor, maximum: Tensor) -> Tensor:
     """exp(max(z - maximum, FLOOR)) in place.
 
-    Without the floor the CPU's vector exp takes a path 50 to 100 times slower for every result that underflows, and
-    the products after it slow down on subnormal operands.
+    Without the floor the CPU's vector exp takes a path 50 to 100 times slower for every result that
+    underflows, and the products after it slow down on subnormal operands.
     """
     return z.sub_(maximum).clamp_(min=FLOOR).exp_()
 
 
 class RowSums:
-    """Running sums over the entries that are not the target, relative to each row's running maximum.
+    """Running sums over the entries that are not the target, relative to the running maximum.
 
-    With E = exp(z - max): total = sum E, and on request square = sum E^2, plogp = sum E log E, rest = sum E without
-    the (first) largest entry, logit = sum of z with the target. A row that has seen no entry yet has the least finite
-    number as its maximum, which makes every rescale factor 0 or 1 and never NaN.
+    With E = exp(z - max): total = sum E, and on request square = sum E^2, plogp = sum E log E, rest
+    = sum E without the (first) largest entry, logit = sum of z with the target. A row that has seen
+    no entry yet has the least finite number as its maximum, which makes every rescale factor 0 or 1
+    and never NaN.
     """
 
     def __init__(self, hidden: Tensor, dtype: torch.dtype, stats: frozenset[str]) -> None:
-        rows = hidden.shape[0]
         self.stats = stats
-        self.maximum = hidden.new_full((rows,), torch.finfo(dtype).min, dtype=dtype)
-        self.total = hidden.new_zeros(rows, dtype=dtype)
+        self.lowest = torch.finfo(dtype).min
+        zero = hidden.new_zeros(hidden.shape[0], dtype=dtype)
+        self.maximum = zero + self.lowest
         # A target outside the vocabulary is met in no tile and leaves NaN, which is seen.
-        self.target_logit = hidden.new_full((rows,), torch.nan, dtype=dtype)
-        self.square, self.plogp, self.rest, self.logit = (
-            hidden.new_zeros(rows, dtype=dtype) for _ in range(4)
-        )
-        self.argmax = hidden.new_zeros(rows, dtype=torch.int64)
+        self.target_logit = zero + torch.nan
+        self.total = self.square = self.plogp = self.rest = self.logit = zero
+        self.argmax = zero.to(torch.int64)
 
     def add_tile(self, z: Tensor, tiles: Tiles, i: int) -> Tensor:
-        """Turn the tile's z into E relative to the new running maximum, in place; returns exp(old - new maximum)."""
+        """z to E relative to the new running maximum, in place; returns exp(old - new maximum)."""
         if "mean_logit" in self.stats:
-            self.logit += z.sum(0)
-        value = tiles.take_target_(i, z)
+            self.logit = self.logit + z.sum(0)
+        value = tiles.take_target_(i, z, -torch.inf)
         self.target_logit = torch.where(tiles.inside[i], value, self.target_logit)
         where = None
-        if self.stats & {"argmax", "top1", "log1m_pmax"}:
+        if self.stats & ORDER_STATS:
             top, where = z.max(0)
             self.argmax = torch.where(top > self.maximum, where + tiles.bounds[i][0], self.argmax)
         else:
@@ -128,7 +132,8 @@ class RowSums:
         shrink = (self.maximum - maximum).exp_()
         exp_(z, maximum)
         total = z.sum(0)
-        self._add_optional(z, total, top, where, maximum, shrink)
+        if self.stats:
+            self._add_optional(z, total, top, where, maximum, shrink)
         self.total = torch.addcmul(total, self.total, shrink)
         self.maximum = maximum
         return shrink
@@ -145,11 +150,11 @@ class RowSums:
         if self.stats & {"sum_sq_prob", "log_sum_sq_prob"}:
             self.square = torch.addcmul((exp * exp).sum(0), self.square, shrink * shrink)
         if "entropy" in self.stats:
-            shift = (self.maximum - maximum).clamp_(min=torch.finfo(exp.dtype).min)
+            shift = (self.maximum - maximum).clamp_(min=self.lowest)
             before = torch.addcmul(self.plogp, self.total, shift) * shrink
             self.plogp = before - torch.special.entr(exp).sum(0)
         if "log1m_pmax" in self.stats and where is not None:
-            # Summed with the largest entry out: total - 1 would lose all that is below one unit of rounding.
+            # Summed with the largest entry out: total - 1 would cancel.
             index = where.unsqueeze(0)
             largest = exp.gather(0, index)
             others = exp.scatter_(0, index, 0.0).sum(0)
@@ -166,9 +171,11 @@ class RowSums:
 class Saved:
     """What the backward needs, and nothing of it is written by the backward.
 
-    row_state (4, R): the non-target maximum, the non-target sum S', a = log((1 - p)/p), and
-    phi = (dz/da)/k at the target. hidden_grad (R, D): d logp / d hidden over k (1 - p). exps (C, R): kept rows of E
-    (times the softcap's bend). offsets (kept tiles, R): the maximum that each kept tile is relative to.
+    row_state    (3 | 4, R) the non-target maximum, the non-target sum S', a = log((1 - p) / p), and
+                 with a softcap phi = (dz/da) / k at the target
+    hidden_grad  (R, D) d logp / d hidden over k (1 - p)
+    exps         (kept vocabulary, R) E, with a softcap F
+    offsets      (kept tiles, R) the maximum that each kept tile is relative to
     """
 
     row_state: Tensor
@@ -189,7 +196,7 @@ def forward(
     stats: frozenset[str],
     gram: GroupGram | None,
 ) -> tuple[RowSums, Saved]:
-    """One pass over the vocabulary; `kept` is the number of leading tiles of E to keep for the backward."""
+    """One pass over the vocabulary; the first `kept` tiles of E are kept for the backward."""
     dtype = accumulate_dtype(hidden.dtype)
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     tiles = Tiles.make(target, vocab, width)
@@ -221,11 +228,10 @@ def forward(
             gram.add_tile(z, shrink)
     row_state = _row_state(sums, transform)
     if need_hidden:
-        total, phi = row_state[1], row_state[3]
         target_rows = weight.index_select(0, target).to(dtype)
         if transform.softcap is not None:
-            target_rows.mul_(phi.unsqueeze(1))
-        mixed.div_(total.unsqueeze(1).neg()).add_(target_rows)
+            target_rows.mul_(row_state[3].unsqueeze(1))
+        mixed.div_(sums.total.unsqueeze(1).neg()).add_(target_rows)
     return sums, Saved(row_state, mixed, exps, offsets)
 
 
@@ -244,7 +250,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where not needed."""
     dtype = accumulate_dtype(hidden.dtype)
-    maximum, total, log_odds, phi = saved.row_state
+    maximum, total, log_odds, *phi = saved.row_state
     scale = row_grad.to(dtype) * log_odds.sigmoid() * transform.slope
     grad_hidden = hidden.new_empty(0)
     if need_hidden:
@@ -258,7 +264,8 @@ def backward(
 
     tiles = Tiles.make(target, vocab, width)
     kept = saved.offsets.shape[0]
-    others, own = -scale / total, scale * phi  # what a row adds per unit of E, and at its target
+    # What a row adds per unit of E, and at its target.
+    others, own = -scale / total, scale * phi[0] if phi else scale
     hidden_w = hidden.to(dtype)
     base = hidden_w * others.unsqueeze(1)
     scaled = torch.empty_like(base) if kept > 1 else base
@@ -306,26 +313,30 @@ def _recompute_(
     i: int,
     maximum: Tensor,
 ) -> None:
-    """E of tile i relative to the final maximum, times the softcap's bend, target entry zero."""
+    """F of tile i relative to the final maximum, target entry 0."""
     lo, hi = tiles.bounds[i]
     product(weight[lo:hi], hidden.t(), out)
-    bend = transform.apply_(out, _column(transform.bias, lo, hi))
-    tiles.take_target_(i, out)
-    exp_(out, maximum)
-    if bend is not None:
-        out.mul_(bend)
+    exps_at(out, transform, _column(transform.bias, lo, hi), maximum)
+    tiles.take_target_(i, out, 0.0)
+
+
+def exps_at(raw: Tensor, transform: Transform, bias: Tensor | None, maximum: Tensor) -> Tensor:
+    """F = E times the softcap's bend, from raw logits, relative to the given maximum; in place."""
+    bend = transform.apply_(raw, bias)
+    exp_(raw, maximum)
+    return raw if bend is None else raw.mul_(bend)
 
 
 def _row_state(sums: RowSums, transform: Transform) -> Tensor:
-    """(4, R): maximum, S', a = log S' + max - z_y (-inf where the target is the whole vocabulary), phi."""
-    log_odds = (sums.maximum - sums.target_logit) + sums.total.log()
-    log_odds.masked_fill_(sums.maximum == torch.finfo(log_odds.dtype).min, -torch.inf)
-    if transform.softcap is None:
-        phi = torch.ones_like(log_odds)
-    else:
+    """(3 | 4, R): maximum, S', a = log S' + max - z_y, and with a softcap phi."""
+    log_odds = (sums.maximum - sums.target_logit).add_(sums.total.log())
+    # The target is the whole vocabulary: p = 1.
+    log_odds.masked_fill_(sums.maximum == sums.lowest, -torch.inf)
+    rows = [sums.maximum, sums.total, log_odds]
+    if transform.softcap is not None:
         bent = sums.target_logit * (transform.temperature / transform.softcap)
-        phi = 1.0 - bent * bent
-    return torch.stack((sums.maximum, sums.total, log_odds, phi))
+        rows.append(1.0 - bent * bent)
+    return torch.stack(rows)
 
 
 def _accumulate_(out: Tensor, shrink: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
@@ -339,9 +350,10 @@ def _accumulate_(out: Tensor, shrink: Tensor, a: Tensor, b: Tensor, *, first: bo
 
 
 def _half_product(exps: Tensor, rows: Tensor, dtype: torch.dtype, out: Tensor) -> None:
-    """exps @ rows where E is kept in a half type: in float32 on the CPU, with rounded operands on CUDA.
+    """exps @ rows with E in a half type: in float32 on the CPU, with rounded operands on CUDA.
 
-    A row's factor g (1 - p) / S' may be far below what float16 holds, so the operand is brought to unit size first.
+    A row's factor g (1 - p) / S' may be far below what float16 holds, so the operand is brought to
+    unit size first.
     """
     if not exps.is_cuda or not rows.numel():
         product(exps, rows, out)

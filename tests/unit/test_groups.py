@@ -57,9 +57,7 @@ def test_a_zero_margin_counts_as_wrong() -> None:
 
 def test_absent_columns_stay_absent() -> None:
     (row,) = behavior_rows(["a"], np.zeros(2, np.int64), margin=np.ones(2))
-    assert set(row) == {
-        "behavior", "n", "fraction", "margin", "margin_std", "reward_accuracy"
-    }
+    assert set(row) == {"behavior", "n", "fraction", "margin", "margin_std", "reward_accuracy"}
     assert behavior_rows(["a"], np.zeros(0, np.int64), margin=np.zeros(0)) == []
 
 

@@ -68,8 +68,12 @@ def test_decay_groups_are_the_trainers(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("optim", "other", "tolerance"),
-    [("adamw_torch", "adamw_torch_fused", 0.0), ("adamw_torch", "adamw_torch", 1e-6), ("sgd",) * 2 + (1e-6,)],
-)  # fmt: skip
+    [
+        ("adamw_torch", "adamw_torch_fused", 0.0),
+        ("adamw_torch", "adamw_torch", 1e-6),
+        ("sgd", "sgd", 1e-6),
+    ],
+)
 def test_steps_equal_the_trainers(optim: str, other: str, tolerance: float) -> None:
     config = Config(
         optim=optim, learning_rate=1e-2, weight_decay=0.1, adam_beta2=0.95, adam_epsilon=1e-6

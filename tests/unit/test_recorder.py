@@ -261,7 +261,8 @@ def test_metrics_log_appends_whole_lines(tmp_path: Path) -> None:
     log.append({"step": 2, "loss": float("nan")})
     log.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1, "loss": 0.5, "name": "é"}, {"step": 2, "loss": None}
+        {"step": 1, "loss": 0.5, "name": "é"},
+        {"step": 2, "loss": None},
     ]
 
 

@@ -1,0 +1,176 @@
+"""Runs that must be one trajectory: recorded or not, cut into micro-batches or not, resumed or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastpref.config import Config
+from fastpref.dynamics.recorder import read_records
+from fastpref.errors import NonFiniteError
+from fastpref.train import train
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return Config(
+        model_name_or_path=str(tiny_model_dir),
+        dataset_name=(str(tiny_data),),
+        ref_cache_dir=str(tmp_path_factory.mktemp("reference")),
+        max_length=96,
+        train_batch_size=8,
+        max_steps=14,
+        learning_rate=3e-3,
+        logging_steps=3,
+        eval_steps=4,
+        eval_sample_size=6,
+        save_steps=5,
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(base, tmp_path_factory.mktemp("straight") / "run")
+
+
+def run(config: Config, folder: Path, **changes: Any) -> Path:
+    return train(dataclasses.replace(config, output_dir=str(folder), **changes), progress=False)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    one, other = weights(a), weights(b)
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def steps(folder: Path) -> dict[str, np.ndarray]:
+    return read_records(folder, "steps").to_pydict()
+
+
+def test_the_run_learns_and_says_so(straight: Path, base: Config) -> None:
+    loss = steps(straight)["loss"]
+    assert loss[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert np.mean(loss[-3:]) < 0.66
+    rows = read_records(straight, "behaviors").to_pylist()
+    assert {r["step"] for r in rows} == {0, 4, 8, 12, 14}
+    assert {(r["split"], r["behavior"]) for r in rows} == {
+        (split, name) for split in ("train_sample", "eval") for name in ("agrees", "polite")
+    }
+    last = [r for r in rows if r["step"] == 14 and r["split"] == "train_sample"]
+    before = [r for r in rows if r["step"] == 12 and r["split"] == "train_sample"]
+    for now, then in zip(last, before, strict=True):
+        assert now["rate_obs"] == pytest.approx((now["margin"] - then["margin"]) / 2, rel=1e-9)
+    pairs = read_records(straight, "pairs").to_pylist()
+    trained = [r for r in pairs if r["split"] == "train"]
+    assert len(trained) == 14 * 8
+    assert all(r["head_gnorm_m"] > 0 for r in trained)
+    for r in trained:
+        expected = base.beta / (1 + np.exp(base.beta * r["margin"]))
+        assert r["weight"] == pytest.approx(expected, rel=1e-5)
+    index = {r["pair_id"]: r for r in read_records(straight, "index").to_pylist()}
+    assert len(index) == 80
+    assert {index[r["pair_id"]]["split"] for r in trained} == {"train"}
+
+
+def test_the_final_model_loads_as_any_other(straight: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    module = AutoModelForCausalLM.from_pretrained(straight)
+    assert torch.equal(module.lm_head.weight, weights(straight)["lm_head.weight"])
+    assert AutoTokenizer.from_pretrained(straight).eos_token == "<|end|>"
+
+
+@pytest.mark.parametrize("changes", [{"record": False}, {"track": "none"}, {"eval_steps": 0}])
+def test_watching_changes_no_bit(
+    base: Config, straight: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    assert same_bits(straight, run(base, tmp_path / "run", **changes))
+
+
+def test_the_same_run_twice(base: Config, straight: Path, tmp_path: Path) -> None:
+    again = run(base, tmp_path / "run")
+    assert same_bits(straight, again)
+    assert (again / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+def test_micro_batches_are_invisible(base: Config, straight: Path, tmp_path: Path) -> None:
+    cut = run(base, tmp_path / "run", max_tokens_per_microbatch=120)
+    assert min(steps(cut)["micro_batches"]) >= 2
+    assert max(steps(straight)["micro_batches"]) == 1
+    ours, theirs = np.array(steps(cut)["loss"]), np.array(steps(straight)["loss"])
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert abs(np.mean(ours - theirs)) < 2e-6
+    start = load_file(Path(base.model_name_or_path) / "model.safetensors")
+    for name, theirs in weights(straight).items():
+        update = (theirs - start[name]).norm()
+        assert (weights(cut)[name] - theirs).norm() < 1e-2 * update, name
+
+
+def test_resumed_equals_straight(base: Config, straight: Path, tmp_path: Path) -> None:
+    """Stopped after 10 of 14 steps, between two lines of metrics and two evaluations."""
+    folder = run(base, tmp_path / "run")
+    for later in (folder / "checkpoint-14", folder / "model.safetensors"):
+        if later.is_dir():
+            for file in later.iterdir():
+                file.unlink()
+            later.rmdir()
+        else:
+            later.unlink()
+    resumed = run(base, folder)
+    assert same_bits(straight, resumed)
+    for table in ("pairs", "steps", "behaviors", "index"):
+        assert read_records(resumed, table).equals(read_records(straight, table)), table
+    assert (resumed / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+def test_a_finished_run_is_left_as_it_is(base: Config, tmp_path: Path) -> None:
+    folder = run(base, tmp_path / "run")
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert same_bits(folder / "checkpoint-14", run(base, folder))
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_run_in_the_same_folder_is_refused(base: Config, tmp_path: Path) -> None:
+    folder = run(base, tmp_path / "run", max_steps=2)
+    with pytest.raises(ValueError, match="beta: 0.1 -> 0.5"):
+        run(base, folder, max_steps=2, beta=0.5)
+    with pytest.raises(ValueError, match="overwrite_output_dir"):
+        run(base, folder, max_steps=2, resume_from_checkpoint="none")
+    (folder / "notes.txt").write_text("mine")
+    run(base, folder, max_steps=2, beta=0.5, overwrite_output_dir=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert steps(folder)["beta"] == [0.5, 0.5]
+
+
+def test_config_is_written_resolved(straight: Path) -> None:
+    from fastpref.config import load_config
+
+    written = load_config(straight / "config.yaml")
+    assert (written.dtype, written.device) == ("float32", "cpu")
+
+
+def test_stops_at_a_loss_that_is_not_finite(base: Config, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"step \d+: .*(pair_id|gradient norm)"):
+        run(base, tmp_path / "run", learning_rate=1e18, max_grad_norm=0.0)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all("split" in json.loads(line) for line in lines)
+
+
+def test_ipo_and_smoothing_run(base: Config, tmp_path: Path) -> None:
+    ipo = run(base, tmp_path / "ipo", loss_type="ipo", max_steps=2)
+    assert steps(ipo)["loss"][0] == pytest.approx(0.25 / base.beta**2, rel=1e-5)
+    plain = run(base, tmp_path / "plain", max_steps=4)
+    smooth = run(base, tmp_path / "smooth", max_steps=4, label_smoothing=0.3)
+    assert not same_bits(plain, smooth)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        run(base, tmp_path / "x", loss_type="ipo", label_smoothing=0.3)

@@ -1,0 +1,84 @@
+"""The plan of a run is a function of (seed, epoch, rank) and loses no pair."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fastpref.data.loader import Loader
+from fastpref.data.tokenize import TokenPair
+
+
+def made(count: int, labels: int = 2) -> list[TokenPair]:
+    rng = np.random.default_rng(0)
+    found = []
+    for n in range(count):
+        prompt = rng.integers(0, 9, rng.integers(1, 20)).astype(np.int32)
+        ids = (prompt, np.array([1], np.int32), np.array([2, 3], np.int32))
+        found.append(TokenPair(n, n % 3, str(n // 3 % labels), *ids, truncated=False))
+    return found
+
+
+def loader(pairs: list[TokenPair], **options: object) -> Loader:
+    given = {"seed": 1, "batch_size": 8, "max_tokens": 64, **options}
+    return Loader(pairs, **given)  # type: ignore[arg-type]
+
+
+def test_an_epoch_holds_every_pair_once() -> None:
+    plans = list(loader(made(45)).plan(1, 12))
+    first = np.concatenate([own for plan in plans[:6] for own in plan.micro_batches])
+    second = np.concatenate([own for plan in plans[6:] for own in plan.micro_batches])
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(45))
+    assert first.tolist() != second.tolist()
+    assert [plan.num_pairs for plan in plans[:6]] == [8, 8, 8, 8, 8, 5]
+    assert (plans[5].epoch, plans[11].epoch) == (1.0, 2.0)
+
+
+def test_a_run_that_begins_in_the_middle_has_the_same_plan() -> None:
+    straight = list(loader(made(45)).plan(1, 14))
+    resumed = list(loader(made(45)).plan(9, 14))
+    for a, b in zip(straight[8:], resumed, strict=True):
+        assert (a.step, a.epoch, a.num_tokens) == (b.step, b.epoch, b.num_tokens)
+        assert [x.tolist() for x in a.micro_batches] == [x.tolist() for x in b.micro_batches]
+
+
+def test_ranks_share_a_step_evenly_and_budgets_do_not_move_pairs_between_steps() -> None:
+    pairs = made(64)
+    whole = list(loader(pairs).plan(1, 8))
+    halves = [list(loader(pairs, rank=r, world=2).plan(1, 8)) for r in (0, 1)]
+    for plan, *shares in zip(whole, *halves, strict=True):
+        own = [np.concatenate(share.micro_batches) for share in shares]
+        assert sorted(np.concatenate(own)) == sorted(np.concatenate(plan.micro_batches))
+        assert [len(x) for x in own] == [4, 4]
+        assert all(share.num_pairs == plan.num_pairs == 8 for share in shares)
+
+
+def test_seed_changes_the_order_and_no_shuffle_keeps_the_files() -> None:
+    assert loader(made(45)).order(0).tolist() != loader(made(45), seed=2).order(0).tolist()
+    assert loader(made(45), shuffle=False).order(3).tolist() == list(range(45))
+
+
+def test_stratified_steps_hold_each_behavior_and_label_in_proportion() -> None:
+    pairs = made(240)
+    for shuffle in (True, False):
+        stratified = loader(pairs, batch_size=24, stratify=True, shuffle=shuffle)
+        for plan in stratified.plan(1, 10):
+            own = np.concatenate(plan.micro_batches)
+            counts = Counter((pairs[i].behavior, pairs[i].label) for i in own)
+            assert len(counts) == 6
+            assert all(3 <= n <= 5 for n in counts.values()), counts
+    free = loader(pairs, batch_size=24)
+    spread = [
+        Counter((pairs[i].behavior, pairs[i].label) for i in np.concatenate(plan.micro_batches))
+        for plan in free.plan(1, 10)
+    ]
+    assert any(n < 3 or n > 5 for counts in spread for n in counts.values())
+
+
+def test_a_pair_that_can_never_fit_is_refused_before_the_first_step() -> None:
+    with pytest.raises(ValueError, match="max_tokens_per_microbatch=10"):
+        loader(made(45), max_tokens=10)
+    with pytest.raises(ValueError, match="no training pairs"):
+        loader([])
