@@ -100,10 +100,11 @@ def build_layout(
     if slots == len(slot_of_token):
         return PairLayout(tuple(blocks), None, None, None)
     empty = np.setdiff1d(np.arange(slots), slot_of_token)
-    as_index = [
-        torch.from_numpy(i).to(device) for i in (np.concatenate(gather), slot_of_token, empty)
-    ]
-    return PairLayout(tuple(blocks), *as_index)
+    to_slots, to_tokens, padding = (
+        torch.from_numpy(index).to(device)
+        for index in (np.concatenate(gather), slot_of_token, empty)
+    )
+    return PairLayout(tuple(blocks), to_slots, to_tokens, padding)
 
 
 def _block_ranges(fed: np.ndarray) -> list[tuple[int, int]]:
@@ -220,7 +221,7 @@ def _attend(
         return F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped > 1
         )
-    # scaled_dot_product_attention has no soft cap: written out, softmax in float32 as the models do.
+    # scaled_dot_product_attention has no soft cap: written out, softmax in float32 as models do.
     k, v = (x.repeat_interleave(grouped, dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = torch.tanh(scores / softcap) * softcap + mask

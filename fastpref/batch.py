@@ -8,6 +8,7 @@ nothing is predicted from it. T packed tokens, R rows, P pairs, S = 3 P segments
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,11 +60,10 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch on ``device``; copies from pinned memory do not wait."""
-        moved = {
-            f.name: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-            for f in fields(self)
-            for v in [getattr(self, f.name)]
-        }
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
         return PairBatch(**moved)
 
     def check(self, vocab_size: int | None = None) -> None:

@@ -1,6 +1,6 @@
 """From what a step computed to what is written: columns of the records, metrics under TRL's names.
 
-Nothing here calls the model or changes it: with or without a recorder the weights are the same bits.
+Nothing here calls the model or changes it: recorded or not, the weights are the same bits.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ def _write(path: Path, pairs: Sequence[TokenPair], logp: np.ndarray, model: Pair
     if not np.isfinite(logp).all():
         odd = int(np.flatnonzero(~np.isfinite(logp).all(axis=1))[0])
         raise ValueError(
-            f"reference log-prob of pair_id {pairs[odd].pair_id} is {logp[odd].tolist()}: the model "
-            f"{model.identity} gives numbers that are not finite."
+            f"reference log-prob of pair_id {pairs[odd].pair_id} is {logp[odd].tolist()}: "
+            f"the model {model.identity} gives numbers that are not finite."
         )
     order = np.argsort([p.pair_id for p in pairs], kind="stable")
     made_of = {"format": FORMAT, "model": model.identity, "dtype": str(model.dtype)}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastpref import dist
-from fastpref.checkpoint import find_checkpoint, remove_checkpoints_after, verify_checkpoint
+from fastpref.checkpoint import checkpoint_step, find_checkpoint, remove_checkpoints_after
 from fastpref.config import Config, load_config
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def open_run(config: Config, device: torch.device) -> Path | None:
         _prepare(config, run)
         checkpoint = find_checkpoint(config.resume_from_checkpoint, run)
         if checkpoint:
-            remove_checkpoints_after(run, verify_checkpoint(checkpoint))
+            remove_checkpoints_after(run, checkpoint_step(checkpoint))
             found = str(checkpoint)
     found = dist.broadcast_text(found, device)
     return Path(found) if found else None

@@ -45,15 +45,15 @@ def check_model(model: PairModel, pairs: Sequence[TokenPair]) -> float:
         raise ValueError(
             f"{type(model.module).__name__} (model_type {model.module.config.model_type}) is not "  # type: ignore[union-attr]
             f"supported: packed and separate computation differ in {what} by {worst:.2g} of its "
-            f"size, where rounding in {model.dtype} explains {TOLERANCE[model.dtype]:g}. Either a "
-            "layer looks along the sequence without the attention interface, or attention carries a "
+            f"size, where rounding in {model.dtype} explains {TOLERANCE[model.dtype]:g}. Either "
+            "a layer looks along the sequence without the attention interface, or attention has a "
             "term that packing does not know, or the head transforms its logits in its own way."
         )
     return worst
 
 
 def _mixed_lengths(pairs: Sequence[TokenPair]) -> list[int]:
-    """The shortest, the longest and two between, longest first: no order that sorting would give."""
+    """The shortest, the longest and two between, the longest first."""
     by_length = np.argsort([parts(p).fed for p in pairs], kind="stable")
     picked = np.linspace(0, len(pairs) - 1, min(PAIRS, len(pairs))).round().astype(int)
     return by_length[picked[::-1]].tolist()

@@ -93,7 +93,7 @@ def backward(
     head.logp.backward(logp.grad)
     # The chosen rest is in the chosen sequence alone, so its gradient is d loss / d logp_chosen.
     weight = -num_pairs * logp.grad.view(-1, 3)[:, 1]
-    return _result(batch, x, losses, weight, pair_norms(head.gram) if norms else {})
+    return _result(batch, x, losses, weight, _norms(head.gram))
 
 
 @torch.no_grad()
@@ -107,15 +107,17 @@ def evaluate(
         x = _pair_logp(logp, batch)
         losses = loss.fn(x, config.beta, config.label_smoothing)
         (slope,) = torch.autograd.grad(losses.sum(), logp)
-    return _result(
-        batch, x, losses, -slope.view(-1, 3)[:, 1], pair_norms(head.gram) if norms else {}
-    )
+    return _result(batch, x, losses, -slope.view(-1, 3)[:, 1], _norms(head.gram))
 
 
 def _pair_logp(logp: Tensor, batch: PairBatch) -> PairLogp:
     return pair_logp(
         logp, batch.ref_chosen, batch.ref_rejected, batch.chosen_scored, batch.rejected_scored
     )
+
+
+def _norms(gram: Tensor | None) -> dict[str, Tensor]:
+    return {} if gram is None else pair_norms(gram)
 
 
 def _result(

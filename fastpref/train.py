@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastpref import dist, runfolder
+from fastpref import dist, require_matching_kernels, runfolder
 from fastpref.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset, load_dataset
@@ -31,7 +31,7 @@ from fastpref.model import PairModel, load_model, resolve_device
 from fastpref.observe import Window, concatenate, pair_columns, record_step
 from fastpref.optim import Schedule, build_optimizer, build_scheduler
 from fastpref.progress import Bar
-from fastpref.refcache import with_reference
+from fastpref.refcache import cache_key, with_reference
 from fastpref.selfcheck import check_model
 from fastpref.step import train_step
 
@@ -72,6 +72,7 @@ def train(config: Config, progress: bool = True) -> Path:
     Raises ValueError for bad input, before any training; NonFiniteError at a loss that is not
     finite; Preempted after SIGTERM, once the step under way is done and saved.
     """
+    require_matching_kernels()
     loss = get_loss(config.loss_type, config.label_smoothing)
     dist.start(resolve_device(config.device).type)
     try:
@@ -88,6 +89,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     )
     torch.manual_seed(config.seed)
     dataset = load_dataset(config, model.tokenizer)
+    dist.check_same("data", cache_key(model, dataset.train + dataset.held_out), model.device)
     loader = _loader(config, dataset)
     last_step = total_steps(config, loader.steps_per_epoch)
     checkpoint = runfolder.open_run(config, model.device)
@@ -131,7 +133,9 @@ def _loop(
         for plan in loader.plan(state.step + 1, last_step):
             # The step itself.
             began, rate = time.perf_counter(), state.scheduler.learning_rate
-            tracked = config.track == "head" and plan.step % config.track_every == 0
+            tracked = (
+                config.record and config.track == "head" and plan.step % config.track_every == 0
+            )
             batches = (
                 pack_pairs([dataset.train[i] for i in own]).to(model.device)
                 for own in plan.micro_batches
@@ -172,7 +176,8 @@ def _loop(
                     evaluator.run(model, loss, plan.step, plan.epoch, metrics, recorder)
 
             # What is kept of it. Records first: a checkpoint never is ahead of them.
-            save = last or asked.is_set() or plan.step % config.save_steps == 0
+            ending = _any_rank(asked.is_set(), model.device)
+            save = last or ending or plan.step % config.save_steps == 0
             if recorder:
                 recorder.flush(plan.step)
                 if save:
@@ -182,7 +187,7 @@ def _loop(
                 perf.flush()
             if save:
                 save_checkpoint(run, state.step, state.saved(), config.save_total_limit)
-            if asked.is_set() and not last:
+            if ending and not last:
                 raise Preempted(f"stopped after step {plan.step}; the same command goes on there.")
     bar.close()
     if main:
@@ -221,6 +226,13 @@ def _with_reference(config: Config, model: PairModel, dataset: Dataset, progress
     )
     count = len(dataset.train)
     return dataclasses.replace(dataset, train=both[:count], held_out=both[count:])
+
+
+def _any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether any rank says so: a signal may reach one only, and all must stop at the same step."""
+    if dist.world_size() == 1:
+        return flag
+    return bool(dist.all_reduce_sum(torch.tensor(int(flag), device=device)))
 
 
 @contextmanager

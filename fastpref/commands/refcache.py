@@ -1,4 +1,4 @@
-"""Compute reference log-probs ahead of training: `fastpref refcache CONFIG.yaml --field value ...`."""
+"""Compute reference log-probs ahead of training: `fastpref refcache CONFIG.yaml --field value`."""
 
 from __future__ import annotations
 

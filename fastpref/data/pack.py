@@ -114,8 +114,8 @@ def plan_microbatches(fed: np.ndarray, indices: np.ndarray, max_tokens: int) -> 
     longest = int(fed[order[-1]])
     if longest > max_tokens:
         raise ValueError(
-            f"a pair has {longest} packed tokens, more than max_tokens_per_microbatch={max_tokens}. "
-            f"Set max_tokens_per_microbatch to at least {longest}, or lower max_length."
+            f"a pair has {longest} packed tokens, but max_tokens_per_microbatch is {max_tokens}. "
+            f"Set it to at least {longest}, or lower max_length."
         )
     cuts = _greedy_cuts(fed[order], max_tokens)
     # The greedy fill leaves a small last one; the smallest budget with as many cuts evens it out.

@@ -248,7 +248,7 @@ def row_statistics(
         own = -logp.exp() * logp + torch.special.entr(miss)
         out["entropy"] = own + miss * (total.log() - sums.plogp / total)
     if "sum_sq_prob" in sums.stats:
-        out["sum_sq_prob"] = logp.exp().square() + miss.square() * sums.square / total.square()
+        out["sum_sq_prob"] = logp.exp().square() + (miss / total) ** 2 * sums.square
     if "log_sum_sq_prob" in sums.stats:
         others = 2 * log1m + sums.square.log() - 2 * total.log()
         out["log_sum_sq_prob"] = torch.logaddexp(2 * logp, others)

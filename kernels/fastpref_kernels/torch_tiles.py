@@ -268,7 +268,9 @@ def backward(
     others, own = -scale / total, scale * phi[0] if phi else scale
     hidden_w = hidden.to(dtype)
     base = hidden_w * others.unsqueeze(1)
-    scaled = torch.empty_like(base) if kept > 1 else base
+    # One tile is relative to the final maximum already.
+    rescale = len(tiles.bounds) > 1
+    scaled = torch.empty_like(base) if rescale and kept else base
     own_rows = hidden_w * own.unsqueeze(1)
     in_place = weight.dtype == dtype
     scratch = hidden.new_empty(0 if in_place or not need_weight else width, dim, dtype=dtype)
@@ -278,7 +280,7 @@ def backward(
     for i, (lo, hi) in enumerate(tiles.bounds):
         if i < kept:
             exps = saved.exps[lo:hi]
-            factor = None if kept == 1 == len(tiles.bounds) else (saved.offsets[i] - maximum).exp_()
+            factor = (saved.offsets[i] - maximum).exp_() if rescale else None
         else:
             exps = recomputed[: hi - lo]
             _recompute_(exps, hidden, weight, transform, tiles, i, maximum)

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, one inside a checkpoint's writing: the run ends as the straight one."""
+"""SIGKILL at random moments, one inside a checkpoint's writing: the run ends as if never killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that must be one trajectory: recorded or not, cut into micro-batches or not, resumed or not."""
+"""Runs that must be one trajectory: recorded or not, in micro-batches or not, resumed or not."""
 
 from __future__ import annotations
 

@@ -55,9 +55,9 @@ class Case:
 
 
 CASES = {
-    "sigmoid-sgd": Case("sigmoid", "sgd", 0.3, 0.01, "linear", 1e-6, 2e-7, 1e-4),
+    "sigmoid-sgd": Case("sigmoid", "sgd", 0.2, 0.01, "linear", 1e-6, 2e-7, 1e-4),
     "sigmoid-adamw": Case("sigmoid", "adamw_torch", 5e-4, 0.01, "linear", 1e-5, 2e-6, 1e-3),
-    "ipo-sgd": Case("ipo", "sgd", 0.3, 0.0, "cosine", 1e-6, 2e-7, 1e-4),
+    "ipo-sgd": Case("ipo", "sgd", 0.2, 0.0, "cosine", 1e-6, 2e-7, 1e-4),
     "ipo-adamw": Case("ipo", "adamw_torch", 5e-4, 0.0, "cosine", 1e-5, 2e-6, 1e-3),
 }
 
@@ -229,11 +229,13 @@ def test_same_trajectory_as_trl(
     loss = columns["loss"]
     # Otherwise the comparison would show little: losses move, and pairs are won and lost.
     assert np.ptp(loss[:, 1]) > 0.05
-    assert 0.2 < columns["rewards/accuracies"][1:, 1].mean() < 1.0
+    assert 0.2 < columns["rewards/accuracies"][2:, 1].mean() < 0.9
 
     residual = (loss[:, 0] - loss[:, 1]) / np.maximum(1.0, np.abs(loss[:, 1]))
     assert np.abs(residual).max() <= case.loss_within, residual
     assert abs(residual.mean()) <= case.residual_within, residual
+    # The rate of the first step is 0, so in two steps every margin is 0 and rounding decides its sign.
+    columns["rewards/accuracies"] = columns["rewards/accuracies"][2:]
     for key, (a, b) in ((k, v.T) for k, v in columns.items()):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5, err_msg=key)
 
@@ -258,5 +260,5 @@ def test_pairs_have_the_mixture_that_the_comparison_needs(tiny_tokenizer: Any) -
     common = np.array([at.common for at in found])
     assert (common == 0).mean() > 0.2 and (common > 4).mean() > 0.2
     lengths = np.array([(at.chosen, at.rejected) for at in found])
-    assert lengths.min() == 0 and lengths.max() > 30
+    assert lengths.min() == 1 and lengths.max() > 20
     assert len({at.fed for at in found}) > 40

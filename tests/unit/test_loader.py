@@ -78,7 +78,7 @@ def test_stratified_steps_hold_each_behavior_and_label_in_proportion() -> None:
 
 
 def test_a_pair_that_can_never_fit_is_refused_before_the_first_step() -> None:
-    with pytest.raises(ValueError, match="max_tokens_per_microbatch=10"):
+    with pytest.raises(ValueError, match="max_tokens_per_microbatch is 10"):
         loader(made(45), max_tokens=10)
     with pytest.raises(ValueError, match="no training pairs"):
         loader([])

@@ -1,0 +1,62 @@
+"""The arithmetic of one optimizer step, counted: what a speed-up could be if all else cost nothing.
+
+Only matrix products count (a multiplication and an addition are 2). One backward of a product is two
+of them. Numbers are of the padded or packed grids that are really computed, padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama that decide its arithmetic."""
+
+    layers: int
+    layer_weights: int  # multiplied with every token, per layer
+    attention_width: int  # heads x head size
+    hidden: int
+    vocab: int
+
+    @staticmethod
+    def of(config: Any) -> Shape:
+        """From a transformers `LlamaConfig`."""
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+        own = config.hidden_size * (2 * width + 2 * kv + 3 * config.intermediate_size)
+        return Shape(config.num_hidden_layers, own, width, config.hidden_size, config.vocab_size)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one optimizer step computes, in units that do not depend on the model."""
+
+    useful: int  # tokens that any exact method must compute once
+    tokens: int  # tokens per pass of the body
+    scores: int  # attention scores per head and pass, masked ones included: sum of length^2
+    rows: int  # positions that meet the head, per pass
+    gram: int  # sum over pairs of (scored rows)^2, where gradient norms are recorded
+    forwards: float  # passes of the body without gradient; one is half a backward
+    backwards: int
+    head_products: int  # (rows, D, V) products
+
+    def flops(self, shape: Shape) -> float:
+        """Floating-point operations of the step."""
+        linear = 2.0 * self.tokens * shape.layer_weights
+        # Scores and their product with the values: 2 products forward. Backward: 4, and the scores
+        # once more, because flash-style kernels do not keep them.
+        attention = 4.0 * self.scores * shape.attention_width
+        body = shape.layers * (
+            self.forwards * (linear + attention) + self.backwards * (2 * linear + 2.5 * attention)
+        )
+        head = 2.0 * self.rows * shape.hidden * shape.vocab * self.head_products
+        norms = 2.0 * self.gram * shape.vocab
+        return body + head + norms
+
+
+def useful_tokens(lengths: Sequence[tuple[int, int, int]]) -> int:
+    """Tokens of pairs of (prefix, chosen rest, rejected rest) fed tokens, each computed once."""
+    return sum(map(sum, lengths))

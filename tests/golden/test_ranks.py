@@ -1,0 +1,72 @@
+"""Two ranks and one are the same run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from fastpref.config import Config
+from fastpref.dynamics.recorder import read_records
+from fastpref.train import train
+
+STEPS = 8
+
+
+def test_two_ranks_equal_one(tiny_model_dir: Path, tiny_data: Path, tmp_path: Path) -> None:
+    options = {
+        "model_name_or_path": str(tiny_model_dir),
+        "dataset_name": str(tiny_data),
+        "ref_cache_dir": str(tmp_path / "reference"),
+        "max_length": "96",
+        "train_batch_size": "8",
+        "max_steps": str(STEPS),
+        "learning_rate": "3e-3",
+        "logging_steps": "3",
+        "eval_steps": "4",
+        "eval_sample_size": "4",
+        "save_steps": "4",
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(Config(**{**options, "output_dir": str(one)}), progress=False)  # type: ignore[arg-type]
+    words = [w for name, v in {**options, "output_dir": str(two)}.items() for w in (f"--{name}", v)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    done = subprocess.run(
+        [sys.executable, *launch, "fastpref", "train", *words],
+        env={**os.environ, "PYTHONPATH": ".:kernels", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    steps = [read_records(run, "steps").to_pydict() for run in (one, two)]
+    assert steps[0]["step"] == steps[1]["step"] == list(range(1, STEPS + 1))
+    for name in ("pairs", "tokens", "rows", "lr"):
+        assert steps[0][name] == steps[1][name], name
+    for name in ("loss", "grad_norm"):
+        ours, theirs = np.array(steps[1][name]), np.array(steps[0][name])
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+        assert abs(np.mean(ours - theirs)) < 1e-5
+    pairs = [read_records(run, "pairs").to_pylist() for run in (one, two)]
+    for split in ("train", "train_sample", "eval"):
+        seen = [
+            sorted((r["step"], r["pair_id"], r["margin"]) for r in rows if r["split"] == split)
+            for rows in pairs
+        ]
+        assert [r[:2] for r in seen[0]] == [r[:2] for r in seen[1]]
+        margins = [np.array([r[2] for r in side]) for side in seen]
+        np.testing.assert_allclose(*margins, atol=1e-3)
+    assert {r["rank"] for r in pairs[1] if r["split"] == "train"} == {0, 1}
+
+    start = load_file(tiny_model_dir / "model.safetensors")
+    ours, theirs = load_file(two / "model.safetensors"), load_file(one / "model.safetensors")
+    for name in theirs:
+        update = (theirs[name] - start[name]).norm()
+        assert (ours[name] - theirs[name]).norm() == pytest.approx(0, abs=1e-2 * update), name

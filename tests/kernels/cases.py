@@ -1,0 +1,143 @@
+"""Cases for the head ops, and the rule by which a result is compared with float64 and plain torch.
+
+Shapes: R rows, D hidden, V vocab, S segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Orders of rounding that an fp32 sum of this kind may lose where plain torch happens to lose none.
+FEW = 8.0
+
+
+@dataclass(frozen=True)
+class Case:
+    hidden: Tensor  # (R, D)
+    weight: Tensor  # (V, D)
+    target: Tensor  # (R,)
+    segment_id: Tensor | None  # (R,)
+    num_segments: int
+    grad: Tensor  # (S,) gradient that arrives at logp
+    bias: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    train: tuple[str, ...] = ("hidden", "weight", "bias")
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same values at another dtype: exact when widening."""
+        wide = torch.promote_types(dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(
+            self,
+            hidden=self.hidden.to(dtype),
+            weight=self.weight.to(dtype),
+            grad=self.grad.to(wide),
+            bias=bias,
+        )
+
+
+def make_case(
+    rows: int,
+    dim: int,
+    vocab: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    segments: int | None = None,
+    spread: float = 2.0,
+    gap: float = 0.0,
+    bias: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
+    """Random case with logits of standard deviation `spread`, the target's raised by `gap`.
+
+    `segments` None: one per row; else random lengths, some of them 0.
+    """
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(vocab, dim, generator=g, dtype=torch.float64)
+    target = torch.randint(0, vocab, (rows,), generator=g)
+    hidden = torch.randn(rows, dim, generator=g, dtype=torch.float64) * (spread / dim**0.5)
+    if gap:
+        lead = weight[target]
+        hidden += gap * lead / lead.square().sum(1, keepdim=True)
+    segment_id = None
+    if segments is not None:
+        segment_id = torch.randint(0, max(segments, 1), (rows,), generator=g).sort().values.int()
+    count = rows if segments is None else segments
+    grad = torch.randn(count, generator=g, dtype=torch.float64)
+    values = torch.randn(vocab, generator=g, dtype=torch.float64) if bias else None
+    case = Case(hidden, weight, target, segment_id, count, grad, values, options)
+    # Rounded once, so that every dtype of one case holds the same numbers.
+    return case.to(torch.bfloat16 if dtype == torch.bfloat16 else dtype)
+
+
+def run(function: Callable[..., Any], case: Case, **more: Any) -> dict[str, Tensor]:
+    """logp and the gradients of what `case.train` names, with `case.grad` arriving at logp."""
+    leaves = {
+        name: tensor.detach().clone().requires_grad_(name in case.train)
+        for name in ("hidden", "weight", "bias")
+        if (tensor := getattr(case, name)) is not None
+    }
+    out = function(
+        leaves["hidden"],
+        leaves["weight"],
+        case.target,
+        case.segment_id,
+        num_segments=case.num_segments,
+        bias=leaves.get("bias"),
+        **case.options,
+        **more,
+    )
+    result = {"logp": out.logp.detach()}
+    trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    grads = torch.autograd.grad(out.logp, list(trained.values()), case.grad.to(out.logp.dtype))
+    result.update(zip(trained, grads, strict=True))
+    return result
+
+
+def assert_no_worse(
+    ours: dict[str, Tensor],
+    naive: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    scale: float = 1.0,
+) -> None:
+    """Error at most 2 max(plain torch's, FEW eps scale): overall, and per row of hidden's gradient.
+
+    eps of the dtype a result is returned in. `scale`: size of the numbers that were subtracted to
+    form a result of size 1; logits of size z move 1 - p by eps z, relatively.
+    """
+    assert ours.keys() == truth.keys() == naive.keys()
+    for name, true in truth.items():
+        assert ours[name].dtype == (naive[name].dtype if name != "logp" else ours[name].dtype)
+        eps = torch.finfo(ours[name].dtype).eps
+        _check(name, ours[name], naive[name], true, eps * scale, rows=False)
+        if name == "hidden":
+            _check(name, ours[name], naive[name], true, eps * scale, rows=True)
+
+
+def _check(
+    name: str, ours: Tensor, naive: Tensor, truth: Tensor, unit: float, *, rows: bool
+) -> None:
+    def size(x: Tensor) -> Tensor:
+        return x.double().norm(dim=-1) if rows else x.double().norm().unsqueeze(0)
+
+    error, plain = size(ours.double() - truth), size(naive.double() - truth)
+    # Per row the bound may not lean on plain torch: on confident rows its gradient has no digits.
+    bound = FEW * unit * size(truth) + torch.finfo(torch.float32).tiny
+    if not rows:
+        bound = torch.maximum(bound, plain)
+    bad = ~(error <= 2 * bound)
+    if bad.any():
+        i = int((error / bound).nan_to_num(torch.inf).argmax())
+        raise AssertionError(
+            f"{name}{f' row {i}' if rows else ''}: error {float(error[i]):.3e}, plain torch's "
+            f"{float(plain[i]):.3e}, bound {2 * float(bound[i]):.3e}, "
+            f"size {float(size(truth)[i]):.3e}"
+        )

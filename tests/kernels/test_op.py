@@ -1,0 +1,245 @@
+"""What holds of the op as such: registration, compile, memory, repeatability, autocast, errors."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from fastpref_kernels import _launch, linear_logprob
+from fastpref_kernels import linear_logprob as public
+from fastpref_kernels.linear_logprob import Plan, _backward_op, _forward_op
+from torch.profiler import ProfilerActivity, profile
+
+from tests.kernels.cases import make_case, run
+
+
+def plan(**changes: int) -> list[int]:
+    base = Plan(width=7, kept=2, group_size=0, need_hidden=1, need_weight=1, need_bias=0)
+    return [int(x) for x in base._replace(**changes)]
+
+
+@pytest.mark.parametrize("stats", ["", "argmax,entropy,log1m_pmax,top1"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"kept": 0, "need_weight": 0}, {"need_bias": 1}, {"group_size": 2}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(stats: str, changes: dict[str, int], dtype: torch.dtype) -> None:
+    case = make_case(9, 4, 23, dtype=dtype, segments=4, bias=bool(changes.get("need_bias")))
+    bias = None if case.bias is None else case.bias.requires_grad_()
+    what = plan(**changes)
+    weight = case.weight.requires_grad_(bool(what[4]))
+    args = (
+        case.hidden.requires_grad_(),
+        weight,
+        case.target,
+        case.segment_id,
+        bias,
+        4,
+        [1.0, 1.0, 5.0],
+        what,
+        stats,
+    )
+    torch.library.opcheck(_forward_op, args)
+    saved = [x.detach() for x in _forward_op(*args)[-4:]]
+    detached = [None if x is None else x.detach() for x in (args[0], weight, *args[2:4], bias)]
+    torch.library.opcheck(_backward_op, (torch.randn(4), *detached, *saved, [1.0, 1.0, 5.0], what))
+
+
+@pytest.mark.parametrize("norms", [None, "exact"])
+def test_compile_full_graph(norms: str | None) -> None:
+    case = make_case(24, 8, 300, dtype=torch.float32, segments=6, softcap=9.0)
+
+    def step(hidden: Any, weight: Any, target: Any, segment_id: Any) -> tuple[Any, ...]:
+        out = linear_logprob(
+            hidden,
+            weight,
+            target,
+            segment_id,
+            num_segments=6,
+            group_size=3,
+            softcap=9.0,
+            stats=("entropy", "argmax"),
+            norms=norms,
+        )
+        return (out.logp, out.entropy, out.argmax) + ((out.gram,) if norms else ())
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        out = function(hidden, weight, case.target, case.segment_id)
+        results.append([*out, *torch.autograd.grad(out[0], (hidden, weight), case.grad)])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_compile_returns_the_dataclass() -> None:
+    case = make_case(6, 4, 30, dtype=torch.float32)
+    compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
+    out = compiled(case.hidden, case.weight, case.target, stats=("top1",))
+    eager = linear_logprob(case.hidden, case.weight, case.target, stats=("top1",))
+    assert type(out) is type(eager)
+    assert torch.equal(out.logp, eager.logp) and torch.equal(out.top1, eager.top1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cache", [-1, 1, 0])
+def test_second_backward_and_second_run_give_the_same_bits(
+    dtype: torch.dtype, cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: 64)
+    case = make_case(50, 12, 333, dtype=dtype, segments=9)
+    case = replace(case, target=case.target % 4)  # many rows add into one row of dW
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    out = linear_logprob(hidden, weight, case.target, case.segment_id, num_segments=9, cache=cache)
+    grad = case.grad.float()
+    first = torch.autograd.grad(out.logp, (hidden, weight), grad, retain_graph=True)
+    second = torch.autograd.grad(out.logp, (hidden, weight), grad)
+    again = run(linear_logprob, case, cache=cache)
+    for a, b, c in zip(first, second, (again["hidden"], again["weight"]), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    assert torch.equal(out.logp, again["logp"])
+
+
+def test_no_second_derivative_in_silence() -> None:
+    case = make_case(4, 3, 9)
+    hidden = case.hidden.requires_grad_()
+    logp = linear_logprob(hidden, case.weight, case.target).logp
+    (grad,) = torch.autograd.grad(logp.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
+
+
+def large_allocations(least: int, step: Any) -> tuple[int, int]:
+    """(number of CPU allocations of at least `least` bytes, peak bytes) while step() runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    results = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    sizes = [e.nbytes() for e in results if e.name() == "[memory]"]
+    assert sizes, "the profiler saw no allocation"
+    now = peak = 0
+    for size in sizes:
+        now += size
+        peak = max(peak, now)
+    return sum(size >= least for size in sizes), peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options,train,buffers",
+    [
+        ({}, ("hidden", "weight"), 1),
+        ({"norms": "exact", "group_size": 2}, ("hidden", "weight"), 1),
+        ({"cache": 0}, ("hidden", "weight"), 0),
+        ({"cache": 2}, ("hidden", "weight"), 0),
+        ({}, ("hidden",), 0),
+        ({}, ("weight",), 1),
+        ({"stats": ("entropy", "log1m_pmax")}, (), 0),
+    ],
+)
+def test_at_most_one_buffer_of_rows_by_vocabulary(
+    options: dict[str, Any],
+    train: tuple[str, ...],
+    buffers: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, dim, vocab = 256, 8, 8192
+    monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: 512)
+    case = make_case(rows, dim, vocab, dtype=dtype)
+    hidden = case.hidden.requires_grad_("hidden" in train)
+    weight = case.weight.requires_grad_("weight" in train)
+    grad = case.grad.float()
+
+    def ours() -> None:
+        out = public(hidden, weight, case.target, **options)
+        if train:
+            out.logp.backward(grad)
+
+    def eager() -> None:
+        logits = (hidden @ weight.t()).float()
+        logp = torch.log_softmax(logits, -1).gather(1, case.target[:, None]).squeeze(1)
+        if train:
+            logp.backward(grad)
+
+    least = rows * vocab * dtype.itemsize
+    count, peak = large_allocations(least, ours)
+    assert count == buffers
+    hidden.grad = weight.grad = None
+    _, plain = large_allocations(least, eager)
+    assert peak <= plain
+
+
+def test_autocast_around_the_call_changes_nothing() -> None:
+    case = make_case(20, 8, 200, dtype=torch.float32)
+    plain = run(linear_logprob, case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run(linear_logprob, case)
+    for name, value in plain.items():
+        assert torch.equal(value, inside[name]), name
+
+
+def test_auto_says_once_what_it_chose(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_launch, "_said", set())
+    case = make_case(2, 3, 5)
+    with caplog.at_level(logging.INFO, logger="fastpref_kernels"):
+        for _ in range(3):
+            linear_logprob(case.hidden, case.weight, case.target)
+    assert [r.getMessage() for r in caplog.records] == ["linear_logprob: backend auto -> torch"]
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"backend": "triton"}, "not implemented in this version"),
+        ({"backend": "tritn"}, "Did you mean 'triton'"),
+        ({"norms": "sketch"}, "comes with the sketch ops"),
+        ({"norms": "both"}, "got 'both'"),
+        ({"stats": ("entropi",)}, "Did you mean 'entropy'"),
+        ({"stats": "entropy"}, "must be a sequence"),
+        ({"softcap": 0.0}, "softcap must be positive and finite, got 0.0"),
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"logit_scale": float("nan")}, "logit_scale must be finite"),
+        ({"cache": -2}, "cache must be -1"),
+        ({"group_size": 0}, "group_size must be at least 1"),
+        ({"group_size": 3, "norms": "exact"}, "num_segments=4 is not a multiple of group_size=3"),
+        ({"num_segments": 2}, r"segment_id\[4\]=3 is outside 0..1"),
+        ({"num_segments": -1}, "num_segments must be >= 0"),
+        ({"segment_id": None, "num_segments": 3}, "num_segments must be None or 5"),
+        ({"segment_id": torch.tensor([0, 2, 1, 3, 3])}, r"segment_id\[2\]=1 follows 2"),
+        ({"segment_id": torch.tensor([-1, 0, 1, 3, 3])}, r"segment_id\[0\]=-1 is outside"),
+        ({"segment_id": torch.zeros(4).int()}, r"expected segment_id \(5,\)"),
+        ({"segment_id": torch.zeros(5)}, "int32 or int64, got .* torch.float32"),
+        ({"target": torch.tensor([0, 1, 9, 0, 0])}, r"target\[2\] = 9 is not a row of weight"),
+        ({"target": torch.tensor([0, -100, 1, 0, 0])}, "drop rows labelled -100"),
+        ({"target": torch.zeros(5).int()}, "int64, got .* torch.int32"),
+        ({"hidden": torch.zeros(5, 4)}, r"got \(5, 4\) and \(9, 3\)"),
+        ({"hidden": torch.zeros(5, 3).bfloat16()}, "torch.bfloat16 and torch.float32"),
+        ({"weight": torch.zeros(0, 3)}, "needs at least one"),
+        ({"bias": torch.zeros(8)}, r"expected bias \(9,\)"),
+        ({"bias": torch.zeros(9).int()}, "floating dtype"),
+        ({"weight": torch.zeros(9, 3, device="meta")}, "hidden is on cpu but weight on meta"),
+    ],
+)
+def test_errors_name_what_came(changes: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {
+        "hidden": torch.zeros(5, 3),
+        "weight": torch.zeros(9, 3),
+        "target": torch.tensor([0, 1, 8, 0, 0]),
+        "segment_id": torch.tensor([0, 0, 1, 1, 3]),
+        "num_segments": 4,
+    }
+    arguments = good | changes
+    head = [arguments.pop(name) for name in ("hidden", "weight", "target", "segment_id")]
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(*head, **arguments)
+
+
+def test_number_of_segments_is_read_off_the_last_id() -> None:
+    case = make_case(7, 3, 9)
+    ids = torch.tensor([0, 0, 0, 2, 2, 5, 5])
+    assert linear_logprob(case.hidden, case.weight, case.target, ids).logp.shape == (6,)
