@@ -12,4 +12,6 @@ from __future__ import annotations
 from . import reference
 from .linear_logprob import LinearLogprob, linear_logprob
 
+__version__ = "0.1.0"  # with fastpref's own: both come in one wheel
+
 __all__ = ["LinearLogprob", "linear_logprob", "reference"]

@@ -1,0 +1,300 @@
+"""Trainers that are compared: each runs slices of a fixed list of batches with its own, whole loop.
+
+A slice's time per step is the wall time from the end of one step to the end of the next, inside the
+trainer's own loop: fetching and collating the batch, forward, loss, backward, clipping, optimizer,
+schedule, metrics, and in fastpref's case the records, whose gradient norms (`track: head`) TRL has
+not. The first step of a slice warms up and is not timed. Nobody logs, saves, evaluates or draws a
+progress bar within the timed steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from bench.flops import Shape, Work, useful_tokens
+from fastpref.attention import build_layout
+from fastpref.config import Config
+from fastpref.data.dataset import Dataset
+from fastpref.data.formats import Pair
+from fastpref.data.loader import Loader, StepPlan
+from fastpref.data.pack import pack_pairs
+from fastpref.data.tokenize import TokenPair, tokenize_pairs
+from fastpref.dynamics.recorder import read_jsonl
+from fastpref.losses import get_loss
+from fastpref.model import load_model
+from fastpref.observe import Window
+from fastpref.optim import build_optimizer, build_scheduler
+from fastpref.refcache import PLAN_TOKENS, reference_logp
+from fastpref.train import State, _loop
+
+COMPARED = ("loss", "logps/chosen", "logps/rejected", "num_tokens")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all contenders train: pairs in this order, ``batch`` of them a step, the model's folder."""
+
+    pairs: Sequence[Pair]
+    batch: int
+    model: str
+    scratch: Path
+    learning_rate: float = 1e-4
+    beta: float = 0.1
+    max_length: int = 1024
+
+    @property
+    def batches(self) -> int:
+        """Whole batches in ``pairs``."""
+        return len(self.pairs) // self.batch
+
+    def span(self, first: int, steps: int) -> range:
+        """Indices of the pairs of ``steps`` batches from number ``first`` on, from the start again
+        where the end is reached."""
+        first %= self.batches - steps + 1
+        return range(first * self.batch, (first + steps) * self.batch)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """``seconds`` of each timed step; ``metrics`` of every step, under TRL's names, where asked for."""
+
+    seconds: list[float]
+    metrics: list[dict[str, float]]
+
+
+class Contender(Protocol):
+    """A trainer that keeps its weights and optimizer from slice to slice."""
+
+    name: str
+    shape: Shape
+
+    def run(self, first: int, steps: int, observe: bool = False) -> Slice:
+        """Train on ``steps`` batches from number ``first`` on; `observe`: log every step."""
+        ...
+
+    def work(self, first: int, steps: int) -> list[Work]:
+        """The arithmetic of those steps, one by one."""
+        ...
+
+
+class _TimedLoader(Loader):
+    """Stamps the end of every step, which is where the loop asks for the next one's plan.
+
+    It ends before the loop's last step: the checkpoint that follows that one is not a step's time.
+    """
+
+    stamps: list[float]
+
+    def plan(self, first_step: int, last_step: int) -> Iterator[StepPlan]:
+        self.stamps = []
+        for plan in super().plan(first_step, last_step - 1):
+            yield plan
+            self.stamps.append(time.perf_counter())
+
+
+class Fastpref:
+    """`fastpref.train`'s loop, reference log-probs in hand, records and head norms on (its defaults)."""
+
+    name = "fastpref"
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.config = Config(
+            model_name_or_path=job.model,
+            device="cpu",
+            dtype="float32",
+            dataset_name=("bench",),
+            eval_steps=0,
+            max_length=job.max_length,
+            output_dir=str(job.scratch / "fastpref"),
+            beta=job.beta,
+            learning_rate=job.learning_rate,
+            lr_scheduler_type="constant",
+            warmup_ratio=0.0,
+            train_batch_size=job.batch,
+            shuffle=False,
+        )
+        self.model = load_model(self.config)
+        self.shape = Shape.of(self.model.module.config)
+        tokenized = tokenize_pairs(job.pairs, self.model.tokenizer, max_length=job.max_length)
+        assert tokenized.sources == list(range(len(job.pairs)))
+        self.behaviors = tokenized.behaviors
+        reference = reference_logp(self.model, tokenized.pairs).tolist()
+        self.tokens = [
+            dataclasses.replace(pair, ref_chosen=chosen, ref_rejected=rejected)
+            for pair, (chosen, rejected) in zip(tokenized.pairs, reference, strict=True)
+        ]
+        optimizer = build_optimizer(self.model.module.named_parameters(), self.config)
+        scheduler = build_scheduler(optimizer, self.config, 10**6)
+        self.state = State(self.model, optimizer, scheduler, Window(self.model.device))
+
+    def run(self, first: int, steps: int, observe: bool = False) -> Slice:
+        """See `Contender`."""
+        pairs = self._pairs(first, steps)
+        config = dataclasses.replace(self.config, logging_steps=1) if observe else self.config
+        index = [{"pair_id": p.pair_id, "file": "", "line": 0, "split": "train"} for p in pairs]
+        dataset = Dataset(pairs, [], self.behaviors, index, [], 0)
+        loader = self._loader(pairs)
+        self.state.step = 0
+        run = Path(self.config.output_dir)
+        _loop(config, get_loss("sigmoid"), dataset, loader, self.state, steps + 1, False)
+        metrics = read_jsonl(run / "metrics.jsonl") if observe else []
+        shutil.rmtree(run)
+        return Slice(np.diff(loader.stamps).tolist(), metrics)
+
+    def reference_seconds(self, first: int, steps: int) -> float:
+        """Wall time of the reference pass over those batches, per step."""
+        pairs = self._pairs(first, steps)
+        began = time.perf_counter()
+        reference_logp(self.model, pairs)
+        return (time.perf_counter() - began) / steps
+
+    def work(self, first: int, steps: int) -> list[Work]:
+        """See `Contender`."""
+        pairs = self._pairs(first, steps)
+        return [
+            self._sum([pairs[i] for i in own] for own in plan.micro_batches)
+            for plan in self._loader(pairs).plan(1, steps)
+        ]
+
+    def reference_work(self, first: int, steps: int) -> Work:
+        """The arithmetic of the reference pass over those batches, all together."""
+        pairs = self._pairs(first, steps)
+        loader = self._loader(pairs, batch=len(pairs), max_tokens=PLAN_TOKENS)
+        (plan,) = loader.plan(1, 1)
+        whole = self._sum([pairs[i] for i in own] for own in plan.micro_batches)
+        return dataclasses.replace(whole, gram=0, forwards=1, backwards=0, head_products=1)
+
+    def _pairs(self, first: int, steps: int) -> list[TokenPair]:
+        return [self.tokens[i] for i in self.job.span(first, steps)]
+
+    def _loader(
+        self, pairs: Sequence[TokenPair], batch: int | None = None, max_tokens: int | None = None
+    ) -> _TimedLoader:
+        return _TimedLoader(
+            pairs,
+            seed=0,
+            batch_size=batch or self.job.batch,
+            max_tokens=max_tokens or self.config.max_tokens_per_microbatch,
+            shuffle=False,
+        )
+
+    @staticmethod
+    def _sum(micro_batches: Any) -> Work:
+        tokens = scores = rows = gram = useful = 0
+        for batch in map(pack_pairs, micro_batches):
+            layout = build_layout(batch.lengths, "cpu")
+            tokens += batch.num_tokens
+            useful += useful_tokens(batch.lengths)
+            scores += sum(block.pairs * block.length**2 for block in layout.blocks)
+            rows += batch.rows.numel()
+            gram += int(torch.bincount(batch.segment_id // 3).square().sum())
+        return Work(useful, tokens, scores, rows, gram, 1, 1, head_products=3)
+
+
+class Trl:
+    """TRL's DPOTrainer, `trainer.train()` itself once per slice, weights and optimizer kept.
+
+    ``tuned``: reference log-probs precomputed and no gradient checkpointing; otherwise both as TRL
+    sets them. float32 in both, where TRL would by default compute in bfloat16.
+    """
+
+    def __init__(self, job: Job, *, tuned: bool, useful: Sequence[int]) -> None:
+        from datasets import Dataset as Rows
+        from transformers import PrinterCallback, TrainerCallback
+        from trl import DPOConfig, DPOTrainer
+
+        self.name = "trl_tuned" if tuned else "trl_default"
+        self.job, self.tuned, self.useful = job, tuned, useful
+        changed: dict[str, Any] = (
+            {"gradient_checkpointing": False, "precompute_ref_log_probs": True} if tuned else {}
+        )
+        arguments = DPOConfig(
+            output_dir=str(job.scratch / self.name),
+            beta=job.beta,
+            max_length=job.max_length,
+            learning_rate=job.learning_rate,
+            lr_scheduler_type="constant",
+            num_train_epochs=1,
+            per_device_train_batch_size=job.batch,
+            train_sampling_strategy="sequential",
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            **changed,
+        )
+        rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in job.pairs]
+        stamps: list[float] = []
+
+        class Stamp(TrainerCallback):
+            def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+                stamps.append(time.perf_counter())
+
+        self.trainer = DPOTrainer(
+            job.model, args=arguments, train_dataset=Rows.from_list(rows), callbacks=[Stamp()]
+        )
+        self.trainer.remove_callback(PrinterCallback)
+        self.stamps, self.rows = stamps, self.trainer.train_dataset
+        assert len(self.rows) == len(job.pairs), "TRL dropped pairs"
+        self.shape = Shape.of(self.trainer.model.config)
+
+    def run(self, first: int, steps: int, observe: bool = False) -> Slice:
+        """See `Contender`."""
+        self._choose(first, steps)
+        self.trainer.args.logging_steps = 1 if observe else 10**6
+        self.stamps.clear()
+        self.trainer.train()
+        lines = [line for line in self.trainer.state.log_history if "loss" in line]
+        return Slice(np.diff(self.stamps).tolist(), lines if observe else [])
+
+    def work(self, first: int, steps: int) -> list[Work]:
+        """See `Contender`."""
+        self._choose(first, steps)
+        found = []
+        spans = range(first, first + steps)
+        for number, batch in zip(spans, self.trainer.get_train_dataloader(), strict=True):
+            count, length = batch["input_ids"].shape
+            # On the CPU TRL scores every position but the last, prompt and padding included.
+            rows, useful = count * (length - 1), self.useful[number % self.job.batches]
+            grid = (useful, count * length, count * length**2, rows, 0)
+            # Checkpointing repeats the forward of every layer, the reference model adds one more.
+            # The head's backward makes the logits again: 1 + 3 products, and 1 for the reference.
+            found.append(Work(*grid, 1, 1, 4) if self.tuned else Work(*grid, 3, 1, 5))
+        return found
+
+    def _choose(self, first: int, steps: int) -> None:
+        span = self.job.span(first, steps)
+        self.trainer.train_dataset = self.rows.select(span)
+
+
+def disagreement(contenders: Sequence[Contender], steps: int, within: float) -> str | None:
+    """Train all on the same first batches; what differs by more than ``within``, None if nothing.
+
+    Losses are compared as they are, sums of log-probs relative to their size, token counts exactly.
+    The loss of the first step is ln 2 for whoever has policy = reference, so that one alone would
+    show little.
+    """
+    found = {c.name: c.run(0, steps, observe=True).metrics for c in contenders}
+    first = contenders[0].name
+    for name, lines in found.items():
+        if len(lines) != steps:
+            return f"{name} logged {len(lines)} of {steps} steps"
+        for step, (ours, theirs) in enumerate(zip(found[first], lines, strict=True)):
+            for key in COMPARED:
+                a, b = ours[key], theirs[key]
+                limit = 0.0 if key == "num_tokens" else within * max(1.0, abs(b))
+                if not abs(a - b) <= limit:
+                    return f"step {step}: {key} is {a!r} in {first} and {b!r} in {name}"
+    return None
