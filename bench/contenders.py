@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bench.flops import Shape, Work, useful_tokens
+from bench.flops import Shape, Work
 from fastpref.attention import build_layout
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset
@@ -141,8 +141,7 @@ class Fastpref:
         """See `Contender`."""
         pairs = self._pairs(first, steps)
         config = dataclasses.replace(self.config, logging_steps=1) if observe else self.config
-        index = [{"pair_id": p.pair_id, "file": "", "line": 0, "split": "train"} for p in pairs]
-        dataset = Dataset(pairs, [], self.behaviors, index, [], 0)
+        dataset = Dataset(pairs, [], self.behaviors, [], [], 0)
         loader = self._loader(pairs)
         self.state.step = 0
         run = Path(self.config.output_dir)
@@ -190,15 +189,14 @@ class Fastpref:
 
     @staticmethod
     def _sum(micro_batches: Any) -> Work:
-        tokens = scores = rows = gram = useful = 0
+        tokens = scores = rows = gram = 0
         for batch in map(pack_pairs, micro_batches):
             layout = build_layout(batch.lengths, "cpu")
             tokens += batch.num_tokens
-            useful += useful_tokens(batch.lengths)
             scores += sum(block.pairs * block.length**2 for block in layout.blocks)
             rows += batch.rows.numel()
             gram += int(torch.bincount(batch.segment_id // 3).square().sum())
-        return Work(useful, tokens, scores, rows, gram, 1, 1, head_products=3)
+        return Work(tokens, scores, rows, gram, 1, 1, head_products=3)
 
 
 class Trl:
@@ -208,13 +206,13 @@ class Trl:
     sets them. float32 in both, where TRL would by default compute in bfloat16.
     """
 
-    def __init__(self, job: Job, *, tuned: bool, useful: Sequence[int]) -> None:
+    def __init__(self, job: Job, *, tuned: bool) -> None:
         from datasets import Dataset as Rows
         from transformers import PrinterCallback, TrainerCallback
         from trl import DPOConfig, DPOTrainer
 
         self.name = "trl_tuned" if tuned else "trl_default"
-        self.job, self.tuned, self.useful = job, tuned, useful
+        self.job, self.tuned = job, tuned
         changed: dict[str, Any] = (
             {"gradient_checkpointing": False, "precompute_ref_log_probs": True} if tuned else {}
         )
@@ -263,12 +261,10 @@ class Trl:
         """See `Contender`."""
         self._choose(first, steps)
         found = []
-        spans = range(first, first + steps)
-        for number, batch in zip(spans, self.trainer.get_train_dataloader(), strict=True):
+        for batch in self.trainer.get_train_dataloader():
             count, length = batch["input_ids"].shape
             # On the CPU TRL scores every position but the last, prompt and padding included.
-            rows, useful = count * (length - 1), self.useful[number % self.job.batches]
-            grid = (useful, count * length, count * length**2, rows, 0)
+            grid = (count * length, count * length**2, count * (length - 1), 0)
             # Checkpointing repeats the forward of every layer, the reference model adds one more.
             # The head's backward makes the logits again: 1 + 3 products, and 1 for the reference.
             found.append(Work(*grid, 1, 1, 4) if self.tuned else Work(*grid, 3, 1, 5))

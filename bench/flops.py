@@ -6,7 +6,6 @@ of them. Numbers are of the padded or packed grids that are really computed, pad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,6 @@ class Shape:
 class Work:
     """What one optimizer step computes, in units that do not depend on the model."""
 
-    useful: int  # tokens that any exact method must compute once
     tokens: int  # tokens per pass of the body
     scores: int  # attention scores per head and pass, masked ones included: sum of length^2
     rows: int  # positions that meet the head, per pass
@@ -56,7 +54,3 @@ class Work:
         norms = 2.0 * self.gram * shape.vocab
         return body + head + norms
 
-
-def useful_tokens(lengths: Sequence[tuple[int, int, int]]) -> int:
-    """Tokens of pairs of (prefix, chosen rest, rejected rest) fed tokens, each computed once."""
-    return sum(map(sum, lengths))

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from safetensors.torch import load_file
 
 from fastpref.config import Config
@@ -69,4 +68,4 @@ def test_two_ranks_equal_one(tiny_model_dir: Path, tiny_data: Path, tmp_path: Pa
     ours, theirs = load_file(two / "model.safetensors"), load_file(one / "model.safetensors")
     for name in theirs:
         update = (theirs[name] - start[name]).norm()
-        assert (ours[name] - theirs[name]).norm() == pytest.approx(0, abs=1e-2 * update), name
+        assert (ours[name] - theirs[name]).norm() < 1e-2 * update, name
