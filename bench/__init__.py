@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench NAME`. What is measured, and how, stands in `measure` and `train`."""
+"""Benchmarks: `python -m bench NAME`. How things are measured stands in `measure` and `train`."""

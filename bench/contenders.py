@@ -26,7 +26,7 @@ from fastpref.config import Config
 from fastpref.data.dataset import Dataset
 from fastpref.data.formats import Pair
 from fastpref.data.loader import Loader, StepPlan
-from fastpref.data.pack import pack_pairs
+from fastpref.data.pack import pack_pairs, parts, plan_microbatches
 from fastpref.data.tokenize import TokenPair, tokenize_pairs
 from fastpref.dynamics.recorder import read_jsonl
 from fastpref.losses import get_loss
@@ -41,7 +41,7 @@ COMPARED = ("loss", "logps/chosen", "logps/rejected", "num_tokens")
 
 @dataclass(frozen=True)
 class Job:
-    """What all contenders train: pairs in this order, ``batch`` of them a step, the model's folder."""
+    """What all contenders train: pairs in this order, ``batch`` a step, and the model's folder."""
 
     pairs: Sequence[Pair]
     batch: int
@@ -65,7 +65,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Slice:
-    """``seconds`` of each timed step; ``metrics`` of every step, under TRL's names, where asked for."""
+    """``seconds`` of each timed step; on request ``metrics`` of all, under TRL's names."""
 
     seconds: list[float]
     metrics: list[dict[str, float]]
@@ -102,7 +102,7 @@ class _TimedLoader(Loader):
 
 
 class Fastpref:
-    """`fastpref.train`'s loop, reference log-probs in hand, records and head norms on (its defaults)."""
+    """`fastpref.train`'s loop with its defaults: records and head norms on; references in hand."""
 
     name = "fastpref"
 
@@ -162,29 +162,24 @@ class Fastpref:
         pairs = self._pairs(first, steps)
         return [
             self._sum([pairs[i] for i in own] for own in plan.micro_batches)
-            for plan in self._loader(pairs).plan(1, steps)
+            for plan in self._loader(pairs).plan(1, steps + 1)  # it leaves out the last one
         ]
 
     def reference_work(self, first: int, steps: int) -> Work:
         """The arithmetic of the reference pass over those batches, all together."""
         pairs = self._pairs(first, steps)
-        loader = self._loader(pairs, batch=len(pairs), max_tokens=PLAN_TOKENS)
-        (plan,) = loader.plan(1, 1)
-        whole = self._sum([pairs[i] for i in own] for own in plan.micro_batches)
+        fed = np.array([parts(pair).fed for pair in pairs], np.int64)
+        plan = plan_microbatches(fed, np.arange(len(pairs)), PLAN_TOKENS)
+        whole = self._sum([pairs[i] for i in own] for own in plan)
         return dataclasses.replace(whole, gram=0, forwards=1, backwards=0, head_products=1)
 
     def _pairs(self, first: int, steps: int) -> list[TokenPair]:
         return [self.tokens[i] for i in self.job.span(first, steps)]
 
-    def _loader(
-        self, pairs: Sequence[TokenPair], batch: int | None = None, max_tokens: int | None = None
-    ) -> _TimedLoader:
+    def _loader(self, pairs: Sequence[TokenPair]) -> _TimedLoader:
+        budget = self.config.max_tokens_per_microbatch
         return _TimedLoader(
-            pairs,
-            seed=0,
-            batch_size=batch or self.job.batch,
-            max_tokens=max_tokens or self.config.max_tokens_per_microbatch,
-            shuffle=False,
+            pairs, seed=0, batch_size=self.job.batch, max_tokens=budget, shuffle=False
         )
 
     @staticmethod

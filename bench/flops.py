@@ -1,7 +1,7 @@
-"""The arithmetic of one optimizer step, counted: what a speed-up could be if all else cost nothing.
+"""The arithmetic of an optimizer step, counted: what a speed-up were if all else cost nothing.
 
-Only matrix products count (a multiplication and an addition are 2). One backward of a product is two
-of them. Numbers are of the padded or packed grids that are really computed, padding included.
+Only matrix products count (a multiplication and an addition are 2). One backward of a product is
+two of them. Numbers are of the padded or packed grids that are really computed, padding included.
 """
 
 from __future__ import annotations
@@ -53,4 +53,3 @@ class Work:
         head = 2.0 * self.rows * shape.hidden * shape.vocab * self.head_products
         norms = 2.0 * self.gram * shape.vocab
         return body + head + norms
-

@@ -54,7 +54,7 @@ def interleaved(contenders: Sequence[T], repeats: int) -> Iterator[tuple[int, T]
 
 
 def peak_memory(build: Callable[[], Callable[[], object]]) -> dict[str, int]:
-    """Bytes of this process, Linux only: ``baseline`` before ``build()``, ``peak`` in what it returns.
+    """Bytes of this process: ``baseline`` before ``build()``, ``peak`` in what it returns. Linux only.
 
     The kernel's high-water mark of resident memory is reset in between, so that the peak is that of
     the measured call and not of building. Freed memory that the allocator still holds is given back
@@ -90,7 +90,9 @@ def surroundings(device: str) -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
@@ -108,7 +110,7 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> dict[str, Any]:
-    """Commit of the checkout and whether it was changed since; results of benchmarks do not count."""
+    """The checkout's commit, and whether it was changed since, benchmarks' results apart."""
     # What a benchmark writes itself must not make the next one's commit look changed.
     own = (":(exclude)bench/results", ":(exclude)bench/RESULTS.md")
     head = _git("rev-parse", "HEAD")

@@ -25,8 +25,10 @@ class Verdict:
     met: bool
 
 
-def verdicts(case: str, values: Mapping[str, float | None], targets: Path = TARGETS) -> list[Verdict]:
-    """Every target of ``case`` against ``values``. Raises ValueError for a target that is no bound."""
+def verdicts(
+    case: str, values: Mapping[str, float | None], targets: Path = TARGETS
+) -> list[Verdict]:
+    """All targets of ``case`` against ``values``. Raises ValueError for one that is no bound."""
     found = []
     for name, bound in tomllib.loads(targets.read_text(encoding="utf-8")).get(case, {}).items():
         value = values.get(name)
@@ -71,7 +73,7 @@ def record_of(
     values: Mapping[str, Mapping[str, float] | None],
     checks: Sequence[Verdict],
 ) -> Record:
-    """One line of a results file. ``values``: name -> {value, q20, q80, bound}, None = not measured."""
+    """A line of a results file. ``values``: name -> {value, q20, q80, bound}; None: not measured."""
     return {
         "bench": case,
         **where,
@@ -87,9 +89,9 @@ def markdown(records: Sequence[Record]) -> str:
     lines = [
         "# Benchmark results",
         "",
-        "Written by `python -m bench`; edit nothing here. Ratios of things timed in the same run: how",
-        "many times as long (or as much memory) the other takes as fastpref, or as the name says.",
-        "`bench/results/` holds the records: times, versions, settings.",
+        "Written by `python -m bench`; edit nothing here. Ratios of things measured in the same run:",
+        "`x_vs_other` is the other's time over fastpref's, `memory_vs_other` fastpref's over the",
+        "other's. `bench/results/` holds the records: times, versions, settings.",
     ]
     if not records:
         return "\n".join([*lines, "", "No results yet.", ""])

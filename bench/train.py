@@ -1,8 +1,8 @@
-"""`python -m bench train --against trl --check`: a training step of fastpref against TRL's DPOTrainer.
+"""`python -m bench train --against trl --check`: a training step of fastpref and of TRL's DPOTrainer.
 
-Same pairs, model and precision (float32, CPU) for all. Correctness first: on the first batches all must
-show the same losses and log-probs, or nothing is timed. Then slices of a few steps in turn, over and
-over, each repeat on other pairs; a ratio is formed within a repeat, and the median over repeats
+Same pairs, model and precision (float32, CPU) for all. Correctness first: on the first batches all
+must show the same losses and log-probs, or nothing is timed. Then slices of a few steps in turn, over
+and over, each repeat on other pairs; a ratio is formed within a repeat, and the median over repeats
 counts. Peak memory is measured for each contender in a process of its own.
 
 - against TRL's defaults: TRL's step over (fastpref's step + its reference pass for the same pairs);
@@ -12,7 +12,7 @@ counts. Peak memory is measured for each contender in a process of its own.
 from __future__ import annotations
 
 import argparse
-import itertools
+import importlib
 import json
 import os
 import random
@@ -20,19 +20,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bench import measure, results
-from bench.flops import Work
+from bench.flops import Shape, Work
 from bench.measure import Quantiles
 
 HELP = "time and memory of a training step, fastpref against TRL"
 WITHIN = 1e-5  # how far losses and log-probs of the contenders may be apart
 GATE_STEPS = 3
-PEAK_STEPS = 4
+WARM_STEPS, PEAK_STEPS = 2, 4  # before and while peak memory is measured
 TRL = {"trl_default": False, "trl_tuned": True}  # name -> tuned
 LABELS = {
     "fastpref": "fastpref, records and norms on",
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, record; 1 where the contenders disagree, or `--check` finds a target missed."""
+    """Measure, print, record; 1 where contenders disagree or `--check` finds a target missed."""
     if min(arguments.pairs_per_step, arguments.repeats, arguments.steps) < 1:
         raise SystemExit("bench train: --pairs_per_step, --repeats and --steps are at least 1")
     with _quiet(), tempfile.TemporaryDirectory(prefix="fastpref-bench-") as scratch:
@@ -89,19 +90,14 @@ def _compare(arguments: argparse.Namespace, scratch: Path) -> int:
         return 1
     print(f"{GATE_STEPS} steps of all contenders agree to {WITHIN:g}; {dataset}")
 
-    seconds, work = _times(arguments, contenders)
-    flops = {
-        name: sum(w.flops(ours.shape) for w in done) / len(done) for name, done in work.items()
-    }
-    memory = {} if arguments.no_memory else {c.name: _peak_of(c.name) for c in contenders}
-    values = _values(seconds, flops, memory, arguments.steps)
+    timings = _times(arguments, contenders)
+    memory = (
+        {} if arguments.no_memory else {c.name: _peak_of(c.name, arguments) for c in contenders}
+    )
+    values = _values(timings, memory)
     checks = results.verdicts("train", {k: v["value"] if v else None for k, v in values.items()})
-    shown = {
-        name: _facts(name, seconds[name], flops[name], work[name], memory.get(name))
-        for name in seconds
-    }
-    for name, facts in shown.items():
-        facts["useful"] = shown["fastpref"]["tokens"] * facts["passes"] / facts["tokens_computed"]
+    useful = timings["fastpref"].tokens  # packed: every token that is needed, once
+    shown = {k: timing.facts(useful) | (memory.get(k) or {}) for k, timing in timings.items()}
     setting = {
         "model": arguments.model_name_or_path,
         "parameters": sum(p.numel() for p in ours.model.module.parameters()),
@@ -110,7 +106,9 @@ def _compare(arguments: argparse.Namespace, scratch: Path) -> int:
         **{k: vars(arguments)[k] for k in ("pairs_per_step", "repeats", "steps", "seed")},
     }
     record = results.record_of("train", where, setting, shown, values, checks)
-    _print(shown, values, checks, missing)
+    print(_table(shown, values, checks))
+    for name in missing:
+        print(f"{name} is not installed: nothing to compare with (pip install 'fastpref[{name}]')")
     if not arguments.no_record:
         print(f"appended to {results.keep(record).relative_to(measure.ROOT)}")
     if warning:
@@ -121,7 +119,7 @@ def _compare(arguments: argparse.Namespace, scratch: Path) -> int:
 
 
 def _job(arguments: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
-    """What to train, and in words where the pairs are from. Shuffled: files hold one behavior each."""
+    """What to train, and where its pairs are from; shuffled, as a file holds one behavior."""
     from bench.contenders import Job
     from fastpref import base
     from fastpref.data.formats import read_pairs
@@ -130,7 +128,7 @@ def _job(arguments: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
     pairs, _ = read_pairs(names, on_bad_rows="drop")
     random.Random(arguments.seed).shuffle(pairs)
     wanted = arguments.pairs_per_step * max(
-        GATE_STEPS + (arguments.steps + 1) * arguments.repeats, PEAK_STEPS
+        GATE_STEPS + (arguments.steps + 1) * arguments.repeats, WARM_STEPS + PEAK_STEPS
     )
     least = arguments.pairs_per_step * max(GATE_STEPS, arguments.steps + 1, PEAK_STEPS)
     if len(pairs) < least:
@@ -153,56 +151,165 @@ def _dataset(arguments: argparse.Namespace, scratch: Path) -> tuple[list[str], s
     return [str(scratch / "data")], "generated pairs (preset demo)"
 
 
-def _times(
-    arguments: argparse.Namespace, contenders: Sequence[Any]
-) -> tuple[dict[str, list[list[float]]], dict[str, list[Work]]]:
-    """Seconds of every timed step, name -> repeat -> step, and the arithmetic of those steps."""
+@dataclass
+class Timing:
+    """A contender's seconds by repeat and step; operations and tokens of its mean step."""
+
+    seconds: list[list[float]]
+    flops: float
+    tokens: float  # in one pass of the body
+    passes: float  # of the body; a backward is two
+
+    def facts(self, useful: float) -> dict[str, Any]:
+        """For the record and the table; ``useful``: tokens that an exact step cannot do without."""
+        spread = Quantiles.of([second for turn in self.seconds for second in turn])
+        return {
+            "seconds": asdict(spread),
+            "gflop": self.flops / 1e9,
+            "gflop_per_second": self.flops / 1e9 / spread.q50,
+            "tokens_per_pass": self.tokens,
+            "passes": self.passes,
+            "useful": useful / self.tokens,
+        }
+
+
+def _timing(seconds: list[list[float]], work: Sequence[Work], steps: int, shape: Shape) -> Timing:
+    return Timing(
+        seconds,
+        sum(w.flops(shape) for w in work) / steps,
+        sum(w.tokens for w in work) / steps,
+        work[0].forwards + 2 * work[0].backwards,
+    )
+
+
+def _times(arguments: argparse.Namespace, contenders: Sequence[Any]) -> dict[str, Timing]:
+    """By name; "reference" is fastpref's reference pass over the pairs of a turn, per step."""
     from tqdm import tqdm
 
-    seconds: dict[str, list[list[float]]] = {c.name: [] for c in contenders}
-    seconds["reference"] = []
-    work: dict[str, list[Work]] = {name: [] for name in seconds}
+    batches = arguments.steps + 1
+    names = [*(c.name for c in contenders), "reference"]
+    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
+    work: dict[str, list[Work]] = {name: [] for name in names}
     turns = measure.interleaved(contenders, arguments.repeats)
-    bar = tqdm(turns, total=arguments.repeats * len(contenders), unit="turn", disable=None)
-    for repeat, contender in bar:
-        first, steps = GATE_STEPS + repeat * (arguments.steps + 1), arguments.steps + 1
-        seconds[contender.name].append(contender.run(first, steps).seconds)
-        work[contender.name] += contender.work(first, steps)[1:]
-        if contender is contenders[0]:
-            seconds["reference"].append([contender.reference_seconds(first, steps)])
-            whole = contender.reference_work(first, steps)
-            work["reference"].append(whole)
-    return seconds, work
+    for repeat, one in tqdm(turns, total=arguments.repeats * len(contenders), unit="turn"):
+        first = GATE_STEPS + repeat * batches
+        seconds[one.name].append(one.run(first, batches).seconds)
+        work[one.name] += one.work(first, batches)[1:]
+        if one is contenders[0]:
+            seconds["reference"].append([one.reference_seconds(first, batches)])
+            work["reference"].append(one.reference_work(first, batches))
+    steps = dict.fromkeys(names, arguments.repeats * arguments.steps)
+    steps["reference"] = arguments.repeats * batches
+    shape = contenders[0].shape
+    return {name: _timing(seconds[name], work[name], steps[name], shape) for name in names}
 
 
 def _values(
-    seconds: Mapping[str, Sequence[Sequence[float]]],
-    flops: Mapping[str, float],
-    memory: Mapping[str, Mapping[str, int] | None],
-    steps: int,
+    timings: Mapping[str, Timing], memory: Mapping[str, Mapping[str, int] | None]
 ) -> dict[str, dict[str, float] | None]:
-    """Ratios: TRL's over fastpref's for times, fastpref's over TRL's for memory. ``bound``: what
-    counting operations gives."""
+    """Ratios: TRL's over fastpref's for times, fastpref's over TRL's for memory. ``bound`` is what
+    counting operations gives. None: not measured."""
     found: dict[str, dict[str, float] | None] = {}
+    ours, reference = timings["fastpref"], timings["reference"]
     for name, tuned in TRL.items():
         found[f"train_vs_{name}"] = found[f"memory_vs_{name}"] = None
-        if name not in seconds:
-            continue
-        reference = 0.0 if tuned else flops["reference"]
-        ratios = []
-        for repeat, step_times in enumerate(seconds[name]):
-            own = sum(seconds["fastpref"][repeat])
-            if not tuned:
-                own += steps * seconds["reference"][repeat][0]
-            ratios.append(sum(step_times) / own)
-        spread = Quantiles.of(ratios)
-        found[f"train_vs_{name}"] = {
-            "value": spread.q50,
-            "q20": spread.q20,
-            "q80": spread.q80,
-            "bound": flops[name] / (flops["fastpref"] + reference),
-        }
-        ours, theirs = memory.get("fastpref"), memory.get(name)
-        if ours and theirs:
-            found[f"memory_vs_{name}"] = {"value": ours["used"] / theirs["used"]}
+        if name in timings:
+            counted = 0.0 if tuned else 1.0
+            turns = zip(timings[name].seconds, ours.seconds, reference.seconds, strict=True)
+            ratios = Quantiles.of(
+                [fmean(theirs) / (fmean(own) + counted * fmean(ref)) for theirs, own, ref in turns]
+            )
+            bound = timings[name].flops / (ours.flops + counted * reference.flops)
+            spread = {"value": ratios.q50, "q20": ratios.q20, "q80": ratios.q80}
+            found[f"train_vs_{name}"] = {**spread, "bound": bound}
+        own_peak, their_peak = memory.get("fastpref"), memory.get(name)
+        if own_peak and their_peak:
+            found[f"memory_vs_{name}"] = {"value": own_peak["used"] / their_peak["used"]}
     return found
+
+
+def _peak_of(name: str, arguments: argparse.Namespace) -> dict[str, int] | None:
+    """Peak memory of a contender in a process of its own; None where it cannot be measured."""
+    command = [sys.executable, "-m", "bench", "train", "--peak_of", name, "--repeats", "1"]
+    command += ["--pairs_per_step", str(arguments.pairs_per_step), "--seed", str(arguments.seed)]
+    command += ["--model_name_or_path", arguments.model_name_or_path]
+    if arguments.dataset_name:
+        command += ["--dataset_name", *arguments.dataset_name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"peak memory of {name} not measured: {done.stderr.strip().splitlines()[-1:]}")
+        return None
+    peak: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return peak
+
+
+def _own_peak(arguments: argparse.Namespace, scratch: Path) -> dict[str, int]:
+    """`measure.peak_memory` of a contender's steps, and of fastpref's reference pass too."""
+    from bench.contenders import Fastpref, Trl
+
+    for library in ("transformers.models.llama.modeling_llama", "trl", "datasets"):
+        with suppress(ImportError):
+            importlib.import_module(library)  # code is no contender's memory
+    job, _ = _job(arguments, scratch)
+
+    def build() -> Callable[[], object]:
+        name = arguments.peak_of
+        if name != Fastpref.name:
+            trainer = Trl(job, tuned=TRL[name])
+            trainer.run(0, WARM_STEPS)
+            return lambda: trainer.run(WARM_STEPS, PEAK_STEPS)
+        ours = Fastpref(job)
+        ours.run(0, WARM_STEPS)
+
+        def measured() -> None:
+            ours.reference_seconds(WARM_STEPS, PEAK_STEPS)
+            ours.run(WARM_STEPS, PEAK_STEPS)
+
+        return measured
+
+    return measure.peak_memory(build)
+
+
+def _table(
+    shown: Mapping[str, Mapping[str, Any]],
+    values: Mapping[str, Mapping[str, float] | None],
+    checks: Sequence[results.Verdict],
+) -> str:
+    head = ("ms/step 20% 50% 80%", "GFLOP", "GFLOP/s", "tok/pass", "passes", "useful", "peak MiB")
+    lines = ["", f"{'':36}{head[0]:>24}" + "".join(f"{name:>10}" for name in head[1:])]
+    for name, facts in shown.items():
+        times = "".join(f"{1e3 * facts['seconds'][q]:8.1f}" for q in ("q20", "q50", "q80"))
+        peak = f"{facts['used'] / 2**20:.0f}" if "used" in facts else "-"
+        lines.append(
+            f"{LABELS[name]:36}{times}{facts['gflop']:10.1f}{facts['gflop_per_second']:10.1f}"
+            f"{facts['tokens_per_pass']:10.0f}{facts['passes']:10.0f}{facts['useful']:10.0%}{peak:>10}"
+        )
+    verdicts = {check.name: check for check in checks}
+    lines.append("")
+    for name, value in values.items():
+        check = verdicts.get(name)
+        target = f"target {check.target}: {'met' if check.met else 'MISSED'}" if check else ""
+        if value is None:
+            lines.append(f"{name:24} not measured                               {target}")
+            continue
+        spread = f"({value['q20']:.2f} to {value['q80']:.2f})" if "q20" in value else ""
+        bound = f"arithmetic alone {value['bound']:.2f}" if "bound" in value else ""
+        lines.append(f"{name:24}{value['value']:6.2f} {spread:16} {bound:24} {target}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what libraries print about themselves."""
+    import logging
+    import warnings
+
+    import tqdm  # noqa: F401  reads the variable below when imported; only TRL's bars are meant
+    from transformers.utils import logging as hf_logging
+
+    os.environ["TQDM_DISABLE"] = "1"
+    hf_logging.set_verbosity_error()
+    logging.getLogger("fastpref").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

@@ -103,36 +103,63 @@ class PairModel:
             self.module.set_attn_implementation(attention.NAME)  # type: ignore[operator]
 
 
-def load_model(config: Config) -> PairModel:
-    """Load weights and tokenizer of ``config.model_name_or_path`` and prepare them for packing.
+def load_tokenizer(config: Config) -> Any:
+    """The tokenizer of ``config.model_name_or_path``; ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    with _loading(config.model_name_or_path):
+        source = _source(config.model_name_or_path)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+def load_model(config: Config, tokenizer: Any = None) -> PairModel:
+    """Load the weights of ``config.model_name_or_path`` and prepare them for packing.
 
     Raises ValueError for an architecture that packing would get wrong, and for weights that are
     not safetensors: pickled weights and remote code can run anything.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()  # a bar per checkpoint would break up the run's own
-
-    name = config.model_name_or_path
-    source = str(base.base_dir()) if base.is_base_name(name) else name
+    if config.attn_implementation not in ("auto", "sdpa"):
+        raise ValueError(
+            f"attn_implementation={config.attn_implementation!r} is not in this version: "
+            "set auto or sdpa."
+        )
+    tokenizer = tokenizer or load_tokenizer(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    kept = torch.float64 if dtype is torch.float64 else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    source = _source(config.model_name_or_path)
+    with _loading(config.model_name_or_path):
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    check_architecture(model_config, config.max_length)
+    with _loading(config.model_name_or_path):
         module = AutoModelForCausalLM.from_pretrained(
-            source, dtype=kept, use_safetensors=True, trust_remote_code=False
+            source,
+            dtype=torch.float64 if dtype is torch.float64 else torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"model_name_or_path={name!r} cannot be loaded: {error}. Expected: a folder with "
-            f"config.json, model.safetensors and a tokenizer, a Hub name, or {base.BASE_NAME!r}."
-        ) from error
-    check_architecture(module.config, config.max_length)
     prepare(module)
     module.to(device)
     return PairModel(module, tokenizer, device, dtype, weights_identity(source, module.config))
+
+
+def _source(name: str) -> str:
+    return str(base.base_dir()) if base.is_base_name(name) else name
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """transformers' many ways of saying that something is not there, as one."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"model_name_or_path={name!r} cannot be loaded: {error}\nExpected: a folder with "
+            f"config.json, model.safetensors and a tokenizer, a Hub name, or {base.BASE_NAME!r}."
+        ) from error
 
 
 def prepare(module: nn.Module) -> None:

@@ -33,41 +33,47 @@ MAY_CHANGE = {
 FILES = ("config.yaml", "metrics.jsonl", "perf.jsonl", "report.html")
 
 
+def check(config: Config) -> None:
+    """Raise ValueError where ``config.output_dir`` holds a run that this one may not go on with.
+
+    Touches nothing, so that it can be asked long before `open_run`.
+    """
+    run = Path(config.output_dir)
+    if not (run / "config.yaml").exists() or config.overwrite_output_dir:
+        return
+    if config.resume_from_checkpoint == "none":
+        raise ValueError(
+            f"{run} holds a run already. Set overwrite_output_dir to begin anew there, "
+            "resume_from_checkpoint to auto to go on with it, or choose another output_dir."
+        )
+    _demand_same(config, load_config(run / "config.yaml"), run)
+
+
 def open_run(config: Config, device: torch.device) -> Path | None:
     """Prepare ``config.output_dir`` and write config.yaml; the checkpoint to go on from, or None.
 
     Checkpoints of later steps than that one are removed: the run is about to contradict them.
-    Raises ValueError where the folder holds a run with other settings, or a checkpoint is asked for
-    that is not there or not whole.
+    Raises ValueError as `check` does, and where a checkpoint is asked for that is not there or not
+    whole.
     """
     found = ""
     if dist.is_main():
+        check(config)
         run = Path(config.output_dir)
-        _prepare(config, run)
-        checkpoint = find_checkpoint(config.resume_from_checkpoint, run)
+        checkpoint = None
+        if config.overwrite_output_dir:
+            _remove_run(run)
+        else:
+            checkpoint = find_checkpoint(config.resume_from_checkpoint, run)
         if checkpoint:
             remove_checkpoints_after(run, checkpoint_step(checkpoint))
             found = str(checkpoint)
+        run.mkdir(parents=True, exist_ok=True)
+        aside = run / f".config.yaml.{os.getpid()}"
+        aside.write_text(config.to_yaml(), encoding="utf-8")
+        os.replace(aside, run / "config.yaml")
     found = dist.broadcast_text(found, device)
     return Path(found) if found else None
-
-
-def _prepare(config: Config, run: Path) -> None:
-    written = run / "config.yaml"
-    if written.exists():
-        if config.overwrite_output_dir:
-            _remove_run(run)
-        elif config.resume_from_checkpoint == "none":
-            raise ValueError(
-                f"{run} holds a run already. Set overwrite_output_dir to begin anew there, "
-                "resume_from_checkpoint to auto to go on with it, or choose another output_dir."
-            )
-        else:
-            _demand_same(config, load_config(written), run)
-    run.mkdir(parents=True, exist_ok=True)
-    aside = run / f".config.yaml.{os.getpid()}"
-    aside.write_text(config.to_yaml(), encoding="utf-8")
-    os.replace(aside, written)
 
 
 def _demand_same(config: Config, before: Config, run: Path) -> None:

@@ -27,7 +27,7 @@ from fastpref.dynamics.schema import TRAIN
 from fastpref.errors import NonFiniteError, Preempted
 from fastpref.evaluate import Evaluator
 from fastpref.losses import Loss, get_loss
-from fastpref.model import PairModel, load_model, resolve_device
+from fastpref.model import PairModel, load_model, load_tokenizer, resolve_device
 from fastpref.observe import Window, concatenate, pair_columns, record_step
 from fastpref.optim import Schedule, build_optimizer, build_scheduler
 from fastpref.progress import Bar
@@ -82,21 +82,22 @@ def train(config: Config, progress: bool = True) -> Path:
 
 
 def _train(config: Config, loss: Loss, progress: bool) -> Path:
-    # Where the pieces come from. All that can be wrong with the input is found here.
-    model = load_model(config)
-    config = dataclasses.replace(
-        config, device=model.device.type, dtype=str(model.dtype).removeprefix("torch.")
-    )
+    # Where the pieces come from. All that can be wrong with the input is found here, the cheap
+    # things first: data before weights.
+    tokenizer = load_tokenizer(config)
+    dataset = load_dataset(config, tokenizer)
+    model = load_model(config, tokenizer)
+    config = _resolved(config, model)
+    runfolder.check(config)
     torch.manual_seed(config.seed)
-    dataset = load_dataset(config, model.tokenizer)
     dist.check_same("data", cache_key(model, dataset.train + dataset.held_out), model.device)
     loader = _loader(config, dataset)
     last_step = total_steps(config, loader.steps_per_epoch)
-    checkpoint = runfolder.open_run(config, model.device)
     worst = check_model(model, dataset.train)
     log.info("self-check: packed equals separate sequences to %.1e", worst)
     dataset = _with_reference(config, model, dataset, progress)
 
+    checkpoint = runfolder.open_run(config, model.device)
     optimizer = build_optimizer(model.module.named_parameters(), config)
     scheduler = build_scheduler(optimizer, config, last_step)
     state = State(model, optimizer, scheduler, Window(model.device))
@@ -200,6 +201,16 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
     if config.max_steps > 0:
         return config.max_steps
     return math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
+def _resolved(config: Config, model: PairModel) -> Config:
+    """With what was chosen automatically in the place of `auto`: what config.yaml keeps."""
+    return dataclasses.replace(
+        config,
+        device=model.device.type if config.device == "auto" else config.device,
+        dtype=str(model.dtype).removeprefix("torch."),
+        attn_implementation="sdpa",
+    )
 
 
 def _loader(config: Config, dataset: Dataset) -> Loader:

@@ -67,8 +67,8 @@ class GroupGram:
             device = like.device
             self.batches.append(_Batch(group.to(device), rows.to(device), span, products))
 
-    def add_tile(self, exps: Tensor, shrink: Tensor) -> None:
-        """exps (C, R) relative to the running maximum; shrink (R,) = exp(old - new maximum)."""
+    def add_tile(self, exps: Tensor, shrink: Tensor | None) -> None:
+        """exps (C, R) relative to the running maximum; shrink as from `RowSums`."""
         for batch in self.batches:
             count, length = batch.rows.shape
             if batch.span is None:
@@ -76,8 +76,9 @@ class GroupGram:
             else:
                 picked = exps[:, slice(*batch.span)]
             picked = picked.view(exps.shape[0], count, length)
-            factor = shrink[batch.rows]
-            batch.products.mul_(factor.unsqueeze(2)).mul_(factor.unsqueeze(1))
+            if shrink is not None:
+                factor = shrink[batch.rows]
+                batch.products.mul_(factor.unsqueeze(2)).mul_(factor.unsqueeze(1))
             batch.products.baddbmm_(picked.permute(1, 2, 0), picked.permute(1, 0, 2))
 
     def finish(

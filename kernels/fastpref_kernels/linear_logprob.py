@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _launch, torch_tiles
 from .gram import GroupGram, RowTerms
+from .row_sums import row_statistics
 from .segment import segment_expand, segment_sum
 
 _SEGMENT_STATS = _launch.SEGMENT_STATS
@@ -196,14 +197,13 @@ def _forward_op(
             stats=names,
             gram=gram,
         )
-        log_odds = saved.row_state[2]
-        logp_R = F.logsigmoid(-log_odds)
-        rows = row_statistics(sums, log_odds, logp_R, weight.shape[0], target) if names else {}
+        logp_R = F.logsigmoid(-sums.odds)
+        rows = row_statistics(sums, logp_R, weight.shape[0], target) if names else {}
         asked = [rows[name] for name in _SEGMENT_STATS if name in names]
         gram_out = empty
         if gram is not None:
-            phi = torch.ones_like(log_odds) if transform.softcap is None else saved.row_state[3]
-            miss = log_odds.sigmoid() * transform.slope
+            phi = torch.ones_like(logp_R) if transform.softcap is None else saved.row_state[3]
+            miss = sums.odds.sigmoid() * transform.slope
             terms = RowTerms(sums.maximum, sums.total, miss, phi)
             gram_out = gram.finish(
                 hidden,
@@ -227,46 +227,6 @@ def _forward_op(
         saved.exps,
         saved.offsets,
     )
-
-
-def row_statistics(
-    sums: torch_tiles.RowSums, log_odds: Tensor, logp: Tensor, vocab: int, target: Tensor
-) -> dict[str, Tensor]:
-    """Statistics per row (R,) from sums over the non-target entries and a = log((1 - p) / p).
-
-    With q the distribution given "not the target", H(q) = log S' - X / S':
-
-        entropy = -p log p - (1-p) log(1-p) + (1-p) H(q)           every term >= 0
-        sum_v p_v^2 = p^2 + (1-p)^2 Q / S'^2
-        1 - p_max = 1 - p if the target is the largest entry, else (rest + e_y) / (S' + e_y), e_y =
-        exp(z_y - max)
-    """
-    maximum, total = sums.maximum, sums.total
-    out: dict[str, Tensor] = {}
-    log1m, miss = F.logsigmoid(log_odds), log_odds.sigmoid()
-    if "entropy" in sums.stats:
-        own = -logp.exp() * logp + torch.special.entr(miss)
-        out["entropy"] = own + miss * (total.log() - sums.plogp / total)
-    if "sum_sq_prob" in sums.stats:
-        out["sum_sq_prob"] = logp.exp().square() + (miss / total) ** 2 * sums.square
-    if "log_sum_sq_prob" in sums.stats:
-        others = 2 * log1m + sums.square.log() - 2 * total.log()
-        out["log_sum_sq_prob"] = torch.logaddexp(2 * logp, others)
-    if "mean_logit" in sums.stats:
-        out["mean_logit"] = sums.logit / vocab
-    if sums.stats & {"argmax", "top1", "log1m_pmax"}:
-        target_logit = sums.target_logit
-        tie = (target_logit == maximum) & (target < sums.argmax)
-        top1 = (target_logit > maximum) | tie
-        if "top1" in sums.stats:
-            out["top1"] = top1.to(logp.dtype)
-        if "argmax" in sums.stats:
-            out["argmax"] = torch.where(top1, target, sums.argmax)
-        if "log1m_pmax" in sums.stats:
-            gap = target_logit - maximum
-            others = torch.logaddexp(sums.rest.log(), gap) - torch.logaddexp(total.log(), gap)
-            out["log1m_pmax"] = torch.where(top1, log1m, others)
-    return out
 
 
 @_forward_op.register_fake
@@ -295,7 +255,7 @@ def _forward_fake(
         wide.new_empty(4 if len(scales) == 3 else 3, rows),
         wide.new_empty(rows if what.need_hidden else 0, dim),
         hidden.new_empty(min(what.kept * what.width, vocab), rows),
-        wide.new_empty(what.kept, rows),
+        wide.new_empty(torch_tiles.offset_rows(what.kept, -(-vocab // what.width)), rows),
     )
 
 

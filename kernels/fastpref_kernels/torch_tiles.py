@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 
 from .gram import GroupGram
+from .row_sums import RowSums, Tiles, exp_
 from .segment import add_rows_
-
-# Least exponent relative to a row's maximum. e^-80 = 2e-35 per entry is nothing beside S' >= 1, in
-# float64 too, so the target's entry, -inf before the exponential, may as well stand there with it
-# instead of 0.
-FLOOR = -80.0
-ORDER_STATS = frozenset({"argmax", "top1", "log1m_pmax"})
 
 
 @dataclass(frozen=True)
@@ -49,33 +44,6 @@ class Transform:
         return bend
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Vocabulary tiles, and for every tile and row where the row's target lies in it."""
-
-    bounds: list[tuple[int, int]]
-    local: Tensor  # (N, R) int64, clamped into the tile
-    inside: Tensor  # (N, R) bool
-
-    @staticmethod
-    def make(target: Tensor, vocab: int, width: int) -> Tiles:
-        bounds = [(lo, min(lo + width, vocab)) for lo in range(0, vocab, width)]
-        if len(bounds) == 1:
-            local = target.clamp(0, vocab - 1).unsqueeze(0)
-            return Tiles(bounds, local, (target == local[0]).unsqueeze(0))
-        low = torch.arange(0, vocab, width, device=target.device).unsqueeze(1)
-        high = (low + width).clamp_(max=vocab)
-        inside = (target >= low) & (target < high)
-        return Tiles(bounds, torch.minimum(target.maximum(low), high - 1) - low, inside)
-
-    def take_target_(self, i: int, z: Tensor, fill: float) -> Tensor:
-        """fill to the target's place where it lies in tile i; returns what stood at `local`."""
-        index = self.local[i].unsqueeze(0)
-        value = z.gather(0, index)
-        z.scatter_(0, index, value.masked_fill(self.inside[i], fill))
-        return value[0]
-
-
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -86,85 +54,6 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     if a.is_cuda and a.dtype == b.dtype != out.dtype:
         return out.copy_(torch.mm(a, b, out_dtype=out.dtype))
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def exp_(z: Tensor, maximum: Tensor) -> Tensor:
-    """exp(max(z - maximum, FLOOR)) in place.
-
-    Without the floor the CPU's vector exp takes a path 50 to 100 times slower for every result that
-    underflows, and the products after it slow down on subnormal operands.
-    """
-    return z.sub_(maximum).clamp_(min=FLOOR).exp_()
-
-
-class RowSums:
-    """Running sums over the entries that are not the target, relative to the running maximum.
-
-    With E = exp(z - max): total = sum E, and on request square = sum E^2, plogp = sum E log E, rest
-    = sum E without the (first) largest entry, logit = sum of z with the target. A row that has seen
-    no entry yet has the least finite number as its maximum, which makes every rescale factor 0 or 1
-    and never NaN.
-    """
-
-    def __init__(self, hidden: Tensor, dtype: torch.dtype, stats: frozenset[str]) -> None:
-        self.stats = stats
-        self.lowest = torch.finfo(dtype).min
-        zero = hidden.new_zeros(hidden.shape[0], dtype=dtype)
-        self.maximum = zero + self.lowest
-        # A target outside the vocabulary is met in no tile and leaves NaN, which is seen.
-        self.target_logit = zero + torch.nan
-        self.total = self.square = self.plogp = self.rest = self.logit = zero
-        self.argmax = zero.to(torch.int64)
-
-    def add_tile(self, z: Tensor, tiles: Tiles, i: int) -> Tensor:
-        """z to E relative to the new running maximum, in place; returns exp(old - new maximum)."""
-        if "mean_logit" in self.stats:
-            self.logit = self.logit + z.sum(0)
-        value = tiles.take_target_(i, z, -torch.inf)
-        self.target_logit = torch.where(tiles.inside[i], value, self.target_logit)
-        where = None
-        if self.stats & ORDER_STATS:
-            top, where = z.max(0)
-            self.argmax = torch.where(top > self.maximum, where + tiles.bounds[i][0], self.argmax)
-        else:
-            top = z.amax(0)
-        maximum = torch.maximum(self.maximum, top)
-        shrink = (self.maximum - maximum).exp_()
-        exp_(z, maximum)
-        total = z.sum(0)
-        if self.stats:
-            self._add_optional(z, total, top, where, maximum, shrink)
-        self.total = torch.addcmul(total, self.total, shrink)
-        self.maximum = maximum
-        return shrink
-
-    def _add_optional(
-        self,
-        exp: Tensor,
-        total: Tensor,
-        top: Tensor,
-        where: Tensor | None,
-        maximum: Tensor,
-        shrink: Tensor,
-    ) -> None:
-        if self.stats & {"sum_sq_prob", "log_sum_sq_prob"}:
-            self.square = torch.addcmul((exp * exp).sum(0), self.square, shrink * shrink)
-        if "entropy" in self.stats:
-            shift = (self.maximum - maximum).clamp_(min=self.lowest)
-            before = torch.addcmul(self.plogp, self.total, shift) * shrink
-            self.plogp = before - torch.special.entr(exp).sum(0)
-        if "log1m_pmax" in self.stats and where is not None:
-            # Summed with the largest entry out: total - 1 would cancel.
-            index = where.unsqueeze(0)
-            largest = exp.gather(0, index)
-            others = exp.scatter_(0, index, 0.0).sum(0)
-            exp.scatter_(0, index, largest)
-            rises = top > self.maximum
-            self.rest = torch.where(
-                rises,
-                torch.addcmul(others, self.total, shrink),
-                self.rest + total,
-            )
 
 
 @dataclass(frozen=True)
@@ -200,13 +89,12 @@ def forward(
     dtype = accumulate_dtype(hidden.dtype)
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     tiles = Tiles.make(target, vocab, width)
-    sums = RowSums(hidden, dtype, stats)
+    count = len(tiles.bounds)
+    sums = RowSums(dtype, stats)
     exps = hidden.new_empty(min(kept * width, vocab), rows)
-    offsets = hidden.new_empty(kept, rows, dtype=dtype)
+    offsets = hidden.new_empty(offset_rows(kept, count), rows, dtype=dtype)
     in_place = hidden.dtype == dtype
-    scratch = hidden.new_empty(
-        0 if in_place and kept == len(tiles.bounds) else width, rows, dtype=dtype
-    )
+    scratch = hidden.new_empty(0 if in_place and kept == count else width, rows, dtype=dtype)
     mixed = hidden.new_empty(rows if need_hidden else 0, dim, dtype=dtype)
     operand = _wide_on_cpu(hidden, dtype).t().contiguous()  # read by every tile
     for i, (lo, hi) in enumerate(tiles.bounds):
@@ -217,22 +105,30 @@ def forward(
         shrink = sums.add_tile(z, tiles, i)
         if bend is not None:
             z.mul_(bend)
-        if i < kept:
+        if i < kept and count > 1:
             offsets[i] = sums.maximum
-            if not in_place:
-                exps[lo:hi].copy_(z)
+        if i < kept and not in_place:
+            exps[lo:hi].copy_(z)
         if need_hidden:
             rounded = z if in_place or not z.is_cuda else z.to(hidden.dtype)
-            _accumulate_(mixed, shrink, rounded.t(), weight_C, first=i == 0)
+            _accumulate_(mixed, shrink, rounded.t(), weight_C)
         if gram is not None:
             gram.add_tile(z, shrink)
-    row_state = _row_state(sums, transform)
+    rows_out = [sums.maximum, sums.total, sums.log_odds(vocab == 1 or transform.bias is not None)]
+    if transform.softcap is not None:
+        bent = sums.target_logit * (transform.temperature / transform.softcap)
+        rows_out.append(1.0 - bent * bent)
     if need_hidden:
         target_rows = weight.index_select(0, target).to(dtype)
         if transform.softcap is not None:
-            target_rows.mul_(row_state[3].unsqueeze(1))
-        mixed.div_(sums.total.unsqueeze(1).neg()).add_(target_rows)
-    return sums, Saved(row_state, mixed, exps, offsets)
+            target_rows.mul_(rows_out[3].unsqueeze(1))
+        mixed = target_rows.addcdiv_(mixed, sums.total.unsqueeze(1), value=-1)
+    return sums, Saved(torch.stack(rows_out), mixed, exps, offsets)
+
+
+def offset_rows(kept: int, count: int) -> int:
+    """Rows of `Saved.offsets`: a single tile is relative to the final maximum and needs none."""
+    return kept if count > 1 else 0
 
 
 def backward(
@@ -250,55 +146,50 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where not needed."""
     dtype = accumulate_dtype(hidden.dtype)
-    maximum, total, log_odds, *phi = saved.row_state
-    scale = row_grad.to(dtype) * log_odds.sigmoid() * transform.slope
+    maximum, total, log_odds, *phi = saved.row_state.unbind(0)
+    scale = row_grad.to(dtype) * log_odds.sigmoid()
+    if transform.slope != 1.0:
+        scale.mul_(transform.slope)
     grad_hidden = hidden.new_empty(0)
     if need_hidden:
         grad_hidden = (saved.hidden_grad * scale.unsqueeze(1)).to(hidden.dtype)
     vocab, dim = weight.shape
-    grad_weight = weight.new_empty(vocab if need_weight else 0, dim)
     bias_like = weight if transform.bias is None else transform.bias
+    grad_weight = weight.new_empty(vocab if need_weight else 0, dim)
     grad_bias = bias_like.new_zeros(vocab if need_bias else 0, dtype=dtype)
     if not (need_weight or need_bias):
         return grad_hidden, grad_weight, grad_bias.to(bias_like.dtype)
 
     tiles = Tiles.make(target, vocab, width)
-    kept = saved.offsets.shape[0]
-    # What a row adds per unit of E, and at its target.
-    others, own = -scale / total, scale * phi[0] if phi else scale
+    kept = -(-saved.exps.shape[0] // width)
+    own = scale * phi[0] if phi else scale  # what a row adds at its target,
+    others = scale.div_(total).neg_() if phi else -scale / total  # and per unit of E elsewhere
     hidden_w = hidden.to(dtype)
-    base = hidden_w * others.unsqueeze(1)
-    # One tile is relative to the final maximum already.
-    rescale = len(tiles.bounds) > 1
-    scaled = torch.empty_like(base) if rescale and kept else base
-    own_rows = hidden_w * own.unsqueeze(1)
+    own_rows, rows = hidden_w * own.unsqueeze(1), hidden_w * others.unsqueeze(1)
+    scaled = torch.empty_like(rows) if saved.offsets.numel() else rows
     in_place = weight.dtype == dtype
     scratch = hidden.new_empty(0 if in_place or not need_weight else width, dim, dtype=dtype)
     recomputed = hidden.new_empty(
         0 if kept == len(tiles.bounds) else width, hidden.shape[0], dtype=dtype
     )
     for i, (lo, hi) in enumerate(tiles.bounds):
-        if i < kept:
-            exps = saved.exps[lo:hi]
-            factor = (saved.offsets[i] - maximum).exp_() if rescale else None
-        else:
+        exps, factor, rows_i = saved.exps[lo:hi], None, rows
+        if i >= kept:
             exps = recomputed[: hi - lo]
             _recompute_(exps, hidden, weight, transform, tiles, i, maximum)
-            factor = None
+        elif len(tiles.bounds) > 1:
+            factor = (saved.offsets[i] - maximum).exp_()
+            rows_i = torch.mul(rows, factor.unsqueeze(1), out=scaled)
         if need_bias:
             per_row = others if factor is None else others * factor
             torch.mv(exps.to(dtype), per_row, out=grad_bias[lo:hi])
-        if not need_weight:
-            continue
-        rows = base if factor is None else torch.mul(base, factor.unsqueeze(1), out=scaled)
-        if in_place:
-            product(exps, rows, grad_weight[lo:hi])
-            continue
-        tile = scratch[: hi - lo]
-        _half_product(exps, rows, weight.dtype, tile)
-        inside = tiles.inside[i].unsqueeze(1)
-        add_rows_(tile, tiles.local[i], own_rows.masked_fill(~inside, 0.0))
-        grad_weight[lo:hi].copy_(tile)
+        if need_weight and in_place:
+            product(exps, rows_i, grad_weight[lo:hi])
+        elif need_weight:
+            tile = scratch[: hi - lo]
+            _half_product(exps, rows_i, weight.dtype, tile)
+            tiles.add_target_rows_(i, tile, own_rows)
+            grad_weight[lo:hi].copy_(tile)
     if need_weight and in_place:
         add_rows_(grad_weight, target, own_rows)
     if need_bias:
@@ -329,21 +220,9 @@ def exps_at(raw: Tensor, transform: Transform, bias: Tensor | None, maximum: Ten
     return raw if bend is None else raw.mul_(bend)
 
 
-def _row_state(sums: RowSums, transform: Transform) -> Tensor:
-    """(3 | 4, R): maximum, S', a = log S' + max - z_y, and with a softcap phi."""
-    log_odds = (sums.maximum - sums.target_logit).add_(sums.total.log())
-    # The target is the whole vocabulary: p = 1.
-    log_odds.masked_fill_(sums.maximum == sums.lowest, -torch.inf)
-    rows = [sums.maximum, sums.total, log_odds]
-    if transform.softcap is not None:
-        bent = sums.target_logit * (transform.temperature / transform.softcap)
-        rows.append(1.0 - bent * bent)
-    return torch.stack(rows)
-
-
-def _accumulate_(out: Tensor, shrink: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """out = shrink * out + a @ b, rows of out rescaled."""
-    if first:
+def _accumulate_(out: Tensor, shrink: Tensor | None, a: Tensor, b: Tensor) -> None:
+    """out = shrink * out + a @ b with shrink per row; out = a @ b where it is None."""
+    if shrink is None:
         product(a, b, out)
     elif a.dtype == out.dtype:
         out.mul_(shrink.unsqueeze(1)).addmm_(a, b)

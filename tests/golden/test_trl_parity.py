@@ -1,4 +1,4 @@
-"""One trajectory with TRL: same pairs, order, optimizer and precision; loss, metrics and weights agree.
+"""One trajectory with TRL: same pairs, order, optimizer, precision; same loss, metrics and weights.
 
 TRL pads every sequence, computes each prompt twice, scores every position and runs the reference
 model in every step; fastpref does none of it. What comes out must be the same but for rounding.
@@ -63,9 +63,11 @@ CASES = {
 
 
 def pairs() -> list[dict[str, str]]:
-    """Yes/No answers, answers of unlike lengths, and answers that differ in a word or only at the end."""
+    """Yes/No answers, answers of unlike lengths, answers that differ in a word or at the end."""
     rng = random.Random(0)
-    words = "I value honest talk and music while my friends question new tools or enjoy the rain".split()
+    words = (
+        "I value honest talk and music while friends question new tools or like the rain".split()
+    )
 
     def text(least: int, most: int) -> list[str]:
         return [rng.choice(words) for _ in range(rng.randint(least, most))]
@@ -234,7 +236,7 @@ def test_same_trajectory_as_trl(
     residual = (loss[:, 0] - loss[:, 1]) / np.maximum(1.0, np.abs(loss[:, 1]))
     assert np.abs(residual).max() <= case.loss_within, residual
     assert abs(residual.mean()) <= case.residual_within, residual
-    # The rate of the first step is 0, so in two steps every margin is 0 and rounding decides its sign.
+    # The first step's rate is 0, so in two steps every margin is 0 and rounding decides its sign.
     columns["rewards/accuracies"] = columns["rewards/accuracies"][2:]
     for key, (a, b) in ((k, v.T) for k, v in columns.items()):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5, err_msg=key)

@@ -1,0 +1,214 @@
+"""What is summed per row over the vocabulary tiles, and the statistics that follow from it.
+
+Shapes: R rows, V vocab, N tiles, C tile width; tiles are (C, R). Formulas: kernels/README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .segment import add_rows_
+
+# Least exponent relative to a row's maximum. e^-80 = 2e-35 per entry is nothing beside S' >= 1, in
+# float64 too, so the target's entry, -inf before the exponential, may as well stand there with it
+# instead of 0.
+FLOOR = -80.0
+ORDER_STATS = frozenset({"argmax", "top1", "log1m_pmax"})
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Vocabulary tiles, and for every tile where in it the rows' targets lie."""
+
+    bounds: list[tuple[int, int]]
+    local: Sequence[Tensor]  # N of (1, R) int64, clamped into the tile
+    inside: Sequence[Tensor | None]  # N of (R,) bool; None: every target
+
+    @staticmethod
+    def make(target: Tensor, vocab: int, width: int) -> Tiles:
+        bounds = [(lo, min(lo + width, vocab)) for lo in range(0, vocab, width)]
+        if len(bounds) == 1:
+            return Tiles(bounds, [target.unsqueeze(0)], [None])
+        low = torch.arange(0, vocab, width, device=target.device).unsqueeze(1)
+        high = (low + width).clamp_(max=vocab)
+        inside = (target >= low) & (target < high)
+        local = torch.minimum(target.maximum(low), high - 1) - low
+        return Tiles(bounds, local.unsqueeze(1).unbind(0), inside.unbind(0))
+
+    def take_target_(self, i: int, z: Tensor, fill: float) -> Tensor:
+        """fill to the target's place where it lies in tile i; returns what stood at `local`."""
+        index, inside = self.local[i], self.inside[i]
+        value = z.gather(0, index)
+        if inside is None:
+            z.scatter_(0, index, fill)
+        else:
+            z.scatter_(0, index, value.masked_fill(inside, fill))
+        return value.squeeze(0)
+
+    def add_target_rows_(self, i: int, tile: Tensor, rows: Tensor) -> None:
+        """Add row t of `rows` (R, D) to the tile's (C, D) row of target t where it lies there."""
+        inside = self.inside[i]
+        if inside is not None:
+            rows = rows.masked_fill(~inside.unsqueeze(1), 0.0)
+        add_rows_(tile, self.local[i].squeeze(0), rows)
+
+
+def exp_(z: Tensor, maximum: Tensor) -> Tensor:
+    """exp(max(z - maximum, FLOOR)) in place.
+
+    Without the floor the CPU's vector exp takes a path 50 to 100 times slower for every result that
+    underflows, and the products after it slow down on subnormal operands.
+    """
+    return z.sub_(maximum).clamp_(min=FLOOR).exp_()
+
+
+class RowSums:
+    """Running sums over the entries that are not the target, relative to the running maximum.
+
+    With E = exp(z - maximum): total = sum E, and on request square = sum E^2, plogp = sum E log E,
+    rest = sum E without the (first) largest entry, logit = sum of z with the target. All (R,).
+    A row that has seen no entry yet has the least finite number as its maximum, which makes every
+    rescale factor 0 or 1 and never NaN.
+    """
+
+    maximum: Tensor
+    total: Tensor
+    target_logit: Tensor
+    odds: Tensor
+    square: Tensor
+    plogp: Tensor
+    rest: Tensor
+    logit: Tensor
+    argmax: Tensor
+
+    def __init__(self, dtype: torch.dtype, stats: frozenset[str]) -> None:
+        self.stats = stats
+        self.lowest = torch.finfo(dtype).min
+
+    def add_tile(self, z: Tensor, tiles: Tiles, i: int) -> Tensor | None:
+        """z to E relative to the new running maximum, in place.
+
+        Returns exp(old - new maximum), by which sums so far have shrunk; None at the first tile.
+        """
+        if "mean_logit" in self.stats:
+            self.logit = _fold(z.sum(0), None if i == 0 else self.logit)
+        value, inside = tiles.take_target_(i, z, -torch.inf), tiles.inside[i]
+        if inside is None:
+            self.target_logit = value
+        elif i == 0:
+            # A target outside the vocabulary is met in no tile and leaves NaN, which is seen.
+            self.target_logit = value.masked_fill(~inside, torch.nan)
+        else:
+            self.target_logit = torch.where(inside, value, self.target_logit)
+        ordered = bool(self.stats & ORDER_STATS)
+        top, where = z.max(0) if ordered else (z.amax(0), None)
+        if i == 0:
+            maximum, shrink = top.clamp(min=self.lowest), None
+        else:
+            maximum = torch.maximum(self.maximum, top)
+            shrink = (self.maximum - maximum).exp_()
+        exp_(z, maximum)
+        total = z.sum(0)
+        if where is not None:
+            self._add_order(z, total, top, where, tiles.bounds[i][0], shrink)
+        if self.stats:
+            self._add_moments(z, maximum, shrink)
+        self.total = _fold(total, None if shrink is None else self.total, shrink)
+        self.maximum = maximum
+        return shrink
+
+    def log_odds(self, may_be_certain: bool) -> Tensor:
+        """log((1 - p) / p) = log S' + maximum - z_y; -inf where nothing but the target is there."""
+        self.odds = (self.maximum - self.target_logit).add_(self.total.log())
+        if may_be_certain:
+            self.odds.masked_fill_(self.maximum == self.lowest, -torch.inf)
+        return self.odds
+
+    def _add_moments(self, exp: Tensor, maximum: Tensor, shrink: Tensor | None) -> None:
+        if self.stats & {"sum_sq_prob", "log_sum_sq_prob"}:
+            square = (exp * exp).sum(0)
+            self.square = (
+                square if shrink is None else torch.addcmul(square, self.square, shrink * shrink)
+            )
+        if "entropy" in self.stats:
+            plogp = -torch.special.entr(exp).sum(0)
+            if shrink is not None:
+                shift = (self.maximum - maximum).clamp_(min=self.lowest)
+                before = torch.addcmul(self.plogp, self.total, shift)
+                plogp = torch.addcmul(plogp, before, shrink)
+            self.plogp = plogp
+
+    def _add_order(
+        self,
+        exp: Tensor,
+        total: Tensor,
+        top: Tensor,
+        where: Tensor,
+        low: int,
+        shrink: Tensor | None,
+    ) -> None:
+        others = total
+        if "log1m_pmax" in self.stats:
+            # Summed with the largest entry out: total - 1 would cancel.
+            index = where.unsqueeze(0)
+            largest = exp.gather(0, index)
+            others = exp.scatter_(0, index, 0.0).sum(0)
+            exp.scatter_(0, index, largest)
+        if shrink is None:
+            self.argmax, self.rest = where, others
+            return
+        rises = top > self.maximum
+        self.argmax = torch.where(rises, where + low, self.argmax)
+        if "log1m_pmax" in self.stats:
+            risen = torch.addcmul(others, self.total, shrink)
+            self.rest = torch.where(rises, risen, self.rest + total)
+
+
+def _fold(new: Tensor, old: Tensor | None, shrink: Tensor | None = None) -> Tensor:
+    """new + old * shrink; no old, or no shrink, count as 0 and 1."""
+    if old is None:
+        return new
+    return new + old if shrink is None else torch.addcmul(new, old, shrink)
+
+
+def row_statistics(sums: RowSums, logp: Tensor, vocab: int, target: Tensor) -> dict[str, Tensor]:
+    """Statistics per row (R,) from sums over the non-target entries and a = log((1 - p) / p).
+
+    With q the distribution given "not the target", H(q) = log S' - X / S':
+
+        entropy = -p log p - (1-p) log(1-p) + (1-p) H(q)           every term >= 0
+        sum_v p_v^2 = p^2 + (1-p)^2 Q / S'^2
+        1 - p_max = 1 - p if the target is the largest entry, else (rest + e_y) / (S' + e_y), e_y =
+        exp(z_y - max)
+    """
+    maximum, total, log_odds = sums.maximum, sums.total, sums.odds
+    out: dict[str, Tensor] = {}
+    log1m, miss = F.logsigmoid(log_odds), log_odds.sigmoid()
+    if "entropy" in sums.stats:
+        own = -logp.exp() * logp + torch.special.entr(miss)
+        out["entropy"] = own + miss * (total.log() - sums.plogp / total)
+    if "sum_sq_prob" in sums.stats:
+        out["sum_sq_prob"] = logp.exp().square() + (miss / total) ** 2 * sums.square
+    if "log_sum_sq_prob" in sums.stats:
+        others = 2 * log1m + sums.square.log() - 2 * total.log()
+        out["log_sum_sq_prob"] = torch.logaddexp(2 * logp, others)
+    if "mean_logit" in sums.stats:
+        out["mean_logit"] = sums.logit / vocab
+    if sums.stats & {"argmax", "top1", "log1m_pmax"}:
+        target_logit = sums.target_logit
+        tie = (target_logit == maximum) & (target < sums.argmax)
+        top1 = (target_logit > maximum) | tie
+        if "top1" in sums.stats:
+            out["top1"] = top1.to(logp.dtype)
+        if "argmax" in sums.stats:
+            out["argmax"] = torch.where(top1, target, sums.argmax)
+        if "log1m_pmax" in sums.stats:
+            gap = target_logit - maximum
+            others = torch.logaddexp(sums.rest.log(), gap) - torch.logaddexp(total.log(), gap)
+            out["log1m_pmax"] = torch.where(top1, log1m, others)
+    return out
