@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy", "fastpref")
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
 QUIET = 0.5  # load average above which a machine is not idle
 T = TypeVar("T")
 
@@ -54,9 +54,9 @@ def interleaved(contenders: Sequence[T], repeats: int) -> Iterator[tuple[int, T]
 
 
 def peak_memory(build: Callable[[], Callable[[], object]]) -> dict[str, int]:
-    """Bytes of this process: ``baseline`` before ``build()``, ``peak`` in what it returns. Linux only.
+    """Bytes of this process: ``baseline`` before ``build()``, ``peak`` in what it returns.
 
-    The kernel's high-water mark of resident memory is reset in between, so that the peak is that of
+    Linux only: the kernel's high-water mark of resident memory is reset in between, so that the peak is that of
     the measured call and not of building. Freed memory that the allocator still holds is given back
     first: it would count for whoever comes next.
     """

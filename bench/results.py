@@ -73,7 +73,7 @@ def record_of(
     values: Mapping[str, Mapping[str, float] | None],
     checks: Sequence[Verdict],
 ) -> Record:
-    """A line of a results file. ``values``: name -> {value, q20, q80, bound}; None: not measured."""
+    """A line of a results file. ``values``: name -> {value, q20, q80, bound}, None: missing."""
     return {
         "bench": case,
         **where,
@@ -89,7 +89,7 @@ def markdown(records: Sequence[Record]) -> str:
     lines = [
         "# Benchmark results",
         "",
-        "Written by `python -m bench`; edit nothing here. Ratios of things measured in the same run:",
+        "Written by `python -m bench`; edit nothing here. Only ratios of things measured in one run:",
         "`x_vs_other` is the other's time over fastpref's, `memory_vs_other` fastpref's over the",
         "other's. `bench/results/` holds the records: times, versions, settings.",
     ]

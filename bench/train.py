@@ -1,9 +1,9 @@
-"""`python -m bench train --against trl --check`: a training step of fastpref and of TRL's DPOTrainer.
+"""`python -m bench train --against trl --check`: a training step of fastpref and one of TRL.
 
 Same pairs, model and precision (float32, CPU) for all. Correctness first: on the first batches all
-must show the same losses and log-probs, or nothing is timed. Then slices of a few steps in turn, over
-and over, each repeat on other pairs; a ratio is formed within a repeat, and the median over repeats
-counts. Peak memory is measured for each contender in a process of its own.
+must show the same losses and log-probs, or nothing is timed. Then slices of a few steps in turn,
+over and over, each repeat on other pairs; a ratio is formed within a repeat, and the median over
+repeats counts. Peak memory is measured for each contender in a process of its own.
 
 - against TRL's defaults: TRL's step over (fastpref's step + its reference pass for the same pairs);
 - against TRL tuned (reference precomputed, no checkpointing): step over step.
@@ -97,7 +97,11 @@ def _compare(arguments: argparse.Namespace, scratch: Path) -> int:
     values = _values(timings, memory)
     checks = results.verdicts("train", {k: v["value"] if v else None for k, v in values.items()})
     useful = timings["fastpref"].tokens  # packed: every token that is needed, once
-    shown = {k: timing.facts(useful) | (memory.get(k) or {}) for k, timing in timings.items()}
+    shown = {
+        name: timing.facts(timing.tokens if name == "reference" else useful)
+        | (memory.get(name) or {})
+        for name, timing in timings.items()
+    }
     setting = {
         "model": arguments.model_name_or_path,
         "parameters": sum(p.numel() for p in ours.model.module.parameters()),
