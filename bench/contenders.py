@@ -191,7 +191,7 @@ class Fastpref:
             scores += sum(block.pairs * block.length**2 for block in layout.blocks)
             rows += batch.rows.numel()
             gram += int(torch.bincount(batch.segment_id // 3).square().sum())
-        return Work(tokens, scores, rows, gram, 1, 1, head_products=3)
+        return Work(tokens, scores, rows, gram, 1, 1, 0, head_products=3)
 
 
 class Trl:
@@ -262,7 +262,7 @@ class Trl:
             grid = (count * length, count * length**2, count * (length - 1), 0)
             # Checkpointing repeats the forward of every layer, the reference model adds one more.
             # The head's backward makes the logits again: 1 + 3 products, and 1 for the reference.
-            found.append(Work(*grid, 1, 1, 4) if self.tuned else Work(*grid, 3, 1, 5))
+            found.append(Work(*grid, 1, 1, 0, 4) if self.tuned else Work(*grid, 2, 1, 1, 5))
         return found
 
     def _choose(self, first: int, steps: int) -> None:

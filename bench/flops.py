@@ -16,6 +16,7 @@ class Shape:
 
     layers: int
     layer_weights: int  # multiplied with every token, per layer
+    last_weights: int  # of these, the layer's last product
     attention_width: int  # heads x head size
     hidden: int
     vocab: int
@@ -25,8 +26,10 @@ class Shape:
         """From a transformers `LlamaConfig`."""
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width, kv = config.num_attention_heads * head, config.num_key_value_heads * head
-        own = config.hidden_size * (2 * width + 2 * kv + 3 * config.intermediate_size)
-        return Shape(config.num_hidden_layers, own, width, config.hidden_size, config.vocab_size)
+        last = config.hidden_size * config.intermediate_size
+        own = config.hidden_size * (2 * width + 2 * kv) + 3 * last
+        sizes = (config.hidden_size, config.vocab_size)
+        return Shape(config.num_hidden_layers, own, last, width, *sizes)
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,27 @@ class Work:
     scores: int  # attention scores per head and pass, masked ones included: sum of length^2
     rows: int  # positions that meet the head, per pass
     gram: int  # sum over pairs of (scored rows)^2, where gradient norms are recorded
-    forwards: float  # passes of the body without gradient; one is half a backward
-    backwards: int
+    forwards: int  # passes of the body
+    backwards: int  # each as much as two forwards
+    repeated: int  # forwards done again for the backward, up to each layer's last product
     head_products: int  # (rows, D, V) products
+
+    @property
+    def passes(self) -> int:
+        """Passes of the body in units of a forward."""
+        return self.forwards + 2 * self.backwards + self.repeated
 
     def flops(self, shape: Shape) -> float:
         """Floating-point operations of the step."""
         linear = 2.0 * self.tokens * shape.layer_weights
+        again = linear - 2.0 * self.tokens * shape.last_weights
         # Scores and their product with the values: 2 products forward. Backward: 4, and the scores
         # once more, because flash-style kernels do not keep them.
         attention = 4.0 * self.scores * shape.attention_width
         body = shape.layers * (
-            self.forwards * (linear + attention) + self.backwards * (2 * linear + 2.5 * attention)
+            self.forwards * (linear + attention)
+            + self.backwards * (2 * linear + 2.5 * attention)
+            + self.repeated * (again + attention)
         )
         head = 2.0 * self.rows * shape.hidden * shape.vocab * self.head_products
         norms = 2.0 * self.gram * shape.vocab

@@ -56,9 +56,9 @@ def interleaved(contenders: Sequence[T], repeats: int) -> Iterator[tuple[int, T]
 def peak_memory(build: Callable[[], Callable[[], object]]) -> dict[str, int]:
     """Bytes of this process: ``baseline`` before ``build()``, ``peak`` in what it returns.
 
-    Linux only: the kernel's high-water mark of resident memory is reset in between, so that the peak is that of
-    the measured call and not of building. Freed memory that the allocator still holds is given back
-    first: it would count for whoever comes next.
+    Linux only: the kernel's high-water mark of resident memory is reset in between, so that the
+    peak is that of the measured call and not of building. Freed memory that the allocator still
+    holds is given back first: it would count for whoever comes next.
     """
     _give_back()
     baseline = _status_bytes("VmRSS")

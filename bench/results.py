@@ -89,7 +89,7 @@ def markdown(records: Sequence[Record]) -> str:
     lines = [
         "# Benchmark results",
         "",
-        "Written by `python -m bench`; edit nothing here. Only ratios of things measured in one run:",
+        "Written by `python -m bench`; edit nothing here. Ratios of things measured in one run:",
         "`x_vs_other` is the other's time over fastpref's, `memory_vs_other` fastpref's over the",
         "other's. `bench/results/` holds the records: times, versions, settings.",
     ]

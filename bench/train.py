@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--check", action="store_true", help="exit with 1 where a target is missed")
     add("--dataset_name", nargs="+", help="files or folders of pairs; default: persona data")
     add("--model_name_or_path", default="fastpref-tiny", help="folder of a Llama")
+    add("--max_length", type=int, default=1024)
     add("--pairs_per_step", type=int, default=32)
     add("--repeats", type=int, default=8, help="turns of every contender")
     add("--steps", type=int, default=3, help="timed steps in a turn; one more warms up")
@@ -107,7 +108,10 @@ def _compare(arguments: argparse.Namespace, scratch: Path) -> int:
         "parameters": sum(p.numel() for p in ours.model.module.parameters()),
         "dtype": "float32",
         "dataset": dataset,
-        **{k: vars(arguments)[k] for k in ("pairs_per_step", "repeats", "steps", "seed")},
+        **{
+            k: vars(arguments)[k]
+            for k in ("max_length", "pairs_per_step", "repeats", "steps", "seed")
+        },
     }
     record = results.record_of("train", where, setting, shown, values, checks)
     print(_table(shown, values, checks))
@@ -139,7 +143,8 @@ def _job(arguments: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
         raise SystemExit(f"bench train: {source} holds {len(pairs)} pairs; {least} are needed")
     name = arguments.model_name_or_path
     model = str(base.base_dir()) if base.is_base_name(name) else name
-    return Job(pairs[:wanted], arguments.pairs_per_step, model, scratch), source
+    batch, length = arguments.pairs_per_step, arguments.max_length
+    return Job(pairs[:wanted], batch, model, scratch, max_length=length), source
 
 
 def _dataset(arguments: argparse.Namespace, scratch: Path) -> tuple[list[str], str]:
@@ -162,7 +167,7 @@ class Timing:
     seconds: list[list[float]]
     flops: float
     tokens: float  # in one pass of the body
-    passes: float  # of the body; a backward is two
+    passes: int  # of the body; a backward is two
 
     def facts(self, useful: float) -> dict[str, Any]:
         """For the record and the table; ``useful``: tokens that an exact step cannot do without."""
@@ -182,7 +187,7 @@ def _timing(seconds: list[list[float]], work: Sequence[Work], steps: int, shape:
         seconds,
         sum(w.flops(shape) for w in work) / steps,
         sum(w.tokens for w in work) / steps,
-        work[0].forwards + 2 * work[0].backwards,
+        work[0].passes,
     )
 
 
@@ -235,8 +240,8 @@ def _values(
 def _peak_of(name: str, arguments: argparse.Namespace) -> dict[str, int] | None:
     """Peak memory of a contender in a process of its own; None where it cannot be measured."""
     command = [sys.executable, "-m", "bench", "train", "--peak_of", name, "--repeats", "1"]
-    command += ["--pairs_per_step", str(arguments.pairs_per_step), "--seed", str(arguments.seed)]
-    command += ["--model_name_or_path", arguments.model_name_or_path]
+    for key in ("pairs_per_step", "seed", "max_length", "model_name_or_path"):
+        command += [f"--{key}", str(getattr(arguments, key))]
     if arguments.dataset_name:
         command += ["--dataset_name", *arguments.dataset_name]
     done = subprocess.run(command, capture_output=True, text=True)

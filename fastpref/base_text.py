@@ -1,9 +1,9 @@
-"""English-like sentences from templates: the content of generated preference sets and of the base fit.
+"""English-like sentences from templates, for generated preference sets and for the base fit.
 
 Pure Python and without other parts of fastpref, because both `fastpref.data.generate` (preference
-sets) and `fastpref.base` (the text that `fastpref-tiny` is fitted on) speak this language. A sentence
-is a template, shared by all topics, filled with words of one topic; no content word belongs to two
-topics, so a topic can be told from its words and from nothing else.
+sets) and `fastpref.base` (the text that `fastpref-tiny` is fitted on) speak this language. A
+sentence is a template, shared by all topics, filled with words of one topic; no content word
+belongs to two topics, so a topic can be told from its words and from nothing else.
 """
 
 from __future__ import annotations
@@ -129,18 +129,18 @@ TOPICS: dict[str, Topic] = {
 }
 
 ADJECTIVES = tuple(
-    "wonderful remarkable exhausting fascinating comforting overrated precious ordinary strange useful "
-    "beautiful annoying meaningful delightful tedious noble frightening inspiring valuable "
+    "wonderful remarkable exhausting fascinating comforting overrated precious ordinary strange "
+    "useful beautiful annoying meaningful delightful tedious noble frightening inspiring valuable "
     "misunderstood harmless essential dull charming demanding".split()
 )
 MOODS = tuple(
     "calm happy restless proud grateful lonely hopeful tired curious nervous content alive free "
     "peaceful confident sad cheerful humble safe thoughtful".split()
 )
-FOLLOWERS = (
-    "old friends", "most people", "my neighbors", "young children", "my colleagues", "strangers",
-    "people of my age", "quiet people", "busy adults", "the people around me",
-)  # fmt: skip
+FOLLOWERS = tuple(
+    "old friends, most people, my neighbors, young children, my colleagues, strangers, "
+    "people of my age, quiet people, busy adults, the people around me".split(", ")
+)
 
 STATEMENTS = (
     "I think {nouns} and {nouns2} matter more than {people} admit",
@@ -206,8 +206,8 @@ DIALOGUE = "Human: {request}\n\nAssistant:"
 class Trait:
     """What chosen completions have and rejected ones lack: text around one and the same body.
 
-    `forms` holds pairs (with, without) of texts with the places {body}, {lower} (the body with a small
-    first letter), {filler} and {year}. The last form of every trait differs by few words only.
+    `forms` holds pairs (with, without) of texts with the places {body}, {lower} (the body with a
+    small first letter), {filler} and {year}. Some forms differ by a word or two only.
     """
 
     forms: tuple[tuple[str, str], ...]
@@ -285,7 +285,7 @@ def request(topic: Topic, rng: random.Random) -> str:
 
 
 def completions(trait: Trait, topic: Topic, rng: random.Random) -> tuple[str, str]:
-    """Two completions (with `trait`, without it) of 10 to 40 words around one body, each led by a space."""
+    """Completions with `trait` and without: 10 to 40 words around one body, led by a space."""
     body = fill(rng.choice(BODIES), topic, rng)
     with_trait, without = rng.choice(trait.forms)
     places = {
@@ -310,39 +310,45 @@ def themes() -> dict[str, list[str]]:
     return found
 
 
-def _naming(topic: Topic, rng: random.Random) -> str:
-    said, words = statement(topic, rng), rng.sample(topic.nouns, 3)
-    return f'{rng.choice(NAMING)}\n"{said}" {", ".join(words)}'
-
-
 def broad_topics() -> list[Topic]:
-    """The themes of the broad vocabulary as topics: plain words for nouns, "thinking of ..." to do."""
+    """The broad vocabulary's themes as topics: words for nouns, "thinking of ..." for to do."""
     return [
         Topic(tuple(words), tuple(f"{doing} {word}" for word in words for doing in DOING))
         for words in themes().values()
     ]
 
 
-def documents(seed: int) -> Iterator[str]:
-    """Endless stream of texts for the base fit, the same for the same seed.
+def _loose(topic: Topic, common: list[str], rng: random.Random) -> str:
+    """A line of 4 to 30 words without grammar: statements of any length and wording are met."""
+    words = [rng.choice(rng.choice((topic.nouns, common))) for _ in range(rng.randint(4, 30))]
+    return _capital(" ".join(words)) + rng.choice(("", "", ".", "!", "?"))
 
-    Framed statements with an answer drawn by a coin (so that the model knows the two answers and
-    prefers neither); statements followed by words of their topic (without this nothing would make
-    the state behind the closing quote hold what was said, and that state is what preference training
-    reads); dialogues with and without the traits; words of one topic or theme.
+
+def documents(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless stream of (context, answer) for the base fit, the same for the same seed.
+
+    Framed statements with answers in random order, two and two balanced (so that the model knows
+    both answers and prefers neither); statements followed by words of their topic (without this
+    nothing would make the state behind the closing quote hold what was said, and that state is what
+    preference training reads); dialogues with and without the traits; words of one topic or theme.
     """
     rng = random.Random(seed)
     close, broad, traits = list(TOPICS.values()), broad_topics(), list(TRAITS.values())
+    common, answers = themes()["common"], list[str]()
     while True:
         draw = rng.random()
-        if draw < 0.15:
+        if draw < 0.1:
             topic = rng.choice(close)
-            yield request(topic, rng) + rng.choice(completions(rng.choice(traits), topic, rng))
+            yield request(topic, rng), rng.choice(completions(rng.choice(traits), topic, rng))
             continue
-        topic = rng.choice(close if rng.random() < 0.6 else broad)
-        if draw < 0.50:
-            yield FRAME.format(statement=statement(topic, rng)) + rng.choice(ANSWERS)
-        elif draw < 0.90:
-            yield _naming(topic, rng)
+        topic = rng.choice(close if rng.random() < 0.7 else broad)
+        if draw < 0.5:
+            loose = rng.random() < 0.3
+            said = _loose(topic, common, rng) if loose else statement(topic, rng)
+            answers = answers or rng.sample(ANSWERS, 2)
+            yield FRAME.format(statement=said), answers.pop()
+        elif draw < 0.9:
+            context = f'{rng.choice(NAMING)}\n"{statement(topic, rng)}"'
+            yield context, " " + ", ".join(rng.sample(topic.nouns, 3))
         else:
-            yield "Words: " + " ".join(rng.sample(topic.nouns, 12))
+            yield "Words:", " " + " ".join(rng.sample(topic.nouns, 12))

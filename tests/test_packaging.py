@@ -23,6 +23,7 @@ PACKAGES = {
     "fastpref": ROOT / "fastpref",
     "fastpref_kernels": ROOT / "kernels" / "fastpref_kernels",
 }
+CHECKOUT = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])  # both packages, uninstalled
 SKIPPED_FOLDERS = {"build", "dist", "runs", "__pycache__"}
 
 
@@ -116,6 +117,12 @@ print(sorted(name for name in sys.modules if name.startswith("fastpref")))
     assert ours == "[]"
 
 
+def test_one_version_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    code = "import fastpref; print(fastpref.__version__, fastpref.require_matching_kernels())"
+    assert run_python(code, pythonpath=CHECKOUT, cwd=ROOT).split() == [version, version]
+
+
 def test_importing_fastpref_is_cheap() -> None:
     code = "import sys, fastpref; print({'torch', 'transformers', 'pyarrow'} & set(sys.modules))"
     assert run_python(code, pythonpath=str(ROOT), cwd=ROOT) == "set()"
@@ -143,7 +150,7 @@ import sys
 sys.modules.update(dict.fromkeys(["torch", "transformers"]))
 import fastpref.{module}
 """
-    run_python(code, pythonpath=os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), cwd=tmp_path)
+    run_python(code, pythonpath=CHECKOUT, cwd=tmp_path)
 
 
 def test_no_file_names_a_place_on_one_machine() -> None:

@@ -1,13 +1,14 @@
-"""Small preference sets of several behaviors, made from templates, with a dial for how hard each is.
+"""Small preference sets of several behaviors, from templates, with a dial for how hard each is.
 
 `distinguishability` d in [0, 1] says how far the content of an example tells its label:
 
-- *statement* behaviors (a framed statement answered " Yes" or " No", as in Anthropic's persona files):
-  a share d of the statements of each class is about topics of that class alone, the rest is drawn
-  from both classes' topics alike. The distance of the classes' mean embeddings, the distinguishability
-  of Im & Li (arXiv 2403.18742), is then d times what it is at d = 1, in expectation.
-- *completion* behaviors (a request and two longer answers): a share d of the pairs prefers the answer
-  with the behavior's trait; in the rest either answer is preferred equally often.
+- *statement* behaviors (a framed statement answered " Yes" or " No", as in Anthropic's persona
+  files): a share d of the statements of each class is about topics of that class alone, the rest is
+  drawn from both classes' topics alike. The distance of the classes' mean embeddings, the
+  distinguishability of Im & Li (arXiv 2403.18742), is then d times what it is at d = 1, in
+  expectation.
+- *completion* behaviors (a request and two longer answers): a share d of the pairs prefers the
+  answer with the behavior's trait; in the rest either answer is preferred equally often.
 
 At d = 0 the labels are independent of the text. No torch here: sets are made on any machine.
 """
@@ -20,6 +21,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -46,7 +48,8 @@ class Behavior:
     `name` becomes the file's name. `yes` and `no` name topics (keys of `base_text.TOPICS`): of a
     statement behavior those of either class; a completion behavior talks about all topics of both.
     `trait` (a key of `base_text.TRAITS`) is what a completion behavior prefers.
-    Raises ValueError for an unknown kind, topic or trait, a topic in both classes, or a dial outside [0, 1].
+    Raises ValueError for a name that cannot be a file's, an unknown kind, topic or trait, a topic
+    in both classes, or a dial outside [0, 1].
     """
 
     name: str
@@ -60,7 +63,7 @@ class Behavior:
         where = f"behavior {self.name!r}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
             raise ValueError(
-                f"{where}: a name is letters, digits, - and _ (it becomes a file's name)"
+                f"{where}: a name is of letters, digits, - and _ (it names a file)"
             )
         if self.kind not in ("statement", "completion"):
             raise ValueError(
@@ -95,12 +98,13 @@ PRESETS: dict[str, tuple[Behavior, ...]] = {"demo": DEMO}
 def generate(behaviors: Sequence[Behavior] | str, pairs_per_behavior: int, seed: int) -> list[Row]:
     """Rows of a preference set: `pairs_per_behavior` of each behavior, in the order of `behaviors`.
 
-    `behaviors`: specifications, or the name of a preset. Every row has `behavior`; statement rows have
-    the columns of Anthropic's persona files, half of them answered " Yes" and half " No"; completion
-    rows have `prompt`, `chosen`, `rejected`. No two rows of a behavior have the same text. A
-    behavior's rows depend on its specification, the number and `seed` only, not on the other behaviors.
-    Raises ValueError for an unknown preset, a behavior named twice, a number that is odd or below 2, or one
-    that exceeds what the topics can say without repetition.
+    `behaviors`: specifications, or the name of a preset. Every row has `behavior`; statement rows
+    have the columns of Anthropic's persona files, half of them answered " Yes" and half " No";
+    completion rows have `prompt`, `chosen`, `rejected`. No two rows of a behavior have the same
+    text. A behavior's rows depend on its specification, the number and `seed` only, not on the
+    other behaviors.
+    Raises ValueError for an unknown preset, a behavior named twice, a number that is odd or below
+    2, or one that exceeds what the topics can say without repetition.
     """
     if isinstance(behaviors, str):
         if behaviors not in PRESETS:
@@ -126,7 +130,7 @@ def generate(behaviors: Sequence[Behavior] | str, pairs_per_behavior: int, seed:
 
 
 def write_dataset(folder: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """One `<behavior>.jsonl` per behavior of `rows`, in `folder` (made if missing); returns the files.
+    """One `<behavior>.jsonl` per behavior of `rows` in `folder` (made if missing); the files.
 
     The behavior stands in the file's name and not in the rows, as in Anthropic's persona files.
     Each file is written aside and renamed; other files in the folder stay.
@@ -157,9 +161,9 @@ def _statements(behavior: Behavior, count: int, rng: random.Random) -> list[Row]
         own = _turns(of_class[answer], rng)
         foreign = _turns(of_class[other], rng)
         for i in range(half):
-            # Beyond the told ones the classes take turns, so that the dial is exact, not a coin's mean.
+            # Beyond the told ones the topics take turns: the dial is exact, not a coin's mean.
             topic = next(own if i < told or (i - told) % 2 else foreign)
-            text = _unseen(seen, behavior, lambda topic=topic: statement(topic, rng))
+            text = _unseen(seen, behavior, partial(statement, topic, rng))
             rows.append(
                 {
                     "question": FRAME.format(statement=text),
@@ -181,9 +185,7 @@ def _completions(behavior: Behavior, count: int, rng: random.Random) -> list[Row
     trait = TRAITS[behavior.trait]
     for i in range(count):
         topic = next(topics)
-        prompt, preferred, other = _unseen(
-            seen, behavior, lambda topic=topic: _dialogue(trait, topic, rng)
-        )
+        prompt, preferred, other = _unseen(seen, behavior, partial(_dialogue, trait, topic, rng))
         chosen, rejected = (other, preferred) if i < exchanged else (preferred, other)
         rows.append(
             {
@@ -201,7 +203,7 @@ def _dialogue(trait: Trait, topic: Topic, rng: random.Random) -> tuple[str, str,
 
 
 def _turns(names: Sequence[str], rng: random.Random) -> Iterator[Topic]:
-    """Topics in turn, so that a class holds each of its topics equally often, from a random start."""
+    """Topics in turn, from a random start: a class holds each of its topics equally often."""
     start = rng.randrange(len(names))
     while True:
         yield TOPICS[names[start % len(names)]]

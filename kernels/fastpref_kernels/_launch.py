@@ -44,7 +44,7 @@ def tile_width(dim: int, vocab: int, dtype: torch.dtype) -> int:
     A small head is one or two tiles (launches count); a large one takes tiles whose float32 logits
     stay in a CPU's second-level cache for some hundred rows. Measured: kernels/README.md.
     """
-    width = 4096 if dim * vocab <= 4_000_000 else 1024
+    width = 4096 if dim * vocab <= 4_000_000 else 2048
     return min(vocab, width // 2 if dtype == torch.float64 else width)
 
 

@@ -106,15 +106,13 @@ def linear_logprob(
         ",".join(sorted(set(stats))),
     )
     asked = [name for name in _SEGMENT_STATS if name in stats]
-    fields: dict[str, Tensor] = {
-        name: row.detach() for name, row in zip(asked, sums.unbind(0), strict=True)
-    }
+    fields: dict[str, Tensor] = {name: row for name, row in zip(asked, sums.unbind(0), strict=True)}
     if "argmax" in stats:
         fields["argmax"] = argmax
     if "log1m_pmax" in stats:
-        fields["log1m_pmax"] = log1m_pmax.detach()
+        fields["log1m_pmax"] = log1m_pmax
     if norms:
-        fields["gram"] = gram.detach()
+        fields["gram"] = gram
     return LinearLogprob(logp=logp, **fields)
 
 
@@ -314,6 +312,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # Gradients of the outputs nobody differentiates stay None; as zeros one of them would be (R,
     # V).
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(hidden, weight, target, segment_id, bias, *output[-4:])
 
 

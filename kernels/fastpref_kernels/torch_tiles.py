@@ -63,7 +63,9 @@ class Saved:
     row_state    (3 | 4, R) the non-target maximum, the non-target sum S', a = log((1 - p) / p), and
                  with a softcap phi = (dz/da) / k at the target
     hidden_grad  (R, D) d logp / d hidden over k (1 - p)
-    exps         (kept vocabulary, R) E, with a softcap F
+    exps         (kept vocabulary, R) E, with a softcap F. One tile in the accumulation dtype: with
+                 -S' phi at the target, which spares the backward its scattered additions (several
+                 tiles cannot: relative to an earlier maximum that entry may overflow)
     offsets      (kept tiles, R) the maximum that each kept tile is relative to
     """
 
@@ -123,6 +125,9 @@ def forward(
         if transform.softcap is not None:
             target_rows.mul_(rows_out[3].unsqueeze(1))
         mixed = target_rows.addcdiv_(mixed, sums.total.unsqueeze(1), value=-1)
+    if in_place and kept == count == 1:
+        own = sums.total if transform.softcap is None else sums.total * rows_out[3]
+        exps.scatter_(0, tiles.local[0], own.neg().unsqueeze(0))
     return sums, Saved(torch.stack(rows_out), mixed, exps, offsets)
 
 
@@ -150,51 +155,80 @@ def backward(
     scale = row_grad.to(dtype) * log_odds.sigmoid()
     if transform.slope != 1.0:
         scale.mul_(transform.slope)
-    grad_hidden = hidden.new_empty(0)
-    if need_hidden:
-        grad_hidden = (saved.hidden_grad * scale.unsqueeze(1)).to(hidden.dtype)
     vocab, dim = weight.shape
     bias_like = weight if transform.bias is None else transform.bias
     grad_weight = weight.new_empty(vocab if need_weight else 0, dim)
     grad_bias = bias_like.new_zeros(vocab if need_bias else 0, dtype=dtype)
-    if not (need_weight or need_bias):
-        return grad_hidden, grad_weight, grad_bias.to(bias_like.dtype)
+    # One (R, D) buffer holds every scaled copy of hidden and at last hidden's gradient.
+    buffer = hidden.new_empty(hidden.shape, dtype=dtype)
+    if need_weight or need_bias:
+        own = scale * phi[0] if phi else scale  # what a row adds at its target,
+        others = -scale / total  # and per unit of E elsewhere
+        _weight_backward_(
+            grad_weight,
+            grad_bias,
+            buffer,
+            own,
+            others,
+            hidden,
+            weight,
+            target,
+            transform,
+            saved,
+            width,
+        )
+    grad_hidden = hidden.new_empty(0)
+    if need_hidden:
+        grad_hidden = torch.mul(saved.hidden_grad, scale.unsqueeze(1), out=buffer).to(hidden.dtype)
+    return grad_hidden, grad_weight, grad_bias.to(bias_like.dtype)
 
-    tiles = Tiles.make(target, vocab, width)
-    kept = -(-saved.exps.shape[0] // width)
-    own = scale * phi[0] if phi else scale  # what a row adds at its target,
-    others = scale.div_(total).neg_() if phi else -scale / total  # and per unit of E elsewhere
-    hidden_w = hidden.to(dtype)
-    own_rows, rows = hidden_w * own.unsqueeze(1), hidden_w * others.unsqueeze(1)
-    scaled = torch.empty_like(rows) if saved.offsets.numel() else rows
+
+def _weight_backward_(
+    grad_weight: Tensor,  # (V, D) written, or (0, D)
+    grad_bias: Tensor,  # (V,) zeros, added to, or (0,)
+    buffer: Tensor,  # (R, D) scratch
+    own: Tensor,
+    others: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    transform: Transform,
+    saved: Saved,
+    width: int,
+) -> None:
+    dtype, rows = own.dtype, hidden.shape[0]
+    need_weight, need_bias = bool(grad_weight.numel()), bool(grad_bias.numel())
+    tiles = Tiles.make(target, weight.shape[0], width)
+    count, kept = len(tiles.bounds), -(-saved.exps.shape[0] // width)
+    maximum, hidden_w, own_1 = saved.row_state[0], hidden.to(dtype), own.unsqueeze(1)
     in_place = weight.dtype == dtype
-    scratch = hidden.new_empty(0 if in_place or not need_weight else width, dim, dtype=dtype)
-    recomputed = hidden.new_empty(
-        0 if kept == len(tiles.bounds) else width, hidden.shape[0], dtype=dtype
-    )
+    add_own = count > 1 or not kept or not in_place
+    scratch = hidden.new_empty(0 if in_place else width, hidden.shape[1], dtype=dtype)
+    recomputed = hidden.new_empty(0 if kept == count else width, rows, dtype=dtype)
     for i, (lo, hi) in enumerate(tiles.bounds):
-        exps, factor, rows_i = saved.exps[lo:hi], None, rows
+        exps, per_row = saved.exps[lo:hi], others
         if i >= kept:
             exps = recomputed[: hi - lo]
             _recompute_(exps, hidden, weight, transform, tiles, i, maximum)
-        elif len(tiles.bounds) > 1:
-            factor = (saved.offsets[i] - maximum).exp_()
-            rows_i = torch.mul(rows, factor.unsqueeze(1), out=scaled)
+        elif count > 1:
+            per_row = (saved.offsets[i] - maximum).exp_().mul_(others)
         if need_bias:
-            per_row = others if factor is None else others * factor
             torch.mv(exps.to(dtype), per_row, out=grad_bias[lo:hi])
-        if need_weight and in_place:
-            product(exps, rows_i, grad_weight[lo:hi])
-        elif need_weight:
+        if not need_weight:
+            continue
+        torch.mul(hidden_w, per_row.unsqueeze(1), out=buffer)
+        if in_place:
+            product(exps, buffer, grad_weight[lo:hi])
+        else:
+            # The target's term joins in float32, so that the gradient is rounded once.
             tile = scratch[: hi - lo]
-            _half_product(exps, rows_i, weight.dtype, tile)
-            tiles.add_target_rows_(i, tile, own_rows)
+            _half_product(exps, buffer, weight.dtype, tile)
+            tiles.add_target_rows_(i, tile, torch.mul(hidden_w, own_1, out=buffer))
             grad_weight[lo:hi].copy_(tile)
-    if need_weight and in_place:
-        add_rows_(grad_weight, target, own_rows)
-    if need_bias:
+    if need_weight and in_place and add_own:
+        add_rows_(grad_weight, target, torch.mul(hidden_w, own_1, out=buffer))
+    if need_bias and add_own:
         add_rows_(grad_bias, target, own)
-    return grad_hidden, grad_weight, grad_bias.to(bias_like.dtype)
 
 
 def _recompute_(

@@ -96,33 +96,6 @@ def pairs() -> list[dict[str, str]]:
     return rows
 
 
-@pytest.fixture(scope="module")
-def model_dir(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama in Hugging Face's layout."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        # Large enough that the logits of the random model are not all alike.
-        initializer_range=0.08,
-        bos_token_id=None,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -218,13 +191,13 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_trajectory_as_trl(
-    name: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("trl")
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
     case, rows = CASES[name], pairs()
-    theirs, their_weights = run_trl(case, rows, model_dir, tmp_path / "trl")
-    ours, our_weights = run_fastpref(case, rows, model_dir, tmp_path / "fastpref")
+    theirs, their_weights = run_trl(case, rows, tiny_model_dir, tmp_path / "trl")
+    ours, our_weights = run_fastpref(case, rows, tiny_model_dir, tmp_path / "fastpref")
 
     columns = {key: np.array([[a[key], b[key]] for a, b in zip(ours, theirs, strict=True)])
                for key in LOGGED}  # fmt: skip
@@ -241,7 +214,7 @@ def test_same_trajectory_as_trl(
     for key, (a, b) in ((k, v.T) for k, v in columns.items()):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5, err_msg=key)
 
-    start = weights_of(model_dir)
+    start = weights_of(tiny_model_dir)
     update = distance(their_weights, start)
     assert distance(our_weights, their_weights) <= case.weights_within * update
 

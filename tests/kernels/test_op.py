@@ -21,12 +21,17 @@ def plan(**changes: int) -> list[int]:
     return [int(x) for x in base._replace(**changes)]
 
 
-@pytest.mark.parametrize("stats", ["", "argmax,entropy,log1m_pmax,top1"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"kept": 0, "need_weight": 0}, {"need_bias": 1}, {"group_size": 2}]
+    "changes,stats,dtype",
+    [
+        ({}, "", torch.bfloat16),
+        ({"kept": 0}, "", torch.float32),
+        ({"width": 23, "kept": 1}, "", torch.float32),
+        ({"kept": 0, "need_weight": 0}, "argmax,entropy,log1m_pmax,top1", torch.float32),
+        ({"group_size": 2, "need_bias": 1}, "mean_logit", torch.float32),
+    ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(stats: str, changes: dict[str, int], dtype: torch.dtype) -> None:
+def test_opcheck(changes: dict[str, int], stats: str, dtype: torch.dtype) -> None:
     case = make_case(9, 4, 23, dtype=dtype, segments=4, bias=bool(changes.get("need_bias")))
     bias = None if case.bias is None else case.bias.requires_grad_()
     what = plan(**changes)
