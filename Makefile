@@ -43,11 +43,12 @@ clean: ## remove the environment and the tools' caches; runs/ stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks
 
 # torch comes first, on its own: its build (CPU or CUDA) decides which triton fits, and it alone
-# may come from another index. constraints.txt pins everything but triton.
+# may come from another index, which need not have what torch depends on: that comes with the
+# second line. constraints.txt pins everything but triton.
 .venv/.runtime: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "fastpref needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install --quiet --no-compile -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install --quiet --no-compile --no-deps -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) install --quiet --no-compile -c constraints.txt -e .
 	@touch $@
 

@@ -38,7 +38,8 @@ class Quantiles:
         """Quantiles of ``values``, linear between neighbours."""
         if not len(values):
             raise ValueError("quantiles of no values")
-        return Quantiles(*np.quantile(np.asarray(values), (0.2, 0.5, 0.8)).tolist(), len(values))
+        low, middle, high = map(float, np.quantile(np.asarray(values), (0.2, 0.5, 0.8)))
+        return Quantiles(low, middle, high, len(values))
 
 
 def interleaved(contenders: Sequence[T], repeats: int) -> Iterator[tuple[int, T]]:

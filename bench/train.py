@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace, scratch: Path) -> int:
-    from bench.contenders import Fastpref, Trl, disagreement
+    from bench.contenders import Contender, Fastpref, Trl, disagreement
 
     where = measure.surroundings(f"{measure.cpu_name()} x{os.cpu_count()}")
     warning = measure.warn_if_busy()
@@ -84,7 +84,7 @@ def _compare(arguments: argparse.Namespace, scratch: Path) -> int:
     theirs = []
     if arguments.against == "trl" and not missing:
         theirs = [Trl(job, tuned=tuned) for tuned in TRL.values()]
-    contenders = [ours, *theirs]
+    contenders: list[Contender] = [ours, *theirs]
     wrong = disagreement(contenders, GATE_STEPS, WITHIN)
     if wrong:
         print(f"bench train: the contenders disagree, so nothing is timed: {wrong}")

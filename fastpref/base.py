@@ -50,7 +50,7 @@ class Recipe:
 
     Sizes of the model; the start (`topic_scale`, `topic_mixing`: see `_start_as_topic_model`); the
     fit: `steps` AdamW steps of `tokens_per_step` tokens (whole documents of similar length), the
-    learning rate rising for `warmup` steps and then falling along a cosine to a tenth,
+    learning rate rising for `warmup` steps and falling along a cosine to `final_rate` of itself,
     `embedding_rate` times as high for the embedding; a context's tokens weigh `context_weight` in
     the loss, an answer's 1. `tokenizer_documents`, `validation_documents`: numbers of texts.
     """
@@ -71,6 +71,7 @@ class Recipe:
     context_weight: float = 0.2
     learning_rate: float = 3e-3
     embedding_rate: float = 3.0
+    final_rate: float = 0.02
     warmup: int = 10
     weight_decay: float = 0.01
     seed: int = 0
@@ -307,7 +308,8 @@ def _fit(model: Any, tokenizer: Any, recipe: Recipe, log: bool) -> tuple[float, 
 
 def _schedule(step: int, recipe: Recipe) -> float:
     rise = min(1.0, (step + 1) / max(recipe.warmup, 1))
-    return rise * (0.55 + 0.45 * math.cos(math.pi * step / recipe.steps))
+    fall = 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
+    return rise * (recipe.final_rate + (1 - recipe.final_rate) * fall)
 
 
 @torch.no_grad()

@@ -345,8 +345,12 @@ def documents(seed: int) -> Iterator[tuple[str, str]]:
         if draw < 0.5:
             loose = rng.random() < 0.3
             said = _loose(topic, common, rng) if loose else statement(topic, rng)
+            context = FRAME.format(statement=said)
+            if rng.random() < 0.025:
+                yield context, " " + ", ".join(rng.sample(topic.nouns, 3))
+                continue
             answers = answers or rng.sample(ANSWERS, 2)
-            yield FRAME.format(statement=said), answers.pop()
+            yield context, answers.pop()
         elif draw < 0.9:
             context = f'{rng.choice(NAMING)}\n"{statement(topic, rng)}"'
             yield context, " " + ", ".join(rng.sample(topic.nouns, 3))

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+# No test needs the network; a name that is on no disk is to fail at once, not after retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 
 def _data_root() -> Path:
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -62,9 +62,7 @@ class Behavior:
     def __post_init__(self) -> None:
         where = f"behavior {self.name!r}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
-            raise ValueError(
-                f"{where}: a name is of letters, digits, - and _ (it names a file)"
-            )
+            raise ValueError(f"{where}: a name is of letters, digits, - and _ (it names a file)")
         if self.kind not in ("statement", "completion"):
             raise ValueError(
                 f"{where}: kind is {self.kind!r}, expected 'statement' or 'completion'"

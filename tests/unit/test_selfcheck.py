@@ -106,4 +106,4 @@ def test_weights_that_are_not_there_or_not_safetensors(
     (pickled / "model.safetensors").unlink()
     torch.save({"lm_head.weight": torch.zeros(2)}, pickled / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot be loaded"):
-        load_model(Config(model_name_or_path=str(pickled)))
+        load_model(Config(model_name_or_path=str(pickled), max_length=64))
