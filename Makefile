@@ -12,7 +12,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo
 	@echo "  PYTHON=...       interpreter for .venv, 3.11 or newer (found: $(or $(PYTHON),none))"
-	@echo "  TORCH_INDEX=URL  package index for torch alone, e.g. https://download.pytorch.org/whl/cpu"
+	@echo "  TORCH_INDEX=URL  package index for torch alone, e.g. PyTorch's own of CPU wheels"
 
 demo: .venv/.runtime ## the whole job on made-up data: generate, train, report in runs/demo/report.html
 	$(BIN)/fastpref demo
