@@ -14,7 +14,7 @@ import torch
 from fastpref_kernels import LinearLogprob, linear_logprob
 from torch import Tensor, nn
 
-from fastpref import attention, base
+from fastpref import attention, base, dist
 from fastpref.batch import GROUP, PairBatch
 from fastpref.config import Config
 
@@ -147,7 +147,12 @@ def load_model(config: Config, tokenizer: Any = None) -> PairModel:
 
 
 def _source(name: str) -> str:
-    return str(base.base_dir()) if base.is_base_name(name) else name
+    if not base.is_base_name(name):
+        return name
+    if dist.is_main():
+        base.base_dir()  # made by one rank, found by the others
+    dist.barrier()
+    return str(base.base_dir())
 
 
 @contextmanager
