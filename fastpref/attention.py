@@ -37,7 +37,6 @@ PREFIX, CHOSEN, REJECTED, PAD = range(4)
 class Block:
     """Pairs of similar length as a dense (pairs, length) grid of the padded order."""
 
-    start: int  # first slot in the padded order
     pairs: int
     length: int
     part: Tensor  # (pairs, length) PREFIX | CHOSEN | REJECTED | PAD
@@ -89,7 +88,6 @@ def build_layout(
         gather.append(token.ravel())
         blocks.append(
             Block(
-                slots,
                 last - first,
                 length,
                 torch.from_numpy(part).to(device),
@@ -195,10 +193,12 @@ def pair_attention(
         q, k, v = (_ToSlots.apply(x, pair_layout) for x in (q, k, v))
     outputs = []
     masks = pair_layout.mask(sliding_window, query.dtype)
-    for block, mask in zip(pair_layout.blocks, masks, strict=True):
-        here = slice(block.start, block.start + block.pairs * block.length)
+    # Split, not sliced: a slice's backward fills a tensor of full size with zeros.
+    sizes = [block.pairs * block.length for block in pair_layout.blocks]
+    of_blocks = zip(*(x.split(sizes) for x in (q, k, v)), strict=True)
+    for block, mask, qkv in zip(pair_layout.blocks, masks, of_blocks, strict=True):
         grid = (block.pairs, block.length)
-        block_q, block_k, block_v = (x[here].unflatten(0, grid).transpose(1, 2) for x in (q, k, v))
+        block_q, block_k, block_v = (x.unflatten(0, grid).transpose(1, 2) for x in qkv)
         attended = _attend(block_q, block_k, block_v, mask, scaling, dropout, softcap)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--output_dir`, `--pairs_per_behavior` and `--seed`."""
     parser.add_argument("--output_dir", default="runs/demo", help="folder of the run [runs/demo]")
     parser.add_argument(
-        "--pairs_per_behavior", type=int, default=160, help="size of the made set [160]"
+        "--pairs_per_behavior", type=int, default=200, help="size of the made set [200]"
     )
     parser.add_argument("--seed", default="0", help="of data and run [0]")
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             "learning_rate": "3e-4",
             "num_train_epochs": "2",
             "stratify": "true",
-            "eval_steps": "6",
+            "eval_steps": "7",
             "eval_sample_size": "32",
             "logging_steps": "2",
         }
