@@ -34,7 +34,7 @@ from fastpref.model import load_model
 from fastpref.observe import Window
 from fastpref.optim import build_optimizer, build_scheduler
 from fastpref.refcache import PLAN_TOKENS, reference_logp
-from fastpref.train import State, _loop
+from fastpref.train import State, run_loop
 
 COMPARED = ("loss", "logps/chosen", "logps/rejected", "num_tokens")
 
@@ -145,7 +145,7 @@ class Fastpref:
         loader = self._loader(pairs)
         self.state.step = 0
         run = Path(self.config.output_dir)
-        _loop(config, get_loss("sigmoid"), dataset, loader, self.state, steps + 1, False)
+        run_loop(config, get_loss("sigmoid"), dataset, loader, self.state, steps + 1, False)
         metrics = read_jsonl(run / "metrics.jsonl") if observe else []
         shutil.rmtree(run)
         return Slice(np.diff(loader.stamps).tolist(), metrics)

@@ -17,21 +17,20 @@ import hashlib
 import json
 import logging
 import os
-import random
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastpref import __version__, dist
+from fastpref.generators import gather_generators, restore_generators
 from fastpref.optim import Schedule
 
 log = logging.getLogger(__name__)
@@ -39,7 +38,6 @@ log = logging.getLogger(__name__)
 FORMAT = "fastpref-checkpoint"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_Numpy = tuple[str, np.ndarray, int, int, float]
 _NAME = re.compile(r"checkpoint-(\d+)")
 _REPLACED = re.compile(r"\.tmp-replaced-(checkpoint-\d+)-\d+")
 
@@ -68,7 +66,7 @@ def save_checkpoint(
     """
     root = Path(output_dir)
     target = root / f"checkpoint-{step}"
-    generators = _gather_generators(_device(state.module))
+    generators = gather_generators(_device(state.module))
     if dist.is_main():
         root.mkdir(parents=True, exist_ok=True)
         aside = root / f".tmp-checkpoint-{step}-{os.getpid()}"
@@ -104,7 +102,7 @@ def load_checkpoint(
     state.schedule.load_state_dict(saved["schedule"])
     state.counters.clear()
     state.counters.update(saved["counters"])
-    _restore_generators(load_file(folder / "rng.safetensors"), folder)
+    restore_generators(load_file(folder / "rng.safetensors"), folder)
     return state.counters
 
 
@@ -365,45 +363,6 @@ def _load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-def _gather_generators(device: torch.device) -> dict[str, Tensor]:
-    """State of every rank's random generators as "rank<r>.<generator>" tensors on the CPU."""
-    version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = cast(_Numpy, np.random.get_state(legacy=True))
-    own = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gauss": torch.tensor([np.nan if gauss is None else gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-    }
-    if device.type == "cuda":
-        own["cuda"] = torch.cuda.get_rng_state(device)
-    gathered: dict[str, Tensor] = {}
-    for key, tensor in own.items():
-        for rank, part in enumerate(dist.all_gather(tensor.to(device))):
-            gathered[f"rank{rank}.{key}"] = part.cpu()
-    return gathered
-
-
-def _restore_generators(saved: dict[str, Tensor], folder: Path) -> None:
-    prefix = f"rank{dist.rank()}."
-    own = {key.removeprefix(prefix): t for key, t in saved.items() if key.startswith(prefix)}
-    if not own:
-        log.warning(
-            "%s: saved by fewer ranks; rank %d's generators start anew", folder, dist.rank()
-        )
-        return
-    torch.set_rng_state(own["torch"])
-    version, *words = own["python"].tolist()
-    gauss = float(own["python_gauss"])
-    random.setstate((version, tuple(words), None if np.isnan(gauss) else gauss))
-    *keys, position, has_gauss = own["numpy"].tolist()
-    cached = float(own["numpy_gauss"])
-    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
-    if "cuda" in own and torch.cuda.is_available():
-        torch.cuda.set_rng_state(own["cuda"])
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -104,10 +104,10 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     if checkpoint:
         state.restore(checkpoint)
         log.info("resumed from %s", checkpoint)
-    return _loop(config, loss, dataset, loader, state, last_step, progress)
+    return run_loop(config, loss, dataset, loader, state, last_step, progress)
 
 
-def _loop(
+def run_loop(
     config: Config,
     loss: Loss,
     dataset: Dataset,
@@ -116,6 +116,7 @@ def _loop(
     last_step: int,
     progress: bool,
 ) -> Path:
+    """The steps after ``state.step`` up to ``last_step``; returns the run folder."""
     run, model = Path(config.output_dir), state.model
     main = dist.is_main()
     metrics = MetricsLog(run / "metrics.jsonl", state.step) if main else None

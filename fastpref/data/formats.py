@@ -156,6 +156,7 @@ def _shape_of(
 
 
 def listed(row: dict[str, Any]) -> str:
+    """The names of a row's columns, for messages."""
     return ", ".join(shown(name) for name in row) or "(none)"
 
 
