@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has left; without this, Python complains again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a folder that cannot be read or written, a full disk
+        return _fail(error, BAD_INPUT)
 
 
 def _dispatch(args: list[str]) -> int:
@@ -91,7 +93,7 @@ def _explain_option(parser: argparse.ArgumentParser, word: str) -> str:
         return f"unexpected argument {word!r} (see {parser.prog} --help)"
     option = word.split("=", 1)[0]
     known = list(parser._option_string_actions)  # argparse has no public list of them
-    if "--model_name_or_path" in known:  # the options are the fields of Config
+    if "--learning_rate" in known:  # the options are the fields of Config
         return f"{option}: {explain_unknown(option.lstrip('-'))}"
     near = difflib.get_close_matches(option, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"

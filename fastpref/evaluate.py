@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ from fastpref.losses import Loss
 from fastpref.model import PairModel
 from fastpref.observe import Columns, column_metrics, concatenate, pair_columns
 from fastpref.step import evaluate
+
+log = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -57,6 +60,9 @@ class Evaluator:
 
         Returns split -> metrics under TRL's names, a behavior's as ``behavior/<name>/...``.
         """
+        if step == 0:
+            count = sum(b.num_pairs for own in self.batches.values() for b in own)
+            log.info("evaluating %d pairs, as before training", count)
         found = {}
         for split, batches in self.batches.items():
             if not batches:

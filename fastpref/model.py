@@ -119,14 +119,8 @@ def load_model(config: Config, tokenizer: Any = None) -> PairModel:
     not safetensors: pickled weights and remote code can run anything.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging as hf_logging
 
-    hf_logging.disable_progress_bar()  # a bar per checkpoint would break up the run's own
-    if config.attn_implementation not in ("auto", "sdpa"):
-        raise ValueError(
-            f"attn_implementation={config.attn_implementation!r} is not in this version: "
-            "set auto or sdpa."
-        )
+    resolve_attention(config.attn_implementation)
     tokenizer = tokenizer or load_tokenizer(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -147,6 +141,9 @@ def load_model(config: Config, tokenizer: Any = None) -> PairModel:
 
 
 def _source(name: str) -> str:
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()  # a bar per checkpoint would break up the run's own
     if not base.is_base_name(name):
         return name
     if dist.is_main():
@@ -228,6 +225,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
+
+
+def resolve_attention(name: str) -> str:
+    """The attention backend; ValueError for one that this version lacks."""
+    if name not in ("auto", "sdpa"):
+        raise ValueError(
+            f"attn_implementation={name!r} is not in this version: set it to auto or sdpa."
+        )
+    return "sdpa"
 
 
 def weights_identity(source: str, model_config: Any) -> str:

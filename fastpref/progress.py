@@ -24,10 +24,10 @@ class Bar:
         self.bar = tqdm(
             total=last_step,
             initial=first_step,
-            unit="step",
-            desc="train",
             disable=not show,
             dynamic_ncols=True,
+            # No picture of a bar: the figures have to fit into 80 columns.
+            bar_format="{n}/{total} {elapsed}<{remaining}{postfix}",
         )
         self._empty()
 
@@ -40,14 +40,13 @@ class Bar:
         self.pairs += plan.num_pairs
         self.tokens += sum(r.batch.num_tokens for r in result.pairs)
         margins = [m for own in columns for m in own["margin"].tolist()]
-        shown = {
-            "loss": f"{float(result.loss):.4f}",
-            "margin": f"{sum(margins) / max(len(margins), 1):+.3f}",
-            "acc": f"{sum(m > 0 for m in margins) / max(len(margins), 1):.2f}",
-            "tok/s": f"{self.tokens / self.seconds:.0f}",
-            "pairs/s": f"{self.pairs / self.seconds:.1f}",
-        }
-        self.bar.set_postfix(shown, refresh=False)
+        count = max(len(margins), 1)
+        shown = (
+            f"loss {float(result.loss):.4f} margin {sum(margins) / count:+.3g} "
+            f"acc {sum(m > 0 for m in margins) / count:.2f} "
+            f"{self.tokens / self.seconds:.0f} tok/s {self.pairs / self.seconds:.0f} pairs/s"
+        )
+        self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
 
     def window(self) -> dict[str, float]:

@@ -88,23 +88,25 @@ def with_reference(
 def reference_logp(
     model: PairModel, pairs: Sequence[TokenPair], *, progress: bool = False
 ) -> np.ndarray:
-    """(N, 2) float32: summed log-probs in nats of chosen and rejected, in the order of ``pairs``.
-
-    Sorted by length and pair_id before batching, so that the order of ``pairs`` changes no bit.
-    """
-    fed = np.array([parts(p).fed for p in pairs], np.int64)
-    ranked = np.array(sorted(range(len(pairs)), key=lambda i: pairs[i].pair_id), np.int64)
-    budget = max(PLAN_TOKENS, int(fed.max()))
+    """(N, 2) float32: summed log-probs in nats of chosen and rejected, in ``pairs``' order."""
     out = np.empty((len(pairs), 2), np.float32)
-    with tqdm(total=int(fed.sum()), unit="tok", desc="reference", disable=not progress) as bar:
-        for places in plan_microbatches(fed[ranked], np.arange(len(pairs)), budget):
-            own = ranked[places]
+    with tqdm(total=len(pairs), unit="pair", desc="reference", disable=not progress) as bar:
+        for own in reference_plan(pairs):
             batch = pack_pairs([pairs[i] for i in own]).to(model.device)
             shared, chosen, rejected = model.logp(batch).logp.view(-1, 3).unbind(1)
             both = torch.stack([shared + chosen, shared + rejected], dim=1)
             out[own] = both.float().cpu().numpy()
-            bar.update(int(fed[own].sum()))
+            bar.update(len(own))
     return out
+
+
+def reference_plan(pairs: Sequence[TokenPair]) -> list[np.ndarray]:
+    """Batches, as indices into ``pairs``, whose pair_ids and order do not depend on their order."""
+    fed = np.array([parts(p).fed for p in pairs], np.int64)
+    ranked = np.array(sorted(range(len(pairs)), key=lambda i: pairs[i].pair_id), np.int64)
+    budget = max(PLAN_TOKENS, int(fed.max()))
+    plan = plan_microbatches(fed[ranked], np.arange(len(pairs)), budget)
+    return [ranked[places] for places in plan]
 
 
 def _write(path: Path, pairs: Sequence[TokenPair], logp: np.ndarray, model: PairModel) -> None:

@@ -39,6 +39,17 @@ def check(config: Config) -> None:
     Touches nothing, so that it can be asked long before `open_run`.
     """
     run = Path(config.output_dir)
+    standing = next(p for p in (run, *run.absolute().parents) if p.exists())
+    if not (standing.is_dir() and os.access(standing, os.W_OK | os.X_OK)):
+        raise ValueError(
+            f"output_dir={config.output_dir!r} cannot be made or written: {standing} is not a "
+            "folder that you may write to."
+        )
+    if run.resolve() == Path(config.model_name_or_path).resolve():
+        raise ValueError(
+            f"output_dir={config.output_dir!r} is also model_name_or_path: the run would replace "
+            "the model that it starts from. Choose another output_dir."
+        )
     if not (run / "config.yaml").exists() or config.overwrite_output_dir:
         return
     if config.resume_from_checkpoint == "none":
@@ -68,6 +79,7 @@ def open_run(config: Config, device: torch.device) -> Path | None:
         if checkpoint:
             remove_checkpoints_after(run, checkpoint_step(checkpoint))
             found = str(checkpoint)
+        _remove_final(run)
         run.mkdir(parents=True, exist_ok=True)
         aside = run / f".config.yaml.{os.getpid()}"
         aside.write_text(config.to_yaml(), encoding="utf-8")
@@ -98,6 +110,14 @@ def _remove_run(run: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _remove_final(run: Path) -> None:
+    """The weights of a run that ended here: they would be taken for this one's until it ends."""
+    for file in run.glob("model*.safetensors*"):
+        file.unlink()
+    for leftover in run.glob(".tmp-final-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def save_final(run: Path, module: Any, tokenizer: Any) -> None:
     """The trained model at the root of the run, for `AutoModelForCausalLM.from_pretrained(run)`.
 
@@ -106,7 +126,10 @@ def save_final(run: Path, module: Any, tokenizer: Any) -> None:
     aside = run / f".tmp-final-{os.getpid()}"
     module.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
+    umask = os.umask(0)
+    os.umask(umask)
     for file in sorted(aside.iterdir()):
+        file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
         os.replace(file, run / file.name)
     aside.rmdir()
     log.info("model saved to %s", run)

@@ -30,17 +30,23 @@ def check_model(model: PairModel, pairs: Sequence[TokenPair]) -> float:
     Raises ValueError naming the architecture and what differs.
     """
     chosen = [pairs[i] for i in _mixed_lengths(pairs)]
-    plain_logp, plain_grads = _plain(model, chosen)
-    packed_logp, packed_grads = _packed(model, chosen)
+    try:
+        plain_logp, plain_grads = _plain(model, chosen)
+        packed_logp, packed_grads = _packed(model, chosen)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{type(model.module).__name__} is not supported: it cannot compute a packed batch in "
+            f"{model.dtype}: {error}"
+        ) from error
     worst = _difference(packed_logp, plain_logp)
     what = "log-probabilities"
     # Some gradients are zero but for rounding (a key's bias without rotary embedding): they are
     # held against a thousandth of what the others are.
     floor = 1e-3 * max(_size(grad) for grad in plain_grads.values())
     for name, plain in plain_grads.items():
-        error = _difference(packed_grads[name], plain, floor)
-        if not error <= worst:
-            worst, what = error, f"the gradient of {name}"
+        difference = _difference(packed_grads[name], plain, floor)
+        if not difference <= worst:
+            worst, what = difference, f"the gradient of {name}"
     if not worst <= TOLERANCE[model.dtype]:
         raise ValueError(
             f"{type(model.module).__name__} (model_type {model.module.config.model_type}) is not "  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,14 @@ from fastpref.dynamics.schema import TRAIN
 from fastpref.errors import NonFiniteError, Preempted
 from fastpref.evaluate import Evaluator
 from fastpref.losses import Loss, get_loss
-from fastpref.model import PairModel, load_model, load_tokenizer, resolve_device
+from fastpref.model import (
+    PairModel,
+    load_model,
+    load_tokenizer,
+    resolve_attention,
+    resolve_device,
+    resolve_dtype,
+)
 from fastpref.observe import Window, concatenate, pair_columns, record_step
 from fastpref.optim import Schedule, build_optimizer, build_scheduler
 from fastpref.progress import Bar
@@ -84,11 +91,11 @@ def train(config: Config, progress: bool = True) -> Path:
 def _train(config: Config, loss: Loss, progress: bool) -> Path:
     # Where the pieces come from. All that can be wrong with the input is found here, the cheap
     # things first: data before weights.
+    config = _resolved(config)
+    runfolder.check(config)
     tokenizer = load_tokenizer(config)
     dataset = load_dataset(config, tokenizer)
     model = load_model(config, tokenizer)
-    config = _resolved(config, model)
-    runfolder.check(config)
     torch.manual_seed(config.seed)
     dist.check_same("data", cache_key(model, dataset.train + dataset.held_out), model.device)
     loader = _loader(config, dataset)
@@ -131,7 +138,7 @@ def run_loop(
         evaluator.run(model, loss, 0, 0.0, metrics, recorder)
 
     bar = Bar(last_step, state.step, progress)
-    with _asked_to_end() as asked:
+    with closing(bar), _asked_to_end() as asked:
         for plan in loader.plan(state.step + 1, last_step):
             # The step itself.
             began, rate = time.perf_counter(), state.scheduler.learning_rate
@@ -191,7 +198,6 @@ def run_loop(
                 save_checkpoint(run, state.step, state.saved(), config.save_total_limit)
             if ending and not last:
                 raise Preempted(f"stopped after step {plan.step}; the same command goes on there.")
-    bar.close()
     if main:
         runfolder.save_final(run, model.module, model.tokenizer)
     return run
@@ -204,13 +210,14 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
     return math.ceil(config.num_train_epochs * steps_per_epoch)
 
 
-def _resolved(config: Config, model: PairModel) -> Config:
-    """With what was chosen automatically in the place of `auto`: what config.yaml keeps."""
+def _resolved(config: Config) -> Config:
+    """With what is chosen automatically in the place of `auto`: what config.yaml keeps."""
+    device = resolve_device(config.device)
     return dataclasses.replace(
         config,
-        device=model.device.type if config.device == "auto" else config.device,
-        dtype=str(model.dtype).removeprefix("torch."),
-        attn_implementation="sdpa",
+        device=device.type if config.device == "auto" else config.device,
+        dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
+        attn_implementation=resolve_attention(config.attn_implementation),
     )
 
 

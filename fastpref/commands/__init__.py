@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from typing import Any
 
 from fastpref.config import GROUPS, Config, field_types, load_config
+
+
+def show_log() -> None:
+    """What fastpref logs, on stderr; other libraries' messages only from warnings up."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("fastpref", "fastpref_kernels"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
+from fastpref.commands import show_log
 from fastpref.config import load_config
 
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate, train, print the table of behaviors, write report.html."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    show_log()
     folder = Path(args.output_dir)
     data = folder / "data"
     config = load_config(

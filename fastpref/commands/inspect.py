@@ -122,7 +122,7 @@ def _show_rows(pairs: Sequence[Pair], bad: Sequence[BadRow]) -> None:
     for count, what in (
         (len({pair.source for pair in pairs} | {row.source for row in bad}), "files"),
         (len(pairs), "pairs"),
-        (len(bad), "bad rows (listed below)"),
+        (len(bad), "bad rows found while reading (listed below)"),
         (identical, "of them with chosen and rejected identical"),
         (repeated, "duplicates: prompt, chosen and rejected of an earlier pair"),
         (exchanged, "contradictions: an earlier pair with chosen and rejected exchanged"),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 
-from fastpref.commands import add_config_options, config_from_options
+from fastpref.commands import add_config_options, config_from_options, show_log
 
 add_arguments = add_config_options
 
@@ -13,7 +12,7 @@ add_arguments = add_config_options
 def run(args: argparse.Namespace) -> int:
     """Fill the cache that a training run with the same data and model reads."""
     config = config_from_options(args)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    show_log()
     from fastpref.data.dataset import load_dataset
     from fastpref.model import load_model
     from fastpref.refcache import with_reference

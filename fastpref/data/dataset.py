@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,7 @@ def load_dataset(config: Config, tokenizer: Any) -> Dataset:
         flip_behaviors=config.flip_behaviors,
         on_bad_rows=config.on_bad_rows,
     )
+    log.info("%d pairs read", len(pairs))
     if config.eval_dataset_name:
         files = {str(file) for file in find_files(config.eval_dataset_name)}
         held_out = {i for i, pair in enumerate(pairs) if pair.source in files}
@@ -126,6 +127,8 @@ def _report(
     if truncated:
         log.warning("%d pairs lost their end at max_length=%d tokens", truncated, max_length)
     if dropped:
-        log.warning("%d bad rows dropped:", len(dropped))
+        reasons = Counter(row.reason for row in dropped).most_common()
+        counts = ", ".join(f"{count} x {reason}" for reason, count in reasons)
+        log.warning("%d bad rows dropped: %s", len(dropped), counts)
         for row in dropped:
             log.warning("  %s:%d: %s (%s)", row.source, row.line, row.reason, row.value)

@@ -34,6 +34,9 @@ def build(name: str) -> Any:
             vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5, **extra
         )
         return hf.GPT2LMHeadModel(config)
+    if name == "gemma2":  # soft caps in attention and head, windows in every second layer
+        own = {"head_dim": 8, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
+        return hf.Gemma2ForCausalLM(hf.Gemma2Config(sliding_window=5, **own, **llama))
     if name == "mistral":
         return hf.MistralForCausalLM(hf.MistralConfig(sliding_window=5, **llama))
     if name == "llama-tied":
@@ -75,7 +78,7 @@ def plain_logp(module: Any, prompt: np.ndarray, completion: np.ndarray) -> tuple
 
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    [("gpt2", 1e-12), ("llama", 1e-6), ("llama-tied", 1e-6), ("mistral", 1e-6)],
+    [("gpt2", 1e-12), ("llama", 1e-6), ("llama-tied", 1e-6), ("mistral", 1e-6), ("gemma2", 1e-6)],
 )
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 def test_values_and_every_gradient(name: str, tolerance: float, loss_type: str) -> None:
@@ -114,6 +117,8 @@ def test_values_and_every_gradient(name: str, tolerance: float, loss_type: str) 
     # Logits of the rejected sequence, prefix and rest, from the packed hidden states.
     with torch.no_grad():
         ours = packed.hidden(batch) @ packed.head.weight.T
+        if packed.head.softcap:
+            ours = packed.head.softcap * torch.tanh(ours / packed.head.softcap)
     start = 0
     for (prefix, own_chosen, own_rejected), full in zip(batch.lengths, logits, strict=True):
         rest = start + prefix + own_chosen

@@ -152,6 +152,22 @@ def test_another_run_in_the_same_folder_is_refused(base: Config, tmp_path: Path)
     assert steps(folder)["beta"] == [0.5, 0.5]
 
 
+def test_the_old_model_does_not_outlive_its_run(base: Config, tmp_path: Path) -> None:
+    """A report, or a loader, would take it for the model of the run that replaces it."""
+    folder = run(base, tmp_path / "run", max_steps=2)
+    with pytest.raises(NonFiniteError):
+        run(base, folder, learning_rate=1e20, max_grad_norm=0.0, overwrite_output_dir=True)
+    assert not list(folder.glob("*.safetensors"))
+
+
+def test_output_folders_that_cannot_be(base: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="output_dir=.*cannot be made or written"):
+        run(base, tmp_path / "file" / "run")
+    with pytest.raises(ValueError, match="also model_name_or_path"):
+        run(base, Path(base.model_name_or_path))
+
+
 def test_config_is_written_resolved(straight: Path) -> None:
     from fastpref.config import load_config
 

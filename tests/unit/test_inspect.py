@@ -47,7 +47,7 @@ def test_report(
     text = report(capsys, str(tmp_path), "--model_name_or_path", tokenizer_dir, "--seed", "3")
 
     assert numbers(text, "files") == [2]
-    assert numbers(text, "bad rows (listed") == [2]  # those of the text
+    assert numbers(text, "bad rows found while reading") == [2]  # those of the text
     assert numbers(text, "identical") == [1]
     assert numbers(text, "duplicates:") == [1]
     assert numbers(text, "contradictions:") == [1]

@@ -81,9 +81,11 @@ def test_last_tokens_are_not_fed_and_the_prefix_is_there_once() -> None:
 
 
 def test_position_zero_is_never_scored() -> None:
-    batch = pack_pairs([token_pair([], [5, 6], [5, 7])])
-    assert batch.target.tolist() == [6, 7]
-    assert batch.chosen_scored.item() == 1
+    """Not in the first pair, nor by the last token of the pair before."""
+    batch = pack_pairs([token_pair([], [5, 6], [5, 7]), token_pair([], [8, 6], [8, 7], n=1)])
+    batch.check()
+    assert batch.target.tolist() == [6, 7, 6, 7]
+    assert batch.chosen_scored.tolist() == batch.rejected_scored.tolist() == [1, 1]
 
 
 def test_a_completion_that_starts_the_other() -> None:
@@ -124,6 +126,11 @@ def test_microbatches_keep_the_budget_and_lose_nothing(fed: list[int], budget: i
     for n in sorted(fed):
         greedy, total = (greedy + 1, n) if total + n > budget else (greedy, total + n)
     assert len(plan) == greedy
+
+
+def test_microbatches_are_even() -> None:
+    plan = plan_microbatches(np.full(5, 10), np.arange(5), 40)
+    assert sorted(len(own) for own in plan) == [2, 3]  # not 4 and 1
 
 
 def test_microbatches_do_not_depend_on_the_order_given() -> None:

@@ -16,7 +16,7 @@ from fastpref.data.dataset import load_dataset
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel, load_model
-from fastpref.refcache import cache_key, reference_logp, with_reference
+from fastpref.refcache import cache_key, reference_logp, reference_plan, with_reference
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,16 @@ def test_warm_equals_cold_bit_for_bit_in_any_order(
     shuffled = with_reference(model, pairs[::-1], cache_dir=str(tmp_path / "b"))
     assert values(cold) == values(warm) == values(shuffled[::-1])
     assert len(list((tmp_path / "a").iterdir())) == 1
+
+
+def test_the_plan_does_not_depend_on_the_order(pairs: list[TokenPair]) -> None:
+    backwards = pairs[::-1]
+    plans = [
+        [[given[i].pair_id for i in own] for own in reference_plan(given)]
+        for given in (pairs, backwards)
+    ]
+    assert plans[0] == plans[1]
+    assert sorted(i for own in plans[0] for i in own) == sorted(p.pair_id for p in pairs)
 
 
 def test_what_is_in_the_key(
