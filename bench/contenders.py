@@ -135,7 +135,7 @@ class Fastpref:
         ]
         optimizer = build_optimizer(self.model.module.named_parameters(), self.config)
         scheduler = build_scheduler(optimizer, self.config, 10**6)
-        self.state = State(self.model, optimizer, scheduler, Window(self.model.device))
+        self.state = State(self.model, optimizer, scheduler, Window(self.model.device), key="")
 
     def run(self, first: int, steps: int, observe: bool = False) -> Slice:
         """See `Contender`."""

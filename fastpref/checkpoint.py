@@ -177,11 +177,6 @@ def verify_checkpoint(folder: Path) -> int:
     return int(manifest["step"])
 
 
-def checkpoint_step(folder: Path) -> int:
-    """Optimizer steps that a whole checkpoint stands for."""
-    return int(_read_json(folder / MANIFEST)["step"])
-
-
 def remove_checkpoints_after(output_dir: str | os.PathLike[str], step: int) -> None:
     """Remove checkpoints of later steps, which a run resumed at `step` is about to contradict."""
     root = Path(output_dir)

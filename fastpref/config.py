@@ -297,23 +297,24 @@ def _read_yaml(path: Path) -> list[tuple[str, int, Any]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot read the configuration: {error}") from None
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return []
-        if not isinstance(node, yaml.MappingNode):
-            raise ValueError(
-                f"{path}: expected lines `key: value`, got a {type(node).__name__[:-4].lower()}"
-            )
-        return [
-            (str(key.value), key.start_mark.line + 1, loader.construct_object(value, deep=True))
-            for key, value in node.value
-        ]
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return []
+            if not isinstance(node, yaml.MappingNode):
+                raise ValueError(
+                    f"expected lines `key: value`, got a {type(node).__name__[:-4].lower()}"
+                )
+            return [
+                (str(key.value), key.start_mark.line + 1, loader.construct_object(value, deep=True))
+                for key, value in node.value
+            ]
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: dates and numbers that are none
+        raise ValueError(f"{path}: not valid YAML of flat keys: {error}") from None
 
 
 def _parse(name: str, value: Any) -> Any:

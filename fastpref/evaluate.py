@@ -10,7 +10,7 @@ import numpy as np
 from fastpref.batch import PairBatch
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset, sample_pairs
-from fastpref.data.pack import pack_pairs, parts, plan_microbatches
+from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
 from fastpref.data.tokenize import TokenPair
 from fastpref.dynamics.groups import behavior_rows
 from fastpref.dynamics.recorder import MetricsLog, Recorder
@@ -35,9 +35,8 @@ class Evaluator:
         }
 
     def _pack(self, pairs: Sequence[TokenPair]) -> list[PairBatch]:
-        fed = np.array([parts(p).fed for p in pairs], np.int64)
         budget = self.config.max_tokens_per_microbatch
-        plan = plan_microbatches(fed, np.arange(len(pairs)), budget)
+        plan = plan_microbatches(fed_tokens(pairs), np.arange(len(pairs)), budget)
         return [pack_pairs([pairs[i] for i in own]) for own in plan]
 
     def columns(self, model: PairModel, loss: Loss, split: str) -> Columns:

@@ -129,11 +129,19 @@ def load_model(config: Config, tokenizer: Any = None) -> PairModel:
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     check_architecture(model_config, config.max_length)
     with _loading(config.model_name_or_path):
-        module = AutoModelForCausalLM.from_pretrained(
+        module, found = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch.float64 if dtype is torch.float64 else torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
+        )
+    # transformers fills what is not in the files with random numbers and goes on.
+    absent = sorted([*found["missing_keys"], *map(str, found.get("mismatched_keys", ()))])
+    if absent:
+        raise ValueError(
+            f"model_name_or_path={config.model_name_or_path!r}: {len(absent)} weights are not in "
+            f"its files, the first being {absent[0]}. The files are not whole: get them again."
         )
     prepare(module)
     module.to(device)
@@ -154,10 +162,10 @@ def _source(name: str) -> str:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """transformers' many ways of saying that something is not there, as one."""
+    """transformers' and safetensors' many ways of saying that something is wrong, as one."""
     try:
         yield
-    except (OSError, KeyError, ValueError) as error:
+    except Exception as error:
         raise ValueError(
             f"model_name_or_path={name!r} cannot be loaded: {error}\nExpected: a folder with "
             f"config.json, model.safetensors and a tokenizer, a Hub name, or {base.BASE_NAME!r}."
@@ -214,7 +222,13 @@ def _rope_types(parameters: Any) -> set[str]:
 def resolve_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one; under torchrun the rank's own."""
     if name != "auto":
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device={name!r}: there are {torch.cuda.device_count()} CUDA devices here. Set "
+                "device to auto or cpu, or install a torch with CUDA."
+            )
+        return device
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from fastpref import dist
 from fastpref.base import cache_root
-from fastpref.data.pack import pack_pairs, parts, plan_microbatches
+from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
 from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel
 
@@ -67,7 +67,7 @@ def with_reference(
     missing = [p for p in pairs if p.ref_chosen is None or p.ref_rejected is None]
     if not missing:
         return list(pairs)
-    folder = Path(cache_dir) if cache_dir else cache_root() / "reference"
+    folder = Path(cache_dir).expanduser() if cache_dir else cache_root() / "reference"
     path = folder / f"{cache_key(model, missing)}.parquet"
     if dist.is_main() and not path.exists():
         _write(path, missing, reference_logp(model, missing, progress=progress), model)
@@ -102,7 +102,7 @@ def reference_logp(
 
 def reference_plan(pairs: Sequence[TokenPair]) -> list[np.ndarray]:
     """Batches, as indices into ``pairs``, whose pair_ids and order do not depend on their order."""
-    fed = np.array([parts(p).fed for p in pairs], np.int64)
+    fed = fed_tokens(pairs)
     ranked = np.array(sorted(range(len(pairs)), key=lambda i: pairs[i].pair_id), np.int64)
     budget = max(PLAN_TOKENS, int(fed.max()))
     plan = plan_microbatches(fed[ranked], np.arange(len(pairs)), budget)
@@ -144,15 +144,18 @@ def _read(path: Path, pairs: Sequence[TokenPair]) -> np.ndarray:
         raise ValueError(f"reference cache {path} cannot be read: {error}. {remedy}") from error
     ids = table["pair_id"].to_numpy()
     wanted = np.array([p.pair_id for p in pairs], np.int64)
-    at = np.searchsorted(ids, wanted)
-    there = (at < len(ids)) & (ids[np.minimum(at, len(ids) - 1)] == wanted)
+    at = np.minimum(np.searchsorted(ids, wanted), max(len(ids) - 1, 0))
+    there = ids[at] == wanted if len(ids) else np.zeros(len(wanted), bool)
     if not there.all():
         raise ValueError(
             f"reference cache {path} lacks {int((~there).sum())} of {len(wanted)} pairs, the first "
             f"being pair_id {int(wanted[~there][0])}. {remedy}"
         )
     both = [table[name].to_numpy()[at] for name in ("ref_chosen", "ref_rejected")]
-    return np.stack(both, axis=1).astype(np.float32)
+    logp = np.stack(both, axis=1).astype(np.float32)
+    if not np.isfinite(logp).all():
+        raise ValueError(f"reference cache {path} holds numbers that are not finite. {remedy}")
+    return logp
 
 
 def _spot_check(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastpref import dist
-from fastpref.checkpoint import checkpoint_step, find_checkpoint, remove_checkpoints_after
+from fastpref.checkpoint import find_checkpoint
 from fastpref.config import Config, load_config
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ MAY_CHANGE = {
     "ref_cache_dir",
     "ref_check_pairs",
 }
-FILES = ("config.yaml", "metrics.jsonl", "perf.jsonl", "report.html")
+FILES = ("metrics.jsonl", "perf.jsonl", "report.html", "config.yaml")
 
 
 def check(config: Config) -> None:
@@ -50,7 +50,14 @@ def check(config: Config) -> None:
             f"output_dir={config.output_dir!r} is also model_name_or_path: the run would replace "
             "the model that it starts from. Choose another output_dir."
         )
-    if not (run / "config.yaml").exists() or config.overwrite_output_dir:
+    if config.overwrite_output_dir:
+        return
+    if not (run / "config.yaml").exists():
+        if any(run.glob("checkpoint-*")):
+            raise ValueError(
+                f"{run} holds checkpoints but no config.yaml, so what they belong to is not known. "
+                "Set overwrite_output_dir to begin anew there, or choose another output_dir."
+            )
         return
     if config.resume_from_checkpoint == "none":
         raise ValueError(
@@ -63,7 +70,6 @@ def check(config: Config) -> None:
 def open_run(config: Config, device: torch.device) -> Path | None:
     """Prepare ``config.output_dir`` and write config.yaml; the checkpoint to go on from, or None.
 
-    Checkpoints of later steps than that one are removed: the run is about to contradict them.
     Raises ValueError as `check` does, and where a checkpoint is asked for that is not there or not
     whole.
     """
@@ -76,9 +82,7 @@ def open_run(config: Config, device: torch.device) -> Path | None:
             _remove_run(run)
         else:
             checkpoint = find_checkpoint(config.resume_from_checkpoint, run)
-        if checkpoint:
-            remove_checkpoints_after(run, checkpoint_step(checkpoint))
-            found = str(checkpoint)
+        found = str(checkpoint or "")
         _remove_final(run)
         run.mkdir(parents=True, exist_ok=True)
         aside = run / f".config.yaml.{os.getpid()}"
@@ -104,10 +108,10 @@ def _demand_same(config: Config, before: Config, run: Path) -> None:
 
 def _remove_run(run: Path) -> None:
     """Only what a run writes; whatever else the user keeps there stays."""
-    for name in FILES:
-        (run / name).unlink(missing_ok=True)
-    for folder in [run / "records", *run.glob("checkpoint-*")]:
+    for folder in [run / "records", *run.glob("checkpoint-*"), *run.glob(".tmp-*")]:
         shutil.rmtree(folder, ignore_errors=True)
+    for name in FILES:  # config.yaml last: without it, what is left could not be told apart
+        (run / name).unlink(missing_ok=True)
 
 
 def _remove_final(run: Path) -> None:

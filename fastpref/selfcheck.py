@@ -38,6 +38,11 @@ def check_model(model: PairModel, pairs: Sequence[TokenPair]) -> float:
             f"{type(model.module).__name__} is not supported: it cannot compute a packed batch in "
             f"{model.dtype}: {error}"
         ) from error
+    if not all(bool(torch.isfinite(x).all()) for x in (plain_logp, *plain_grads.values())):
+        raise ValueError(
+            f"{type(model.module).__name__}: the model's own log-probabilities or gradients are "
+            f"not finite in {model.dtype}. Its weights are damaged, or the precision is too low."
+        )
     worst = _difference(packed_logp, plain_logp)
     what = "log-probabilities"
     # Some gradients are zero but for rounding (a key's bias without rotary embedding): they are

@@ -129,10 +129,12 @@ def _result(
 
 def demand_finite(result: StepResult) -> None:
     """Raise NonFiniteError naming the pairs whose loss is not finite, or the gradient."""
-    if bool(torch.isfinite(result.loss) & torch.isfinite(result.grad_norm)):
+    # An infinite margin can give a finite loss of zero, so margins are looked at too.
+    sums = [result.loss, result.grad_norm, *(r.x.margin.sum() for r in result.pairs)]
+    if bool(torch.isfinite(torch.stack([s.double() for s in sums])).all()):
         return
     for pairs in result.pairs:
-        odd = ~torch.isfinite(pairs.loss)
+        odd = ~torch.isfinite(pairs.loss + pairs.x.margin)
         if bool(odd.any()):
             named = [
                 f"pair_id {i} (logp chosen {c:g}, rejected {r:g}; reference {rc:g}, {rr:g})"
@@ -150,7 +152,7 @@ def demand_finite(result: StepResult) -> None:
                     strict=True,
                 )
             ]
-            raise NonFiniteError(f"the loss is not finite for {'; '.join(named[:8])}")
+            raise NonFiniteError(f"loss or margin is not finite for {'; '.join(named[:8])}")
     raise NonFiniteError(
         f"loss {result.loss.item():g}, gradient norm {result.grad_norm.item():g}: not finite, "
         "though every pair's loss on this rank is."

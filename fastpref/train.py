@@ -17,11 +17,16 @@ import numpy as np
 import torch
 
 from fastpref import dist, require_matching_kernels, runfolder
-from fastpref.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from fastpref.checkpoint import (
+    TrainState,
+    load_checkpoint,
+    remove_checkpoints_after,
+    save_checkpoint,
+)
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset, load_dataset
 from fastpref.data.loader import Loader
-from fastpref.data.pack import pack_pairs
+from fastpref.data.pack import demand_budget, demand_vocabulary, fed_tokens, pack_pairs
 from fastpref.dynamics.recorder import MetricsLog, Recorder
 from fastpref.dynamics.schema import TRAIN
 from fastpref.errors import NonFiniteError, Preempted
@@ -53,6 +58,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scheduler: Schedule
     window: Window  # sums since the last line of metrics.jsonl
+    key: str  # digest of the initial weights and the data: what a resumed run must share
     step: int = 0  # finished optimizer steps
     num_tokens: int = 0  # of both sequences of every pair so far, as TRL counts
 
@@ -60,6 +66,7 @@ class State:
         """The form in which checkpoints hold it."""
         counters = {
             "step": self.step,
+            "key": self.key,
             "num_tokens": self.num_tokens,
             "window": self.window.sums,
         }
@@ -67,8 +74,13 @@ class State:
         return TrainState(module, tokenizer, self.optimizer, self.scheduler, counters)
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue from ``checkpoint``, bit for bit."""
+        """Continue from ``checkpoint``, bit for bit; ValueError if data or base model changed."""
         counters = load_checkpoint(checkpoint, self.saved(), verify=False)
+        if counters["key"] != self.key:
+            raise ValueError(
+                f"{checkpoint}: the data, the tokenizer or the model that training began from "
+                "changed since this run began. Restore them, or choose another output_dir."
+            )
         self.step, self.num_tokens = counters["step"], counters["num_tokens"]
         self.window.sums = counters["window"]
 
@@ -95,10 +107,13 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     runfolder.check(config)
     tokenizer = load_tokenizer(config)
     dataset = load_dataset(config, tokenizer)
-    model = load_model(config, tokenizer)
     torch.manual_seed(config.seed)
-    dist.check_same("data", cache_key(model, dataset.train + dataset.held_out), model.device)
+    model = load_model(config, tokenizer)
+    key = cache_key(model, dataset.train + dataset.held_out)
+    dist.check_same("data", key, model.device)
+    demand_vocabulary(dataset.train + dataset.held_out, len(model.head.weight))
     loader = _loader(config, dataset)
+    demand_budget(fed_tokens(dataset.held_out), config.max_tokens_per_microbatch)
     last_step = total_steps(config, loader.steps_per_epoch)
     worst = check_model(model, dataset.train)
     log.info("self-check: packed equals separate sequences to %.1e", worst)
@@ -107,7 +122,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     checkpoint = runfolder.open_run(config, model.device)
     optimizer = build_optimizer(model.module.named_parameters(), config)
     scheduler = build_scheduler(optimizer, config, last_step)
-    state = State(model, optimizer, scheduler, Window(model.device))
+    state = State(model, optimizer, scheduler, Window(model.device), key)
     if checkpoint:
         state.restore(checkpoint)
         log.info("resumed from %s", checkpoint)
@@ -132,6 +147,8 @@ def run_loop(
     if config.record:
         recorder = Recorder(run, dist.rank(), dataset.behaviors, config.part_steps, state.step)
         recorder.index(dataset.index)
+    if main:  # nothing can refuse the resumption any more; the run is about to contradict these
+        remove_checkpoints_after(run, state.step)
     evaluator = Evaluator(config, dataset) if config.eval_steps and main else None
     truncated = np.array([p.pair_id for p in dataset.train if p.truncated], np.int64)
     if evaluator and metrics and state.step == 0:
@@ -197,7 +214,10 @@ def run_loop(
             if save:
                 save_checkpoint(run, state.step, state.saved(), config.save_total_limit)
             if ending and not last:
-                raise Preempted(f"stopped after step {plan.step}; the same command goes on there.")
+                without = " without overwrite_output_dir" if config.overwrite_output_dir else ""
+                raise Preempted(
+                    f"stopped after step {plan.step}; the same command{without} goes on there."
+                )
     if main:
         runfolder.save_final(run, model.module, model.tokenizer)
     return run
@@ -215,6 +235,7 @@ def _resolved(config: Config) -> Config:
     device = resolve_device(config.device)
     return dataclasses.replace(
         config,
+        output_dir=str(Path(config.output_dir).expanduser()),
         device=device.type if config.device == "auto" else config.device,
         dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
         attn_implementation=resolve_attention(config.attn_implementation),

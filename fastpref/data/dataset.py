@@ -52,6 +52,9 @@ def load_dataset(config: Config, tokenizer: Any) -> Dataset:
         _demand_apart(pairs, held_out)
     else:
         held_out = set(split_pairs(pairs, config.eval_fraction, config.seed)[1])
+        twins = len(_trained_too(pairs, held_out))
+        if twins:
+            log.warning("%d held-out pairs have the same texts as a training pair", twins)
 
     tokenized = tokenize_pairs(
         pairs,
@@ -89,17 +92,20 @@ def sample_pairs(pairs: Sequence[TokenPair], per_behavior: int, seed: int) -> li
     ]
 
 
-def _demand_apart(pairs: Sequence[Pair], held_out: set[int]) -> None:
-    """A held-out pair that is trained on would measure memory."""
+def _trained_too(pairs: Sequence[Pair], held_out: set[int]) -> list[tuple[Pair, Pair]]:
+    """(held-out pair, training pair) of the same texts, whichever is chosen."""
     texts = [(pair.prompt, frozenset((pair.chosen, pair.rejected))) for pair in pairs]
     train = {text: i for i, text in enumerate(texts) if i not in held_out}
-    for i in sorted(held_out):
-        if texts[i] in train:
-            pair, twin = pairs[i], pairs[train[texts[i]]]
-            raise ValueError(
-                f"{pair.source}:{pair.line}: this held-out pair is also training pair "
-                f"{twin.source}:{twin.line}. Take it out of one of them."
-            )
+    return [(pairs[i], pairs[train[texts[i]]]) for i in sorted(held_out) if texts[i] in train]
+
+
+def _demand_apart(pairs: Sequence[Pair], held_out: set[int]) -> None:
+    """A held-out pair that is trained on would measure memory."""
+    for pair, twin in _trained_too(pairs, held_out)[:1]:
+        raise ValueError(
+            f"{pair.source}:{pair.line}: this held-out pair is also training pair "
+            f"{twin.source}:{twin.line}. Take it out of one of them."
+        )
 
 
 def _index_row(pair: Pair, split: str) -> dict[str, object]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,8 @@ from fastpref.data.files import (
 __all__ = ["SHAPES", "BadRow", "Pair", "Shape", "digest63", "read_pairs"]
 
 ASSISTANT = "\n\nAssistant:"  # opens an assistant's turn in HH-RLHF dialogues
+
+LARGEST_FLOAT32 = 3.4e38  # log-probs beyond it would become infinite on the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +265,9 @@ def _number(row: dict[str, Any], column: str) -> float | None:
     value = row.get(column)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise Unusable(f"column {column!r} is not a finite number", value)
+    number = not isinstance(value, bool) and isinstance(value, (int, float))
+    if not number or not abs(value) < LARGEST_FLOAT32:  # nan compares as false
+        raise Unusable(f"column {column!r} is not a finite number that float32 holds", value)
     return float(value)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastpref.data.pack import parts, plan_microbatches
+from fastpref.data.pack import demand_budget, fed_tokens, plan_microbatches
 from fastpref.data.tokenize import TokenPair
 
 
@@ -50,11 +50,11 @@ class Loader:
         self.num_pairs, self.batch_size = len(pairs), batch_size
         self.seed, self.shuffle, self.max_tokens = seed, shuffle, max_tokens
         self.rank, self.world = rank, world
-        self.fed = np.array([parts(pair).fed for pair in pairs], np.int64)
+        self.fed = fed_tokens(pairs)
         self.tokens = np.array([sequence_tokens(pair) for pair in pairs], np.int64)
         strata = {key: n for n, key in enumerate(sorted({(p.behavior, p.label) for p in pairs}))}
         self.stratum = np.array([strata[p.behavior, p.label] for p in pairs]) if stratify else None
-        plan_microbatches(self.fed, np.array([int(self.fed.argmax())]), max_tokens)  # or raises
+        demand_budget(self.fed, max_tokens)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -98,6 +98,32 @@ def pack_pairs(pairs: Sequence[TokenPair]) -> PairBatch:
     )
 
 
+def fed_tokens(pairs: Sequence[TokenPair]) -> np.ndarray:
+    """(N,) tokens that the body computes for each pair."""
+    return np.array([parts(pair).fed for pair in pairs], np.int64)
+
+
+def demand_budget(fed: np.ndarray, max_tokens: int) -> None:
+    """Raise ValueError where a single pair has more than ``max_tokens`` fed tokens."""
+    longest = int(fed.max(initial=0))
+    if longest > max_tokens:
+        raise ValueError(
+            f"a pair has {longest} packed tokens, but max_tokens_per_microbatch is {max_tokens}. "
+            f"Set it to at least {longest}, or lower max_length."
+        )
+
+
+def demand_vocabulary(pairs: Sequence[TokenPair], vocab_size: int) -> None:
+    """Raise ValueError where a token id lies outside the model's ``vocab_size`` embeddings."""
+    for pair in pairs:
+        top = max(int(ids.max(initial=0)) for ids in (pair.prompt, pair.chosen, pair.rejected))
+        if top >= vocab_size:
+            raise ValueError(
+                f"pair {pair.pair_id} holds token id {top}, but the model has embeddings for ids "
+                f"0 to {vocab_size - 1} only: the tokenizer is not this model's own."
+            )
+
+
 def plan_microbatches(fed: np.ndarray, indices: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Split ``indices`` into micro-batches of at most ``max_tokens`` fed tokens each.
 
@@ -111,15 +137,10 @@ def plan_microbatches(fed: np.ndarray, indices: np.ndarray, max_tokens: int) -> 
     order = indices[np.lexsort((indices, fed[indices]))]
     if len(order) == 0:
         return []
-    longest = int(fed[order[-1]])
-    if longest > max_tokens:
-        raise ValueError(
-            f"a pair has {longest} packed tokens, but max_tokens_per_microbatch is {max_tokens}. "
-            f"Set it to at least {longest}, or lower max_length."
-        )
+    demand_budget(fed[order], max_tokens)
     cuts = _greedy_cuts(fed[order], max_tokens)
     # The greedy fill leaves a small last one; the smallest budget with as many cuts evens it out.
-    low, high = max(longest, -(-int(fed[order].sum()) // (len(cuts) + 1))), max_tokens
+    low, high = max(int(fed[order[-1]]), -(-int(fed[order].sum()) // (len(cuts) + 1))), max_tokens
     while low < high:
         middle = (low + high) // 2
         if len(_greedy_cuts(fed[order], middle)) <= len(cuts):

@@ -51,8 +51,12 @@ def read_records(run: str | Path, table: str, columns: Sequence[str] | None = No
 
 
 def read_part(path: Path, table: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one part; ValueError if another schema version wrote it."""
-    with pq.ParquetFile(path) as file:
+    """Read one part; ValueError if it is damaged or another schema version wrote it."""
+    try:
+        content = pq.ParquetFile(path)
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: not a whole Parquet file: {error}") from None
+    with content as file:
         version = (file.schema_arrow.metadata or {}).get(schema.VERSION_KEY, b"none").decode()
         if version != str(schema.SCHEMA_VERSION):
             raise ValueError(

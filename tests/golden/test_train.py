@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastpref.config import Config
+from fastpref.data.dataset import load_dataset
+from fastpref.data.pack import parts
 from fastpref.dynamics.recorder import read_records
 from fastpref.errors import NonFiniteError
 from fastpref.train import train
@@ -24,7 +26,7 @@ def base(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPat
         model_name_or_path=str(tiny_model_dir),
         dataset_name=(str(tiny_data),),
         ref_cache_dir=str(tmp_path_factory.mktemp("reference")),
-        max_length=96,
+        max_length=44,  # cuts a few of the longer completions
         train_batch_size=8,
         max_steps=14,
         learning_rate=3e-3,
@@ -80,6 +82,44 @@ def test_the_run_learns_and_says_so(straight: Path, base: Config) -> None:
     index = {r["pair_id"]: r for r in read_records(straight, "index").to_pylist()}
     assert len(index) == 80
     assert {index[r["pair_id"]]["split"] for r in trained} == {"train"}
+
+
+def test_columns_and_metrics_agree_with_the_data(
+    straight: Path, base: Config, tiny_tokenizer: Any
+) -> None:
+    dataset = load_dataset(base, tiny_tokenizer)
+    known = {p.pair_id: p for p in dataset.train}
+    rows = read_records(straight, "pairs").to_pylist()
+    trained = [r for r in rows if r["split"] == "train"]
+    for r in trained:
+        pair = known[r["pair_id"]]
+        assert (r["prompt_len"], r["truncated"]) == (len(pair.prompt), pair.truncated)
+        assert r["chosen_len"] == len(pair.chosen) and r["rejected_len"] == len(pair.rejected)
+        assert r["shared_len"] == parts(pair).common
+        ratios = [r[f"logp_{s}"] - r[f"ref_logp_{s}"] for s in ("chosen", "rejected")]
+        assert r["margin"] == pytest.approx(ratios[0] - ratios[1], abs=1e-4)
+    assert {r["truncated"] for r in trained} == {True, False}
+
+    records = steps(straight)
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["split"] == "train":
+            at = records["step"].index(line["step"])
+            assert line["learning_rate"] == records["lr"][at]
+            first = 3 * ((line["step"] - 1) // 3)  # logging_steps
+            shown = [r for r in trained if first < r["step"] <= line["step"]]
+        else:
+            shown = [r for r in rows if (r["step"], r["split"]) == (line["step"], line["split"])]
+            for name in dataset.behaviors:
+                own = [r["margin"] for r in shown if r["behavior"] == name]
+                ours = line[f"behavior/{name}/rewards/margins"]
+                assert ours == pytest.approx(base.beta * np.mean(own), rel=1e-6, abs=1e-9)
+        margins = np.array([r["margin"] for r in shown])
+        expected = base.beta * margins.mean()
+        assert line["rewards/margins"] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert line["rewards/accuracies"] == pytest.approx((margins > 0).mean())
+    # The warm-up's first step has rate 0, its second the first part of the way.
+    assert records["lr"][:3] == pytest.approx([0.0, base.learning_rate / 2, base.learning_rate])
 
 
 def test_the_final_model_loads_as_any_other(straight: Path) -> None:
@@ -166,6 +206,33 @@ def test_output_folders_that_cannot_be(base: Config, tmp_path: Path) -> None:
         run(base, tmp_path / "file" / "run")
     with pytest.raises(ValueError, match="also model_name_or_path"):
         run(base, Path(base.model_name_or_path))
+
+
+def test_a_resumed_run_needs_its_own_data_and_a_refusal_changes_nothing(
+    base: Config, tiny_data: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    folder = run(base, tmp_path / "run", dataset_name=(str(data),), max_steps=5)
+    file = data / "polite.jsonl"
+    file.write_text(file.read_text().replace("Thank you", "Thanks", 1))
+    with pytest.raises(ValueError, match="changed since this run began"):
+        run(base, folder, dataset_name=(str(data),), max_steps=9)
+
+    shutil.rmtree(folder / "records")
+    for checkpoint in (4, 3):
+        shutil.copytree(folder / "checkpoint-5", folder / f"checkpoint-{checkpoint}")
+    before = sorted(p.name for p in folder.glob("checkpoint-*"))
+    file.write_text(file.read_text().replace("Thanks", "Thank you", 1))
+    with pytest.raises(ValueError, match="cannot resume the records"):
+        run(base, folder, dataset_name=(str(data),), max_steps=9)
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == before
+
+    (folder / "config.yaml").unlink()
+    with pytest.raises(ValueError, match="no config.yaml"):
+        run(base, folder, dataset_name=(str(data),), max_steps=9)
 
 
 def test_config_is_written_resolved(straight: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -114,6 +115,14 @@ def test_incomplete_or_unreadable_is_refused(
     lost = whole["pair_id"][0].as_py()
     with pytest.raises(ValueError, match=f"lacks 1 of {len(pairs)} pairs.*{lost}"):
         with_reference(model, pairs, cache_dir=str(tmp_path))
+    pq.write_table(whole.slice(0, 0), file)
+    with pytest.raises(ValueError, match=f"lacks {len(pairs)} of"):
+        with_reference(model, pairs, cache_dir=str(tmp_path))
+    infinite = pa.array([-np.inf] + [-1.0] * (len(pairs) - 1), pa.float32())
+    pq.write_table(whole.set_column(1, "ref_chosen", infinite), file)
+    with pytest.raises(ValueError, match="not finite"):
+        with_reference(model, pairs, cache_dir=str(tmp_path), check_pairs=0)
+    pq.write_table(whole, file)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):
         with_reference(model, pairs, cache_dir=str(tmp_path))

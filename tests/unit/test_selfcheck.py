@@ -107,3 +107,36 @@ def test_weights_that_are_not_there_or_not_safetensors(
     torch.save({"lm_head.weight": torch.zeros(2)}, pickled / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(Config(model_name_or_path=str(pickled), max_length=64))
+
+
+@pytest.mark.parametrize("damage", ["one weight missing", "file cut", "not a number"])
+def test_damaged_weights_are_refused(damage: str, tmp_path: Path, tiny_model_dir: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_model_dir, folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.1.mlp.down_proj.weight"
+    if damage == "file cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "one weight missing":
+        del weights[name]
+        save_file(weights, file, metadata={"format": "pt"})
+    else:
+        weights[name][0, 0] = torch.nan
+        save_file(weights, file, metadata={"format": "pt"})
+    said = {
+        "one weight missing": f"1 weights are not in its files.*{name}",
+        "file cut": "cannot be loaded",
+        "not a number": "not finite",
+    }
+    with pytest.raises(ValueError, match=said[damage]):
+        check_model(load_model(Config(model_name_or_path=str(folder), max_length=64)), some_pairs())
+
+
+def test_devices_that_are_not_there() -> None:
+    with pytest.raises(ValueError, match="device='cuda:99'"):
+        load_model(Config(device="cuda:99"), tokenizer=object())

@@ -106,11 +106,12 @@ def test_a_step_goes_down_the_gradient_of_the_mean(setup: Any) -> None:
     assert fallen == pytest.approx(1.0, abs=0.05)
 
 
-def test_a_loss_that_is_not_finite_leaves_the_weights_and_names_the_pair(setup: Any) -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_not_finite_leaves_the_weights_and_names_the_pair(setup: Any, sign: int) -> None:
     config, model, pairs = setup
     batch = pack_pairs(pairs)
     reference = batch.ref_chosen.clone()
-    reference[2] = torch.inf
+    reference[2] = sign * torch.inf  # -inf: the margin is infinite, the loss a finite 0
     batch = type(batch)(**{**vars(batch), "ref_chosen": reference})
     optimizer = build_optimizer(model.module.named_parameters(), config)
     before = [p.detach().clone() for p in model.module.parameters()]
