@@ -50,6 +50,8 @@ clean: ## remove the environment and the tools' caches; runs/ stays
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --quiet --no-compile --no-deps -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) install --quiet --no-compile -c constraints.txt -e .
+	@# Compiles what a run imports, so that the first run does not wait for it; all of it would take longer.
+	$(BIN)/python -c "import fastpref.train, fastpref.report.html, matplotlib.pyplot, transformers.models.llama.modeling_llama"
 	@touch $@
 
 .venv/.dev: .venv/.runtime
