@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def trainer_optimizer(module: nn.Module, config: Config, optim: str) -> torch.op
     from transformers import Trainer, TrainingArguments
 
     args = TrainingArguments(
-        output_dir="unused",
+        output_dir=tempfile.mkdtemp(),
         optim=optim,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
@@ -107,7 +108,7 @@ def test_schedule_equals_transformers(kind: str, ratio: float) -> None:
 
     total = 37
     config = Config(lr_scheduler_type=kind, warmup_ratio=ratio, learning_rate=3e-4)
-    args = TrainingArguments(output_dir="unused", warmup_steps=ratio, use_cpu=True)
+    args = TrainingArguments(output_dir=tempfile.mkdtemp(), warmup_steps=ratio, use_cpu=True)
     warmup = total if ratio == 1.0 else args.get_warmup_steps(total)
     weight = nn.Parameter(torch.zeros(2))
     theirs_optimizer = torch.optim.SGD([weight], lr=config.learning_rate)
