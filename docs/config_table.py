@@ -9,8 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fastpref.config import GROUPS, RANGES, Config, field_types  # noqa: E402
+from fastpref.config import GROUPS, Config, field_types  # noqa: E402
 from fastpref.config_names import ELSEWHERE, ELSEWHERE_PREFIXES  # noqa: E402
+from fastpref.config_values import RANGES  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
 MARK = "<!-- made by docs/config_table.py; do not edit below -->\n"

@@ -11,41 +11,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fastpref.config_names import ELSEWHERE, ELSEWHERE_PREFIXES, LATER
+from fastpref.config_names import ELSEWHERE, ELSEWHERE_PREFIXES
+from fastpref.config_rules import check_combinations
+from fastpref.config_values import ConfigError, check_value, parse_value, read_yaml
 
 GROUPS = ("model", "data", "run", "loss", "optimizer", "batch", "intervals", "dynamics")
-
-RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "positive": ("more than 0", lambda v: v > 0),
-    "at least 1": ("1 or more", lambda v: v >= 1),
-    "at least 0": ("0 or more", lambda v: v >= 0),
-    "fraction": ("0 <= value < 1", lambda v: 0 <= v < 1),
-    "ratio": ("0 <= value <= 1", lambda v: 0 <= v <= 1),
-    "smoothing": ("0 <= value < 0.5 (at 0.5 there is nothing to learn)", lambda v: 0 <= v < 0.5),
-    "steps": ("-1 (let num_train_epochs decide) or 1 or more", lambda v: v == -1 or v >= 1),
-    "length": ("2 or more (one prompt and one completion token)", lambda v: v >= 2),
-    "seed": ("0 <= value < 2**63", lambda v: 0 <= v < 2**63),
-}
-
-
-class ConfigError(ValueError):
-    """A wrong value; `field` names the key it belongs to."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field = field
-        self.reason = reason
 
 
 def _field(
@@ -212,10 +192,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            value = _parse(spec.name, getattr(self, spec.name))
+            value = parse_value(spec.name, field_types()[spec.name], getattr(self, spec.name))
             object.__setattr__(self, spec.name, value)
-            _check_value(spec, value)
-        _check_combinations(self)
+            check_value(spec, value)
+        check_combinations(self)
 
     @property
     def part_steps(self) -> int:
@@ -272,7 +252,7 @@ def load_config(
     values: dict[str, Any] = {}
     where: dict[str, str] = {}
     if path is not None:
-        for name, line, value in _read_yaml(Path(path)):
+        for name, line, value in read_yaml(Path(path)):
             if name not in field_names():
                 raise ValueError(f"{path}:{line}: {name}: {explain_unknown(name)}")
             if name in values:
@@ -289,123 +269,3 @@ def load_config(
     except ConfigError as error:
         place = where.get(error.field, error.field)
         raise ValueError(f"{place}: {error.reason}") from None
-
-
-def _read_yaml(path: Path) -> list[tuple[str, int, Any]]:
-    """(key, line, value) of every entry of a flat YAML mapping."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot read the configuration: {error}") from None
-    try:
-        loader = yaml.SafeLoader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return []
-            if not isinstance(node, yaml.MappingNode):
-                raise ValueError(
-                    f"expected lines `key: value`, got a {type(node).__name__[:-4].lower()}"
-                )
-            return [
-                (str(key.value), key.start_mark.line + 1, loader.construct_object(value, deep=True))
-                for key, value in node.value
-            ]
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: dates and numbers that are none
-        raise ValueError(f"{path}: not valid YAML of flat keys: {error}") from None
-
-
-def _parse(name: str, value: Any) -> Any:
-    """`value`, typed or as text, as the type of field `name`."""
-    kind = field_types()[name]
-    if types.NoneType in typing.get_args(kind):
-        if value is None:
-            return None
-        kind = next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
-    if kind == tuple[str, ...]:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_parse_str(name, item) for item in items)
-    parser: Callable[[str, Any], Any] = {
-        bool: _parse_bool, int: _parse_int, float: _parse_float, str: _parse_str
-    }[kind]  # fmt: skip
-    return parser(name, value)
-
-
-def _parse_bool(name: str, value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    raise ConfigError(name, f"expected true or false, got {value!r}")
-
-
-def _parse_int(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, int | str) and not isinstance(value, bool):
-            return int(value)
-    except ValueError:
-        pass
-    raise ConfigError(name, f"expected a whole number, got {value!r}")
-
-
-def _parse_float(name: str, value: Any) -> float:
-    # YAML 1.1 reads 1e-6 (no dot) as text, so text is accepted from files as well.
-    try:
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            number = float(value)
-            if math.isfinite(number):
-                return number
-    except (ValueError, OverflowError):
-        pass
-    raise ConfigError(name, f"expected a finite number, got {value!r}")
-
-
-def _parse_str(name: str, value: Any) -> str:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, bool) and name == "append_eos":
-        return str(value).lower()
-    if isinstance(value, bool) and name == "resume_from_checkpoint":
-        raise ConfigError(name, f"set {'auto' if value else 'none'} or a folder, got {value}")
-    if isinstance(value, list | tuple):
-        raise ConfigError(name, f"expected one value, got a list of {len(value)}: {value!r}")
-    if not isinstance(value, str):
-        raise ConfigError(name, f"expected text, got {value!r}; put it in quotes if it is meant")
-    if not value:
-        raise ConfigError(name, "expected text, got an empty string")
-    return value
-
-
-def _check_value(spec: dataclasses.Field[Any], value: Any) -> None:
-    choices, within = spec.metadata["choices"], spec.metadata["within"]
-    if choices and value not in choices:
-        later = LATER.get((spec.name, value), "")
-        raise ConfigError(spec.name, f"expected {' or '.join(choices)}, got {value!r}{later}")
-    if within and value is not None:
-        text, holds = RANGES[within]
-        if not holds(value):
-            raise ConfigError(spec.name, f"expected {text}, got {value!r}")
-
-
-def _check_combinations(config: Config) -> None:
-    device = config.device
-    if device not in ("auto", "cpu", "cuda"):
-        if not (device.startswith("cuda:") and device[5:].isdecimal()):
-            raise ConfigError("device", f"expected auto, cpu, cuda or cuda:N, got {device!r}")
-    both = sorted(set(config.dataset_name) & set(config.eval_dataset_name))
-    if both:
-        raise ConfigError(
-            "eval_dataset_name",
-            f"{both[0]!r} is in dataset_name too, so it would not be held out; leave "
-            "eval_dataset_name empty and set eval_fraction, or name other files",
-        )
-    resume = config.resume_from_checkpoint
-    if config.overwrite_output_dir and resume not in ("auto", "none"):
-        if Path(os.path.abspath(resume)).is_relative_to(os.path.abspath(config.output_dir)):
-            raise ConfigError(
-                "overwrite_output_dir",
-                f"true would remove the checkpoint {resume!r} that resume_from_checkpoint names; "
-                "set overwrite_output_dir: false or another output_dir",
-            )
