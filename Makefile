@@ -55,5 +55,5 @@ clean: ## remove the environment and the tools' caches; runs/ stays
 	@touch $@
 
 .venv/.dev: .venv/.runtime
-	$(PIP) install --quiet --no-compile -c constraints.txt -e ".[dev,trl]"
+	$(PIP) install --quiet --no-compile -c constraints.txt -e ".[dev,trl,lora,datasets,tensorboard]"
 	@touch $@
