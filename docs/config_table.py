@@ -44,6 +44,7 @@ def _values(spec: dataclasses.Field[object]) -> str:
         return "`true`, `false`"
     words = {str: "text", int: "whole number", float: "number", tuple[str, ...]: "list of text"}
     words |= {int | None: "whole number or `null`", str | None: "text or `null`"}
+    words |= {float | None: "number or `null`", tuple[float, ...]: "list of numbers"}
     within = spec.metadata["within"]
     return words[kind] + (f", {RANGES[within][0]}" if within else "")
 
@@ -54,6 +55,8 @@ def _default(spec: dataclasses.Field[object]) -> str:
         return "`null`"
     if default == ():
         return "empty"
+    if isinstance(default, tuple):
+        return _code(", ".join(map(str, default)))
     return _code(str(default).lower() if isinstance(default, bool) else default)
 
 

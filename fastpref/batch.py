@@ -7,13 +7,15 @@ nothing is predicted from it. T packed tokens, R rows, P pairs, S = 3 P segments
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 GROUP = 3  # segments of a pair: shared, chosen rest, rejected rest
+# Under ld_alpha: shared, chosen rest and its tail, rejected rest and its tail.
+GROUP_WITH_TAILS = 5
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class PairBatch:
     A *row* is one scored position: the hidden state at ``rows[r]`` predicts ``target[r]``. The last
     token of a prefix may stand in ``rows`` twice, once for each completion's first own token.
     Segment 3p holds the rows that both completions of pair p share, 3p+1 the chosen one's own,
-    3p+2 the rejected one's own.
+    3p+2 the rejected one's own; `with_tails` cuts the latter two in two.
     """
 
     tokens: Tensor  # (T,) int64
@@ -42,6 +44,7 @@ class PairBatch:
     ref_chosen: Tensor  # (P,) float32, reference log-prob in nats; nan = not known
     ref_rejected: Tensor  # (P,) float32
     lengths: tuple[tuple[int, int, int], ...]  # host copy of (prefix, chosen, rejected) lengths
+    group: int = GROUP  # segments of a pair
 
     @property
     def num_pairs(self) -> int:
@@ -55,8 +58,34 @@ class PairBatch:
 
     @property
     def num_segments(self) -> int:
-        """S = 3 P."""
-        return GROUP * self.num_pairs
+        """S = 3 P (5 P with tails)."""
+        return self.group * self.num_pairs
+
+    @property
+    def shared_scored(self) -> Tensor:
+        """(P,) scored tokens that both completions start with."""
+        return torch.bincount(self.segment_id, minlength=self.num_segments)[:: self.group]
+
+    def with_tails(self) -> PairBatch:
+        """The same batch in 5 segments a pair: each rest ends in a tail of its own.
+
+        The tail is what lies beyond the length of the pair's shorter completion, so at most one of
+        the two has rows. Segments 5p + 0, 1, 2, 3, 4: shared, chosen, its tail, rejected, its tail.
+        """
+        segment = self.segment_id.long()
+        count = torch.bincount(segment, minlength=self.num_segments)
+        place = (
+            torch.arange(len(segment), device=segment.device) - (count.cumsum(0) - count)[segment]
+        )
+        pair, part = segment // GROUP, segment % GROUP
+        place += torch.where(part > 0, count[GROUP * pair], 0)  # within the completion, from 0
+        shorter = torch.minimum(self.chosen_scored, self.rejected_scored)
+        own = torch.tensor([0, 1, 3], device=segment.device)[part] + (place >= shorter[pair])
+        return replace(
+            self,
+            segment_id=(GROUP_WITH_TAILS * pair + own).to(self.segment_id.dtype),
+            group=GROUP_WITH_TAILS,
+        )
 
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch on ``device``; copies from pinned memory do not wait."""
@@ -86,11 +115,12 @@ class PairBatch:
                 f"rows outside 0..{self.num_tokens - 1}",
             )
         _demand(
-            torch.equal(self.pair_of_token[self.rows], segment // GROUP),
+            torch.equal(self.pair_of_token[self.rows], segment // self.group),
             "a row points at a token of another pair",
         )
-        counts = torch.bincount(segment, minlength=self.num_segments).view(-1, GROUP)
-        scored = torch.stack([counts[:, 0] + counts[:, 1], counts[:, 0] + counts[:, 2]])
+        counts = torch.bincount(segment, minlength=self.num_segments).view(-1, self.group)
+        shared, rests = counts[:, 0], counts[:, 1:].view(self.num_pairs, 2, -1).sum(dim=2)
+        scored = torch.stack([shared + rests[:, 0], shared + rests[:, 1]])
         declared = torch.stack([self.chosen_scored, self.rejected_scored])
         _demand(torch.equal(scored, declared), "chosen_scored/rejected_scored disagree with rows")
         if vocab_size is not None:

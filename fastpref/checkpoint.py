@@ -2,6 +2,7 @@
 
     <run>/checkpoint-<step>/
       model.safetensors config.json tokenizer*   what AutoModelForCausalLM.from_pretrained reads
+      reference/                                  the same, of a reference that moves
       optimizer.safetensors optimizer.json        tensors by parameter number; groups and scalars
       rng.safetensors                             generators of every rank, as tensors
       trainer_state.json                          step, schedule, counters of the loop
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 FORMAT = "fastpref-checkpoint"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+REFERENCE = "reference"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _REPLACED = re.compile(r"\.tmp-replaced-(checkpoint-\d+)-\d+")
 
@@ -51,6 +53,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     counters: dict[str, Any]  # of the loop; anything JSON can hold exactly
+    reference: nn.Module | None = None  # one that follows the policy
 
 
 def save_checkpoint(
@@ -97,6 +100,8 @@ def load_checkpoint(
     if verify:
         verify_checkpoint(folder)
     _load_model(folder, state.module)
+    if state.reference is not None:
+        _load_model(folder / REFERENCE, state.reference)
     _load_optimizer(folder, state.optimizer)
     saved = _read_json(folder / "trainer_state.json")
     state.schedule.load_state_dict(saved["schedule"])
@@ -187,6 +192,8 @@ def remove_checkpoints_after(output_dir: str | os.PathLike[str], step: int) -> N
 
 def _write(folder: Path, step: int, state: TrainState, generators: dict[str, Tensor]) -> None:
     state.module.save_pretrained(folder)  # type: ignore[operator]
+    if state.reference is not None:
+        state.reference.save_pretrained(folder / REFERENCE)  # type: ignore[operator]
     if state.tokenizer is not None:
         state.tokenizer.save_pretrained(folder)
     tensors, layout = _split_optimizer_state(state.optimizer)

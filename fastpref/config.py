@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from fastpref.config_loss import resolve_losses
 from fastpref.config_names import ELSEWHERE, ELSEWHERE_PREFIXES
 from fastpref.config_rules import check_combinations
 from fastpref.config_values import ConfigError, check_value, parse_value, read_yaml
@@ -104,10 +105,51 @@ class Config:
     )
     seed: int = _field(0, "run", "Of the order, the split, dropout and sketches.", within="seed")
 
-    loss_type: str = _field("sigmoid", "loss", "A name of the loss table: sigmoid, ipo.")
+    loss_type: tuple[str, ...] = _field(
+        ("sigmoid",), "loss", "Names of the loss table (docs/losses.md), one or a list to add up."
+    )
+    loss_weights: tuple[float, ...] = _field(
+        (), "loss", "Weight of each loss of a list, in its order; empty: 1 each."
+    )
     beta: float = _field(0.1, "loss", "Strength of the pull to the reference.", within="positive")
     label_smoothing: float = _field(
-        0.0, "loss", "Probability that a label is wrong (conservative DPO).", within="smoothing"
+        0.0, "loss", "Probability that a label is wrong, for losses that know of it.",
+        within="smoothing",
+    )  # fmt: skip
+    f_divergence_type: str = _field(
+        "reverse_kl",
+        "loss",
+        "Divergence from the reference that the rewards are derived from.",
+        ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    )
+    f_alpha_divergence_coef: float = _field(0.5, "loss", "Alpha of alpha_divergence.")
+    ld_alpha: float | None = _field(
+        None,
+        "loss",
+        "Weight of the tokens beyond the shorter completion's length (LD-DPO); null: 1.",
+        within="ratio",
+    )
+    use_weighting: bool = _field(
+        False, "loss", "Weigh pairs by how likely the policy is to write them (WPO)."
+    )
+    discopop_tau: float = _field(0.05, "loss", "Temperature of discopop.", within="positive")
+    simpo_gamma: float = _field(
+        0.5, "loss", "Margin that simpo asks for, beta included.", within="at least 0"
+    )
+    cpo_alpha: float | None = _field(
+        None, "loss", "Weight of cpo's likelihood term; null: 1.", within="at least 0"
+    )
+    rpo_alpha: float | None = _field(
+        None, "loss", "Weight of rpo's likelihood term; null: 1.", within="at least 0"
+    )
+    sync_ref_model: bool = _field(
+        False, "loss", "The reference follows the policy (TR-DPO); a second model in memory."
+    )
+    ref_model_mixup_alpha: float = _field(
+        0.6, "loss", "Part of the policy in the reference at every sync.", within="mixup"
+    )
+    ref_model_sync_steps: int = _field(
+        512, "loss", "Steps between two syncs of the reference.", within="at least 1"
     )
 
     optim: str = _field("adamw_torch", "optimizer", "Optimizer.", ("adamw_torch", "sgd"))
@@ -195,6 +237,8 @@ class Config:
             value = parse_value(spec.name, field_types()[spec.name], getattr(self, spec.name))
             object.__setattr__(self, spec.name, value)
             check_value(spec, value)
+        names = resolve_losses(self.loss_type, self.label_smoothing)
+        object.__setattr__(self, "loss_type", names)
         check_combinations(self)
 
     @property
@@ -224,7 +268,7 @@ def field_names() -> tuple[str, ...]:
 
 @functools.cache
 def field_types() -> dict[str, Any]:
-    """Name -> resolved type: str, int, float, bool, `int | None`, `str | None`, tuple of str."""
+    """Name -> resolved type: str, int, float, bool, one of them or None, tuple of str or float."""
     return typing.get_type_hints(Config)
 
 

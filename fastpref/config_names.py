@@ -28,9 +28,9 @@ ELSEWHERE: dict[str, str] = {
     "max_completion_length": "removed (in TRL too): max_length bounds prompt and completion "
     "together",
     "truncation_mode": "the end is cut (TRL's keep_start); set max_length",
-    "reference_free": "every loss of this version compares with the reference; " + NOT_YET,
-    "rpo_alpha": "the added SFT term is " + NOT_YET,
-    "loss_weights": "several losses at once are " + NOT_YET + " and give one loss_type",
+    "reference_free": "set loss_type to a loss without a reference: simpo, orpo, cpo or sft",
+    "gamma_beta_ratio": "set simpo_gamma: beta x gamma_beta_ratio",
+    "alpha": "AlphaPO's reward is " + NOT_YET,
     "bf16": DTYPE,
     "fp16": DTYPE + "; float16 needs loss scaling, which this version has not",
     "tf32": DTYPE,
@@ -65,7 +65,6 @@ ELSEWHERE: dict[str, str] = {
     "torch_compile": NOT_YET,
     "lr_scheduler_kwargs": NOT_YET,
     "ref_model": "the reference is the model as it stands before the first step; remove it",
-    "sync_ref_model": "the reference is the model as it stands before the first step; remove it",
 }
 ELSEWHERE_PREFIXES: dict[str, str] = {
     "lora_": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",

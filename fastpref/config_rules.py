@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastpref.config_loss import check_losses
 from fastpref.config_values import ConfigError
 
 
@@ -22,6 +23,7 @@ def check_combinations(config: Any) -> None:
             f"{both[0]!r} is in dataset_name too, so it would not be held out; leave "
             "eval_dataset_name empty and set eval_fraction, or name other files",
         )
+    check_losses(config)
     resume = config.resume_from_checkpoint
     if config.overwrite_output_dir and resume not in ("auto", "none"):
         if Path(os.path.abspath(resume)).is_relative_to(os.path.abspath(config.output_dir)):

@@ -23,6 +23,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "at least 1": ("1 or more", lambda v: v >= 1),
     "at least 0": ("0 or more", lambda v: v >= 0),
     "fraction": ("0 <= value < 1", lambda v: 0 <= v < 1),
+    "mixup": ("0 < value <= 1", lambda v: 0 < v <= 1),
     "ratio": ("0 <= value <= 1", lambda v: 0 <= v <= 1),
     "smoothing": ("0 <= value < 0.5 (at 0.5 there is nothing to learn)", lambda v: 0 <= v < 0.5),
     "steps": ("-1 (let num_train_epochs decide) or 1 or more", lambda v: v == -1 or v >= 1),
@@ -72,9 +73,10 @@ def parse_value(name: str, kind: Any, value: Any) -> Any:
         if value is None:
             return None
         kind = next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
-    if kind == tuple[str, ...]:
+    if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_parse_str(name, item) for item in items)
+        parse = _parse_float if kind == tuple[float, ...] else _parse_str
+        return tuple(parse(name, item) for item in items)
     parser: Callable[[str, Any], Any] = {
         bool: _parse_bool, int: _parse_int, float: _parse_float, str: _parse_str
     }[kind]  # fmt: skip

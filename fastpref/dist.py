@@ -83,6 +83,14 @@ def all_gather(tensor: Tensor) -> list[Tensor]:
     return parts
 
 
+def all_gather_rows(rows: Tensor) -> list[Tensor]:
+    """The (n, C) matrices of all ranks in rank order; n may differ between ranks and be 0."""
+    counts = [int(n) for n in all_gather(torch.tensor(len(rows), device=rows.device))]
+    padded = rows.new_zeros(max(counts), rows.shape[1])
+    padded[: len(rows)] = rows
+    return [part[:n] for part, n in zip(all_gather(padded), counts, strict=True)]
+
+
 def all_reduce_gradients(
     parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET_BYTES
 ) -> None:

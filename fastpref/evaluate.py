@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from fastpref.batch import PairBatch
 from fastpref.config import Config
@@ -17,8 +18,8 @@ from fastpref.dynamics.recorder import MetricsLog, Recorder
 from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
 from fastpref.losses import Loss
 from fastpref.model import PairModel
-from fastpref.observe import Columns, column_metrics, concatenate, pair_columns
-from fastpref.step import evaluate
+from fastpref.observe import Columns, concatenate, pair_columns, result_metrics
+from fastpref.step import PairResult, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +40,12 @@ class Evaluator:
         plan = plan_microbatches(fed_tokens(pairs), np.arange(len(pairs)), budget)
         return [pack_pairs([pairs[i] for i in own]) for own in plan]
 
-    def columns(self, model: PairModel, loss: Loss, split: str) -> Columns:
-        """Columns of the `pairs` table for every pair of ``split``."""
-        return concatenate(
-            pair_columns(evaluate(model, batch.to(model.device), loss, self.config))
-            for batch in self.batches[split]
-        )
+    def results(
+        self, model: PairModel, loss: Loss, split: str, reference: PairModel | None = None
+    ) -> list[PairResult]:
+        """Every pair of ``split``, all together as one step; ``reference`` as in `train_step`."""
+        batches = (batch.to(model.device) for batch in self.batches[split])
+        return evaluate(model, batches, loss, self.config, reference=reference)
 
     def run(
         self,
@@ -54,6 +55,7 @@ class Evaluator:
         epoch: float,
         metrics: MetricsLog,
         recorder: Recorder | None,
+        reference: PairModel | None = None,
     ) -> dict[str, dict[str, float]]:
         """Evaluate both splits after ``step``; a metrics line and records each.
 
@@ -66,30 +68,46 @@ class Evaluator:
         for split, batches in self.batches.items():
             if not batches:
                 continue
-            columns = self.columns(model, loss, split)
+            results = self.results(model, loss, split, reference)
+            columns = concatenate(pair_columns(result) for result in results)
             rows = behavior_rows(self.behaviors, columns["behavior"], **_measured(columns))
             if recorder:
                 recorder.pairs(step, split, epoch, **columns)
                 rows = recorder.behaviors(step, split, rows)
-            line = column_metrics(columns, self.config.beta)
+            line = result_metrics(results)
+            margins = _reward_margins(results, len(self.behaviors))
             for row in rows:
-                line |= _behavior_metrics(row, self.config.beta)
+                line |= _behavior_metrics(row, margins[self.behaviors.index(str(row["behavior"]))])
             metrics.append({"step": step, "epoch": epoch, "split": split, **line})
             found[split] = line
         return found
 
 
 def _measured(columns: Columns) -> Columns:
-    names = ("margin", "weight", "loss", "logp_chosen", "logp_rejected", "ref_logp_chosen")
-    return {name: columns[name] for name in names}
+    names = (
+        "margin",
+        "weight",
+        "loss",
+        "logp_chosen",
+        "logp_rejected",
+        "ref_logp_chosen",
+        "reward_accuracy",
+    )
+    return {name: columns[name] for name in names if name in columns}
 
 
-def _behavior_metrics(row: Mapping[str, object], beta: float) -> dict[str, float]:
+def _reward_margins(results: Sequence[PairResult], behaviors: int) -> np.ndarray:
+    """(K,) mean reward margin of every behavior; 0 where a behavior has no pair."""
+    index = torch.cat([r.batch.behavior for r in results]).cpu().numpy()
+    margin = torch.cat([(r.reward_chosen - r.reward_rejected).double() for r in results])
+    total = np.bincount(index, margin.cpu().numpy(), behaviors)
+    return total / np.maximum(np.bincount(index, minlength=behaviors), 1)
+
+
+def _behavior_metrics(row: Mapping[str, object], reward_margin: float) -> dict[str, float]:
     name = f"behavior/{row['behavior']}"
-    margin = row["margin"]
-    assert isinstance(margin, float)
     return {
-        f"{name}/rewards/margins": beta * margin,
+        f"{name}/rewards/margins": float(reward_margin),
         f"{name}/rewards/accuracies": row["reward_accuracy"],  # type: ignore[dict-item]
         f"{name}/update_rate": row.get("rate_obs"),  # type: ignore[dict-item]
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from fastpref_kernels import LinearLogprob, linear_logprob
 from torch import Tensor, nn
 
 from fastpref import attention, base, dist
-from fastpref.batch import GROUP, PairBatch
+from fastpref.batch import PairBatch
 from fastpref.config import Config
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,10 @@ class PairModel:
             )
         return out.last_hidden_state[0]
 
-    def logp(self, batch: PairBatch, norms: str | None = None) -> LinearLogprob:
-        """Log-probabilities of the batch's 3 P segments; `norms` as in `linear_logprob`."""
+    def logp(
+        self, batch: PairBatch, norms: str | None = None, stats: Sequence[str] = ()
+    ) -> LinearLogprob:
+        """Log-probabilities of the batch's segments; `norms`, `stats` as in `linear_logprob`."""
         hidden, head = self.hidden(batch).index_select(0, batch.rows), self.head
         return linear_logprob(
             hidden.to(self.dtype),
@@ -85,10 +87,11 @@ class PairModel:
             batch.target,
             batch.segment_id,
             num_segments=batch.num_segments,
-            group_size=GROUP,
+            group_size=batch.group,
             bias=None if head.bias is None else head.bias.to(self.dtype),
             softcap=head.softcap,
             logit_scale=head.logit_scale,
+            stats=stats,
             norms=norms,
         )
 

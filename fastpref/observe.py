@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from fastpref import dist
-from fastpref.batch import GROUP
 from fastpref.data.loader import StepPlan
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
@@ -23,7 +22,7 @@ Columns = dict[str, np.ndarray]
 def pair_columns(result: PairResult) -> Columns:
     """Columns of the `pairs` table, (P,) each, by two copies from the device."""
     batch, x = result.batch, result.x
-    shared = torch.bincount(batch.segment_id, minlength=batch.num_segments)[::GROUP]
+    shared = batch.shared_scored
     integers = {
         "pair_id": batch.pair_id,
         "behavior": batch.behavior,
@@ -31,18 +30,24 @@ def pair_columns(result: PairResult) -> Columns:
         "chosen_len": batch.chosen_scored,
         "rejected_len": batch.rejected_scored,
         "shared_len": shared,
+        "reward_accuracy": result.reward_chosen > result.reward_rejected,
     }
     numbers = {
         "logp_chosen": x.chosen,
         "logp_rejected": x.rejected,
-        "ref_logp_chosen": x.ref_chosen,
-        "ref_logp_rejected": x.ref_rejected,
         "margin": x.margin,
         "weight": result.weight,
         "loss": result.loss,
         **{f"head_{name}": value for name, value in result.norms.items()},
     }
-    return _to_host(integers) | _to_host({k: v.float() for k, v in numbers.items()})
+    if x.ref_chosen is not None and x.ref_rejected is not None:
+        numbers |= {"ref_logp_chosen": x.ref_chosen, "ref_logp_rejected": x.ref_rejected}
+    entropy = result.stats["entropy"]
+    numbers["entropy_chosen"] = entropy[0] / batch.chosen_scored
+    numbers["entropy_rejected"] = entropy[1] / batch.rejected_scored
+    columns = _to_host(integers) | _to_host({k: v.float() for k, v in numbers.items()})
+    columns["reward_accuracy"] = columns["reward_accuracy"].astype(bool)
+    return columns
 
 
 def concatenate(parts: Iterable[Columns]) -> Columns:
@@ -82,23 +87,78 @@ def record_step(
     )
 
 
-def pair_metrics(sums: Mapping[str, float], pairs: float, beta: float) -> dict[str, float]:
-    """TRL's metric names from sums over ``pairs`` pairs; rewards are beta x log-ratio."""
-    mean = {name: total / pairs for name, total in sums.items()}
-    chosen = beta * (mean["logp_chosen"] - mean["ref_logp_chosen"])
-    rejected = beta * (mean["logp_rejected"] - mean["ref_logp_rejected"])
+SUMMED = (
+    "pairs",
+    "chosen_tokens",
+    "rejected_tokens",
+    "loss",
+    "reward_chosen",
+    "reward_rejected",
+    "correct",
+    "logp_chosen",
+    "logp_rejected",
+    "entropy",
+    "top1",
+    "logit_chosen",
+    "logit_rejected",
+)
+
+
+def metric_sums(results: Iterable[PairResult], device: torch.device) -> torch.Tensor:
+    """(len(SUMMED),) float64: what TRL's metrics are made of, summed over the pairs."""
+    total = torch.zeros(len(SUMMED), dtype=torch.float64, device=device)
+    for result in results:
+        terms = _metric_terms(result)
+        total += torch.stack([terms[name].double() for name in SUMMED]).sum(dim=1)
+    return total
+
+
+def _metric_terms(result: PairResult) -> dict[str, torch.Tensor]:
+    """(P,) each."""
+    entropy, top1, logit = (result.stats[name] for name in ("entropy", "top1", "mean_logit"))
     return {
-        "loss": mean["loss"],
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": beta * mean["margin"],
-        "rewards/accuracies": mean["correct"],
-        "logps/chosen": mean["logp_chosen"],
-        "logps/rejected": mean["logp_rejected"],
+        "pairs": torch.ones_like(result.loss),
+        "chosen_tokens": result.batch.chosen_scored,
+        "rejected_tokens": result.batch.rejected_scored,
+        "loss": result.loss,
+        "reward_chosen": result.reward_chosen,
+        "reward_rejected": result.reward_rejected,
+        "correct": result.reward_chosen > result.reward_rejected,
+        "logp_chosen": result.x.chosen,
+        "logp_rejected": result.x.rejected,
+        "entropy": entropy[0] + entropy[1],
+        "top1": top1[0],
+        "logit_chosen": logit[0],
+        "logit_rejected": logit[1],
     }
 
 
-SUMMED = ("loss", "margin", "logp_chosen", "logp_rejected", "ref_logp_chosen", "ref_logp_rejected")
+def pair_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """TRL's metric names from `metric_sums`: means over pairs, and over tokens of the head's.
+
+    Of the shared tokens of a pair, which stand in both of its sequences, both are counted, as TRL
+    does. docs/losses.md says what each is.
+    """
+    pairs, chosen, rejected = (sums[k] for k in ("pairs", "chosen_tokens", "rejected_tokens"))
+    return {
+        "loss": sums["loss"] / pairs,
+        "rewards/chosen": sums["reward_chosen"] / pairs,
+        "rewards/rejected": sums["reward_rejected"] / pairs,
+        "rewards/margins": (sums["reward_chosen"] - sums["reward_rejected"]) / pairs,
+        "rewards/accuracies": sums["correct"] / pairs,
+        "logps/chosen": sums["logp_chosen"] / pairs,
+        "logps/rejected": sums["logp_rejected"] / pairs,
+        "logits/chosen": sums["logit_chosen"] / chosen,
+        "logits/rejected": sums["logit_rejected"] / rejected,
+        "entropy": sums["entropy"] / (chosen + rejected),
+        "mean_token_accuracy": sums["top1"] / chosen,
+    }
+
+
+def result_metrics(results: Sequence[PairResult]) -> dict[str, float]:
+    """`pair_metrics` of ``results`` that hold all pairs already."""
+    sums = metric_sums(results, results[0].loss.device).tolist()
+    return pair_metrics(dict(zip(SUMMED, sums, strict=True)))
 
 
 class Window:
@@ -114,36 +174,22 @@ class Window:
 
     @staticmethod
     def _empty() -> dict[str, float]:
-        return dict.fromkeys((*SUMMED, "correct", "pairs", "grad_norm", "steps"), 0.0)
+        return dict.fromkeys((*SUMMED, "grad_norm", "steps"), 0.0)
 
-    def add(self, columns: Columns | None, grad_norm: float) -> None:
-        """Add this rank's pairs of one step; ``columns`` is None where it had none."""
-        own = np.zeros(len(SUMMED) + 2)
-        if columns is not None:
-            own[:-2] = [columns[name].sum(dtype=np.float64) for name in SUMMED]
-            own[-2:] = (columns["margin"] > 0).sum(), len(columns["margin"])
-        total = dist.all_reduce_sum(torch.from_numpy(own).to(self.device)).tolist()
-        for name, value in zip((*SUMMED, "correct", "pairs"), total, strict=True):
+    def add(self, results: Sequence[PairResult], grad_norm: float) -> None:
+        """Add this rank's pairs of one step; there may be none."""
+        total = dist.all_reduce_sum(metric_sums(results, self.device)).tolist()
+        for name, value in zip(SUMMED, total, strict=True):
             self.sums[name] += value
         self.sums["grad_norm"] += grad_norm
         self.sums["steps"] += 1
 
-    def metrics(self, beta: float) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The means under TRL's names; empties the window."""
-        line = pair_metrics(self._pair_sums(), self.sums["pairs"], beta)
+        line = pair_metrics(self.sums)
         line["grad_norm"] = self.sums["grad_norm"] / self.sums["steps"]
         self.sums = self._empty()
         return line
-
-    def _pair_sums(self) -> dict[str, float]:
-        return {name: self.sums[name] for name in (*SUMMED, "correct")}
-
-
-def column_metrics(columns: Columns, beta: float) -> dict[str, float]:
-    """`pair_metrics` of columns that hold all pairs already."""
-    sums = {name: float(columns[name].sum(dtype=np.float64)) for name in SUMMED}
-    sums["correct"] = float((columns["margin"] > 0).sum())
-    return pair_metrics(sums, len(columns["margin"]), beta)
 
 
 def _to_host(columns: Mapping[str, torch.Tensor]) -> Columns:

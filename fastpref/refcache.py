@@ -26,6 +26,7 @@ from fastpref.base import cache_root
 from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
 from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel
+from fastpref.reference import sequence_logp
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +39,10 @@ PLAN_TOKENS = 8192
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def cache_key(model: PairModel, pairs: Sequence[TokenPair]) -> str:
+def cache_key(model: PairModel, pairs: Sequence[TokenPair], ld_alpha: float | None = None) -> str:
     """Digest (16 hex digits) of everything that decides the log-probs of ``pairs``."""
-    digest = hashlib.sha256(f"{FORMAT} {model.identity} {model.dtype}\n".encode())
+    weighted = "" if ld_alpha is None else f" ld_alpha {ld_alpha!r}"
+    digest = hashlib.sha256(f"{FORMAT} {model.identity} {model.dtype}{weighted}\n".encode())
     for pair in sorted(pairs, key=lambda p: p.pair_id):
         sizes = (pair.pair_id, len(pair.prompt), len(pair.chosen), len(pair.rejected))
         digest.update(np.array(sizes, "<i8").tobytes())
@@ -56,25 +58,34 @@ def with_reference(
     cache_dir: str | None = None,
     check_pairs: int = 8,
     seed: int = 0,
+    ld_alpha: float | None = None,
     progress: bool = True,
 ) -> list[TokenPair]:
     """``pairs`` with ``ref_chosen``, ``ref_rejected`` filled in from the cache, which is made first
     where it is missing. `model` must hold the reference weights.
 
-    Values that the data brought (columns ``ref_chosen_logps``, ``ref_rejected_logps``) are kept.
-    Raises ValueError where a cache file is incomplete or disagrees with the model.
+    Values that the data brought (columns ``ref_chosen_logps``, ``ref_rejected_logps``) are kept;
+    under ``ld_alpha`` they are refused, because sums cannot be weighted any more. Raises ValueError
+    where a cache file is incomplete or disagrees with the model.
     """
+    if ld_alpha is not None:
+        demand_no_given(pairs, "ld_alpha weighs tokens, which sums do not have any more")
     missing = [p for p in pairs if p.ref_chosen is None or p.ref_rejected is None]
     if not missing:
         return list(pairs)
     folder = Path(cache_dir).expanduser() if cache_dir else cache_root() / "reference"
-    path = folder / f"{cache_key(model, missing)}.parquet"
+    path = folder / f"{cache_key(model, missing, ld_alpha)}.parquet"
     if dist.is_main() and not path.exists():
-        _write(path, missing, reference_logp(model, missing, progress=progress), model)
+        _write(
+            path,
+            missing,
+            reference_logp(model, missing, ld_alpha=ld_alpha, progress=progress),
+            model,
+        )
     dist.barrier()
     cached = _read(path, missing)
     log.info("reference log-probs: %d pairs from %s", len(missing), path)
-    _spot_check(model, missing, cached, check_pairs, seed, path)
+    _spot_check(model, missing, cached, check_pairs, seed, ld_alpha, path)
     found = {p.pair_id: values for p, values in zip(missing, cached.tolist(), strict=True)}
     return [
         dataclasses.replace(p, ref_chosen=found[p.pair_id][0], ref_rejected=found[p.pair_id][1])
@@ -84,17 +95,29 @@ def with_reference(
     ]
 
 
-@torch.no_grad()
+def demand_no_given(pairs: Sequence[TokenPair], why: str) -> None:
+    """Raise ValueError where the data brought reference log-probs of its own."""
+    for pair in pairs:
+        if pair.ref_chosen is not None or pair.ref_rejected is not None:
+            raise ValueError(
+                f"pair {pair.pair_id} brings reference log-probs (columns ref_chosen_logps, "
+                f"ref_rejected_logps), but {why}. Remove the columns, or the option."
+            )
+
+
 def reference_logp(
-    model: PairModel, pairs: Sequence[TokenPair], *, progress: bool = False
+    model: PairModel,
+    pairs: Sequence[TokenPair],
+    *,
+    ld_alpha: float | None = None,
+    progress: bool = False,
 ) -> np.ndarray:
     """(N, 2) float32: summed log-probs in nats of chosen and rejected, in ``pairs``' order."""
     out = np.empty((len(pairs), 2), np.float32)
     with tqdm(total=len(pairs), unit="pair", desc="reference", disable=not progress) as bar:
         for own in reference_plan(pairs):
             batch = pack_pairs([pairs[i] for i in own]).to(model.device)
-            shared, chosen, rejected = model.logp(batch).logp.view(-1, 3).unbind(1)
-            both = torch.stack([shared + chosen, shared + rejected], dim=1)
+            both = torch.stack(sequence_logp(model, batch, ld_alpha), dim=1)
             out[own] = both.float().cpu().numpy()
             bar.update(len(own))
     return out
@@ -164,6 +187,7 @@ def _spot_check(
     cached: np.ndarray,
     count: int,
     seed: int,
+    ld_alpha: float | None,
     path: Path,
 ) -> None:
     """Compute a few random pairs again: a cache of other weights must not steer a run."""
@@ -171,7 +195,7 @@ def _spot_check(
     if not count:
         return
     drawn = np.random.default_rng(seed).choice(len(pairs), count, replace=False)
-    fresh = reference_logp(model, [pairs[i] for i in drawn])
+    fresh = reference_logp(model, [pairs[i] for i in drawn], ld_alpha=ld_alpha)
     scored = np.array([(len(pairs[i].chosen), len(pairs[i].rejected)) for i in drawn])
     error = np.abs(fresh - cached[drawn]) / scored
     worst = int(error.max(axis=1).argmax())

@@ -3,26 +3,39 @@
     packed batch -> body -> head on scored rows -> one log-prob per segment -> loss per pair
 
 The loss sees log-probs only, and its gradient reaches the model through one number per segment, so
-the step cuts the graph there: `loss.backward()` gives those numbers, `logp.backward(numbers)` takes
+the step cuts the graph there: `pair_slopes` gives those numbers, `logp.backward(numbers)` takes
 them through head and body. What the recorder wants is on the way and costs nothing more.
+
+Three losses tie the pairs of a step together. `sft` and `cpo` divide by its tokens, which are
+counted beforehand; `aot` sorts its pairs, which takes a forward over all of them first, where the
+step has several micro-batches or ranks (fastpref/slopes.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from fastpref_kernels import LinearLogprob
 from torch import Tensor
 
 from fastpref import dist
 from fastpref.batch import PairBatch
 from fastpref.config import Config
 from fastpref.errors import NonFiniteError
-from fastpref.losses import Loss, PairLogp, pair_logp, pair_norms
+from fastpref.losses import Loss, PairLogp, pair_norms, rewards, sequence_sums
 from fastpref.model import PairModel
 from fastpref.optim import clip_gradients
+from fastpref.reference import with_live_reference
+from fastpref.slopes import (
+    PairSlopes,
+    coupled_slopes,
+    mean_chosen_len,
+    pair_slopes,
+    tail_weight,
+    wanted_stats,
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +45,14 @@ class PairResult:
     batch: PairBatch
     x: PairLogp
     loss: Tensor  # (P,)
-    weight: Tensor  # (P,) -d loss / d margin; beta sigma(-beta m) for the sigmoid loss
+    # (P,) -d loss / d margin, beta sigma(-beta m) for the sigmoid loss; -d loss / d logp_chosen for
+    # losses of more than the margin
+    weight: Tensor
+    reward_chosen: Tensor  # (P,) beta x log-ratio, see losses.rewards
+    reward_rejected: Tensor  # (P,)
     norms: dict[str, Tensor]  # head-gradient norms (P,) each, see losses.pair_norms; or empty
+    # of the head, by name: sums (P,) over the scored tokens of the chosen and the rejected sequence
+    stats: dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,7 @@ def train_step(
     num_pairs: int,  # over all ranks and micro-batches: the divisor of the step's loss
     optimizer: torch.optim.Optimizer,
     norms: str | None,
+    reference: PairModel | None = None,  # one that moves; None: the log-probs of the batches
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then the optimizer.
 
@@ -61,7 +81,7 @@ def train_step(
     finite.
     """
     optimizer.zero_grad(set_to_none=True)
-    results = [backward(model, batch, loss, config, num_pairs, norms) for batch in batches]
+    results = _accumulate(model, batches, loss, config, num_pairs, norms, reference)
     total = torch.stack([r.loss.double().sum() for r in results]).sum() if results else None
     mean = dist.all_reduce_sum(
         torch.zeros((), dtype=torch.float64, device=model.device) if total is None else total
@@ -75,6 +95,42 @@ def train_step(
     return result
 
 
+def _accumulate(
+    model: PairModel,
+    batches: Iterable[PairBatch],
+    loss: Loss,
+    config: Config,
+    num_pairs: int,
+    norms: str | None,
+    reference: PairModel | None,
+) -> list[PairResult]:
+    """`backward` of every batch, with what the loss needs to know of the whole step."""
+    ready = _ready(batches, config, reference)
+    if not loss.batch_coupled:
+        return [backward(model, batch, loss, config, num_pairs, norms) for batch in ready]
+    whole = list(ready)
+    if loss.batch_coupled == "tokens":
+        length = mean_chosen_len(whole, num_pairs, model.device)
+        return [backward(model, b, loss, config, num_pairs, norms, step_len=length) for b in whole]
+    if len(whole) == dist.world_size() == 1:
+        return [backward(model, whole[0], loss, config, num_pairs, norms)]
+    slopes = coupled_slopes(model, whole, loss, config)
+    return [
+        backward(model, batch, loss, config, num_pairs, norms, asked=asked)
+        for batch, asked in zip(whole, slopes, strict=True)
+    ]
+
+
+def _ready(
+    batches: Iterable[PairBatch], config: Config, reference: PairModel | None
+) -> Iterator[PairBatch]:
+    """The batches with the segments and the reference log-probs that the loss reads."""
+    for batch in batches:
+        if reference is not None:
+            batch = with_live_reference(batch, reference, config.ld_alpha)
+        yield batch if config.ld_alpha is None else batch.with_tails()
+
+
 def backward(
     model: PairModel,
     batch: PairBatch,
@@ -82,49 +138,52 @@ def backward(
     config: Config,
     num_pairs: int,
     norms: str | None = None,
+    *,
+    step_len: Tensor | None = None,  # of a step that is more than this batch, see PairLogp
+    asked: PairSlopes | None = None,  # where the loss has been taken of the whole step already
 ) -> PairResult:
     """Adds the gradient of (sum of the batch's losses) / ``num_pairs`` to the parameters."""
-    head = model.logp(batch, norms)
-    logp = head.logp.detach().requires_grad_()
-    x = _pair_logp(logp, batch)
-    losses = loss.fn(x, config.beta, config.label_smoothing)
-    (losses.sum() / num_pairs).backward()
-    assert logp.grad is not None
-    head.logp.backward(logp.grad)
-    # The chosen rest is in the chosen sequence alone, so its gradient is d loss / d logp_chosen.
-    weight = -num_pairs * logp.grad.view(-1, 3)[:, 1]
-    return _result(batch, x, losses, weight, _norms(head.gram))
+    head = model.logp(batch, norms, wanted_stats(config))
+    if asked is None:
+        (asked,) = pair_slopes([(batch, head)], loss, config, step_len)
+    head.logp.backward(asked.slope / num_pairs)
+    return _result(batch, head, asked, loss, config)
 
 
 @torch.no_grad()
 def evaluate(
-    model: PairModel, batch: PairBatch, loss: Loss, config: Config, norms: str | None = None
-) -> PairResult:
-    """The same quantities without a gradient reaching the model."""
-    head = model.logp(batch, norms)
-    with torch.enable_grad():
-        logp = head.logp.detach().requires_grad_()
-        x = _pair_logp(logp, batch)
-        losses = loss.fn(x, config.beta, config.label_smoothing)
-        (slope,) = torch.autograd.grad(losses.sum(), logp)
-    return _result(batch, x, losses, -slope.view(-1, 3)[:, 1], _norms(head.gram))
-
-
-def _pair_logp(logp: Tensor, batch: PairBatch) -> PairLogp:
-    return pair_logp(
-        logp, batch.ref_chosen, batch.ref_rejected, batch.chosen_scored, batch.rejected_scored
-    )
-
-
-def _norms(gram: Tensor | None) -> dict[str, Tensor]:
-    return {} if gram is None else pair_norms(gram)
+    model: PairModel,
+    batches: Iterable[PairBatch],
+    loss: Loss,
+    config: Config,
+    norms: str | None = None,
+    reference: PairModel | None = None,
+) -> list[PairResult]:
+    """The same quantities without a gradient reaching the model; all batches are one step."""
+    ready = _ready(batches, config, reference)
+    forwards = [(batch, model.logp(batch, norms, wanted_stats(config))) for batch in ready]
+    return [
+        _result(batch, head, asked, loss, config)
+        for (batch, head), asked in zip(forwards, pair_slopes(forwards, loss, config), strict=True)
+    ]
 
 
 def _result(
-    batch: PairBatch, x: PairLogp, losses: Tensor, weight: Tensor, norms: dict[str, Tensor]
+    batch: PairBatch, head: LinearLogprob, asked: PairSlopes, loss: Loss, config: Config
 ) -> PairResult:
-    detached: dict[str, Any] = {k: v.detach() for k, v in vars(x).items()}
-    return PairResult(batch, PairLogp(**detached), losses.detach(), weight.detach(), norms)
+    stats = {
+        name: sequence_sums(getattr(head, name), batch.num_pairs) for name in wanted_stats(config)
+    }
+    return PairResult(
+        batch,
+        asked.x,
+        asked.loss,
+        # The chosen rest is in the chosen sequence alone: its slope is d loss / d logp_chosen.
+        -asked.slope.view(batch.num_pairs, -1)[:, 1],
+        *rewards(asked.x, config.beta, loss.per_token),
+        norms={} if head.gram is None else pair_norms(head.gram, tail_weight(config)),
+        stats=stats,
+    )
 
 
 def demand_finite(result: StepResult) -> None:
@@ -136,21 +195,14 @@ def demand_finite(result: StepResult) -> None:
     for pairs in result.pairs:
         odd = ~torch.isfinite(pairs.loss + pairs.x.margin)
         if bool(odd.any()):
+            x = pairs.x
+            columns = [pairs.batch.pair_id, x.chosen, x.rejected]
+            if x.ref_chosen is not None and x.ref_rejected is not None:
+                columns += [x.ref_chosen, x.ref_rejected]
             named = [
-                f"pair_id {i} (logp chosen {c:g}, rejected {r:g}; reference {rc:g}, {rr:g})"
-                for i, c, r, rc, rr in zip(
-                    *(
-                        v[odd].tolist()
-                        for v in (
-                            pairs.batch.pair_id,
-                            pairs.x.chosen,
-                            pairs.x.rejected,
-                            pairs.x.ref_chosen,
-                            pairs.x.ref_rejected,
-                        )
-                    ),
-                    strict=True,
-                )
+                f"pair_id {i} (logp chosen {c:g}, rejected {r:g}"
+                + (f"; reference {ref[0]:g}, {ref[1]:g})" if ref else ")")
+                for i, c, r, *ref in zip(*(v[odd].tolist() for v in columns), strict=True)
             ]
             raise NonFiniteError(f"loss or margin is not finite for {'; '.join(named[:8])}")
     raise NonFiniteError(

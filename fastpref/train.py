@@ -40,10 +40,11 @@ from fastpref.model import (
     resolve_device,
     resolve_dtype,
 )
-from fastpref.observe import Window, concatenate, pair_columns, record_step
+from fastpref.observe import Window, pair_columns, record_step
 from fastpref.optim import Schedule, build_optimizer, build_scheduler
 from fastpref.progress import Bar
-from fastpref.refcache import cache_key, with_reference
+from fastpref.refcache import cache_key, demand_no_given, with_reference
+from fastpref.reference import copy_reference, is_live, sync_reference
 from fastpref.selfcheck import check_model
 from fastpref.step import train_step
 
@@ -59,6 +60,7 @@ class State:
     scheduler: Schedule
     window: Window  # sums since the last line of metrics.jsonl
     key: str  # digest of the initial weights and the data: what a resumed run must share
+    reference: PairModel | None = None  # the one that follows the policy (sync_ref_model)
     step: int = 0  # finished optimizer steps
     num_tokens: int = 0  # of both sequences of every pair so far, as TRL counts
 
@@ -71,7 +73,12 @@ class State:
             "window": self.window.sums,
         }
         module, tokenizer = self.model.module, self.model.tokenizer
-        return TrainState(module, tokenizer, self.optimizer, self.scheduler, counters)
+        reference = self.reference.module if self.reference else None
+        return TrainState(module, tokenizer, self.optimizer, self.scheduler, counters, reference)
+
+    def live_reference(self, config: Config) -> PairModel | None:
+        """The reference that scores the coming pairs; None: the one whose log-probs are cached."""
+        return self.reference if is_live(config, self.step) else None
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from ``checkpoint``, bit for bit; ValueError if data or base model changed."""
@@ -92,7 +99,7 @@ def train(config: Config, progress: bool = True) -> Path:
     finite; Preempted after SIGTERM, once the step under way is done and saved.
     """
     require_matching_kernels()
-    loss = get_loss(config.loss_type, config.label_smoothing)
+    loss = get_loss(config.loss_type, config.loss_weights)
     dist.start(resolve_device(config.device).type)
     try:
         return _train(config, loss, progress and dist.is_main())
@@ -117,12 +124,14 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     last_step = total_steps(config, loader.steps_per_epoch)
     worst = check_model(model, dataset.train)
     log.info("self-check: packed equals separate sequences to %.1e", worst)
-    dataset = _with_reference(config, model, dataset, progress)
+    if loss.needs_reference:
+        dataset = _with_reference(config, model, dataset, progress)
+    reference = copy_reference(model) if config.sync_ref_model else None
 
     checkpoint = runfolder.open_run(config, model.device)
     optimizer = build_optimizer(model.module.named_parameters(), config)
     scheduler = build_scheduler(optimizer, config, last_step)
-    state = State(model, optimizer, scheduler, Window(model.device), key)
+    state = State(model, optimizer, scheduler, Window(model.device), key, reference)
     if checkpoint:
         state.restore(checkpoint)
         log.info("resumed from %s", checkpoint)
@@ -175,15 +184,18 @@ def run_loop(
                     plan.num_pairs,
                     state.optimizer,
                     "exact" if tracked else None,
+                    state.live_reference(config),
                 )
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {plan.step}: {error}") from None
             state.scheduler.step()
             state.step = plan.step
+            if state.reference and plan.step % config.ref_model_sync_steps == 0:
+                sync_reference(state.reference, model, config.ref_model_mixup_alpha)
 
             # What it showed.
             parts = [pair_columns(pairs) for pairs in result.pairs]
-            state.window.add(concatenate(parts) if parts else None, float(result.grad_norm))
+            state.window.add(result.pairs, float(result.grad_norm))
             state.num_tokens += plan.num_tokens
             if recorder:
                 record_step(recorder, plan, result, parts, truncated, rate, config.beta)
@@ -192,14 +204,15 @@ def run_loop(
             if last or plan.step % config.logging_steps == 0:
                 line: dict[str, float | str]
                 line = {"learning_rate": rate, "num_tokens": state.num_tokens}
-                line |= state.window.metrics(config.beta)
+                line |= state.window.metrics()
                 if metrics and perf:
                     line = {"step": plan.step, "epoch": plan.epoch, "split": TRAIN, **line}
                     metrics.append(line)
                     perf.append({"step": plan.step, **bar.window()})
             if evaluator and metrics and (last or plan.step % config.eval_steps == 0):
                 with bar.paused():
-                    evaluator.run(model, loss, plan.step, plan.epoch, metrics, recorder)
+                    live = state.live_reference(config)
+                    evaluator.run(model, loss, plan.step, plan.epoch, metrics, recorder, live)
 
             # What is kept of it. Records first: a checkpoint never is ahead of them.
             ending = _any_rank(asked.is_set(), model.device)
@@ -256,12 +269,16 @@ def _loader(config: Config, dataset: Dataset) -> Loader:
 
 
 def _with_reference(config: Config, model: PairModel, dataset: Dataset, progress: bool) -> Dataset:
+    pairs = dataset.train + dataset.held_out
+    if config.sync_ref_model:
+        demand_no_given(pairs, "sync_ref_model moves the reference, which must be a model")
     both = with_reference(
         model,
-        dataset.train + dataset.held_out,
+        pairs,
         cache_dir=config.ref_cache_dir,
         check_pairs=config.ref_check_pairs,
         seed=config.seed,
+        ld_alpha=config.ld_alpha,
         progress=progress,
     )
     count = len(dataset.train)

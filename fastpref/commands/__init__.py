@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import typing
 from typing import Any
 
 from fastpref.config import GROUPS, Config, field_types, load_config
@@ -29,7 +30,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         extra: dict[str, Any] = {"metavar": "VALUE"}
         if kind is bool:
             extra = {"metavar": "true|false", "nargs": "?", "const": "true"}
-        elif kind == tuple[str, ...]:
+        elif typing.get_origin(kind) is tuple:
             extra = {"metavar": "VALUE", "nargs": "*"}
         elif spec.metadata["choices"]:
             extra = {"metavar": "|".join(spec.metadata["choices"])}

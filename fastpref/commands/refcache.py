@@ -14,9 +14,13 @@ def run(args: argparse.Namespace) -> int:
     config = config_from_options(args)
     show_log()
     from fastpref.data.dataset import load_dataset
+    from fastpref.losses import get_loss
     from fastpref.model import load_model
     from fastpref.refcache import with_reference
 
+    if not get_loss(config.loss_type).needs_reference:
+        print(f"loss_type {', '.join(config.loss_type)} has no reference; nothing to compute.")
+        return 0
     model = load_model(config)
     dataset = load_dataset(config, model.tokenizer)
     pairs = with_reference(
@@ -25,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         cache_dir=config.ref_cache_dir,
         check_pairs=config.ref_check_pairs,
         seed=config.seed,
+        ld_alpha=config.ld_alpha,
     )
     print(f"{len(pairs)} pairs have their reference log-probs.")
     return 0

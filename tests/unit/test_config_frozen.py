@@ -14,7 +14,9 @@ model_name_or_path dtype attn_implementation device trainable
 dataset_name eval_dataset_name behavior_column flip_behaviors on_bad_rows max_length append_eos
 eval_fraction eval_sample_size
 output_dir overwrite_output_dir resume_from_checkpoint seed
-loss_type beta label_smoothing
+loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef ld_alpha
+use_weighting discopop_tau simpo_gamma cpo_alpha rpo_alpha
+sync_ref_model ref_model_mixup_alpha ref_model_sync_steps
 optim learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
 lr_scheduler_type warmup_ratio
 num_train_epochs max_steps train_batch_size max_tokens_per_microbatch stratify shuffle

@@ -54,7 +54,7 @@ def test_scalars_and_micro_batches(setup: Any) -> None:
     for p, grad in zip(model.module.parameters(), expected, strict=True):
         assert (p.grad - grad).norm() <= 1e-6 * grad.norm()
 
-    seen = evaluate(model, pack_pairs(pairs), loss, config)
+    (seen,) = evaluate(model, [pack_pairs(pairs)], loss, config)
     torch.testing.assert_close(seen.loss, whole.loss)
     torch.testing.assert_close(seen.weight, whole.weight)
 
@@ -100,7 +100,7 @@ def test_a_step_goes_down_the_gradient_of_the_mean(setup: Any) -> None:
     config = Config(beta=config.beta, max_grad_norm=0)
     loss = LOSSES["sigmoid"]
     result = train_step(model, [pack_pairs(pairs)], loss, config, len(pairs), optimizer, None)
-    after = evaluate(model, pack_pairs(pairs), loss, config).loss.mean()
+    after = evaluate(model, [pack_pairs(pairs)], loss, config)[0].loss.mean()
     # SGD: the loss falls by rate x squared gradient norm, to first order.
     fallen = (result.loss - after).item() / (1e-5 * result.grad_norm.item() ** 2)
     assert fallen == pytest.approx(1.0, abs=0.05)
@@ -123,7 +123,7 @@ def test_what_is_not_finite_leaves_the_weights_and_names_the_pair(setup: Any, si
 
 def test_the_loss_sees_lengths(setup: Any) -> None:
     config, model, pairs = setup
-    x = evaluate(model, pack_pairs(pairs), LOSSES["ipo"], config).x
+    x = evaluate(model, [pack_pairs(pairs)], LOSSES["ipo"], config)[0].x
     assert isinstance(x, PairLogp)
     assert x.chosen_len.tolist() == [len(p.chosen) for p in pairs]
     assert x.rejected_len.tolist() == [len(p.rejected) for p in pairs]
