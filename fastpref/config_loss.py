@@ -61,7 +61,7 @@ def check_losses(config: Any) -> None:
         if value != default and not set(readers) & set(names):
             raise ConfigError(
                 option,
-                f"{value!r} is read by loss_type {' or '.join(readers)} alone, got loss_type "
+                f"{value!r} is read by {' or '.join(readers)} alone, and loss_type is "
                 f"{', '.join(names)}; remove it{INSTEAD.get(option, '')}",
             )
     _check_sync(losses, config)

@@ -17,6 +17,23 @@ from fastpref.train import train
 STEPS = 8
 
 
+def run_on_two(options: dict[str, str], folder: Path, *config: Path) -> None:
+    """`fastpref train [CONFIG]` with ``options`` as two gloo processes."""
+    words = [
+        w for name, v in {**options, "output_dir": str(folder)}.items() for w in (f"--{name}", v)
+    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    done = subprocess.run(
+        [sys.executable, *launch, "fastpref", "train", *map(str, config), *words],
+        env={**os.environ, "PYTHONPATH": ".:kernels", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_two_ranks_equal_one(tiny_model_dir: Path, tiny_data: Path, tmp_path: Path) -> None:
     options = {
         "model_name_or_path": str(tiny_model_dir),
@@ -33,17 +50,7 @@ def test_two_ranks_equal_one(tiny_model_dir: Path, tiny_data: Path, tmp_path: Pa
     }
     one, two = tmp_path / "one", tmp_path / "two"
     train(Config(**{**options, "output_dir": str(one)}), progress=False)  # type: ignore[arg-type]
-    words = [w for name, v in {**options, "output_dir": str(two)}.items() for w in (f"--{name}", v)]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    done = subprocess.run(
-        [sys.executable, *launch, "fastpref", "train", *words],
-        env={**os.environ, "PYTHONPATH": ".:kernels", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_two(options, two)
 
     steps = [read_records(run, "steps").to_pydict() for run in (one, two)]
     assert steps[0]["step"] == steps[1]["step"] == list(range(1, STEPS + 1))
@@ -64,6 +71,49 @@ def test_two_ranks_equal_one(tiny_model_dir: Path, tiny_data: Path, tmp_path: Pa
         np.testing.assert_allclose(*margins, atol=1e-3)
     assert {r["rank"] for r in pairs[1] if r["split"] == "train"} == {0, 1}
 
+    start = load_file(tiny_model_dir / "model.safetensors")
+    ours, theirs = load_file(two / "model.safetensors"), load_file(one / "model.safetensors")
+    for name in theirs:
+        update = (theirs[name] - start[name]).norm()
+        assert (ours[name] - theirs[name]).norm() < 1e-2 * update, name
+
+
+def test_losses_that_tie_a_step_together(
+    tiny_model_dir: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Sorted over both ranks and divided by the tokens of both; in the second step one rank has no
+    pair. Weighted tokens and a reference that moves come along."""
+    loss_config = tmp_path / "loss.yaml"
+    options = {
+        "model_name_or_path": str(tiny_model_dir),
+        "dataset_name": str(tiny_data),
+        "ref_cache_dir": str(tmp_path / "reference"),
+        "max_length": "96",
+        "train_batch_size": "71",  # of 72 pairs
+        "max_steps": "3",
+        "learning_rate": "3e-3",
+        "max_tokens_per_microbatch": "700",
+        "ld_alpha": "0.5",
+        "sync_ref_model": "true",
+        "ref_model_sync_steps": "1",
+        "eval_steps": "0",
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+    names = {"loss_type": ("aot_unpaired", "sft"), "output_dir": str(one)}
+    train(Config(**{**options, **names}), progress=False)  # type: ignore[arg-type]
+    loss_config.write_text("loss_type: [aot_unpaired, sft]\n")
+    run_on_two(options, two, loss_config)
+
+    steps = [read_records(run, "steps").to_pydict() for run in (one, two)]
+    assert steps[0]["pairs"] == steps[1]["pairs"] == [71, 1, 71]
+    assert steps[0]["micro_batches"][0] > 2
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(steps[1][name], steps[0][name], rtol=1e-4)
+    seen = [
+        sorted((r["step"], r["pair_id"], r["loss"], r["weight"]) for r in rows)
+        for rows in (read_records(run, "pairs").to_pylist() for run in (one, two))
+    ]
+    np.testing.assert_allclose(*([r[2:] for r in side] for side in seen), rtol=1e-3, atol=1e-5)
     start = load_file(tiny_model_dir / "model.safetensors")
     ours, theirs = load_file(two / "model.safetensors"), load_file(one / "model.safetensors")
     for name in theirs:

@@ -249,6 +249,40 @@ def test_stops_at_a_loss_that_is_not_finite(base: Config, tmp_path: Path) -> Non
     assert all("split" in json.loads(line) for line in lines)
 
 
+def test_a_loss_without_a_reference_needs_none(base: Config, tmp_path: Path) -> None:
+    """No reference pass, null in the records, and rewards of beta x log-prob per token."""
+    cache = tmp_path / "reference"
+    folder = run(base, tmp_path / "run", loss_type=("simpo", "sft"), ref_cache_dir=str(cache))
+    assert not cache.exists()
+    rows = read_records(folder, "pairs").to_pylist()
+    for r in rows:
+        assert r["ref_logp_chosen"] is None and r["ref_logp_rejected"] is None
+        assert r["margin"] == pytest.approx(r["logp_chosen"] - r["logp_rejected"], abs=1e-4)
+        per_token = [r[f"logp_{s}"] / r[f"{s}_len"] for s in ("chosen", "rejected")]
+        if abs(per_token[0] - per_token[1]) > 1e-5:
+            assert r["reward_accuracy"] == (per_token[0] > per_token[1])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in (x for x in lines if x["split"] != "train"):
+        own = [r for r in rows if (r["step"], r["split"]) == (line["step"], line["split"])]
+        chosen = np.mean([base.beta * r["logp_chosen"] / r["chosen_len"] for r in own])
+        assert line["rewards/chosen"] == pytest.approx(chosen, rel=1e-5)
+        per_behavior = [line[f"behavior/{n}/rewards/margins"] for n in ("agrees", "polite")]
+        assert min(per_behavior) <= line["rewards/margins"] <= max(per_behavior)
+        # sft is the loss per token of all the pairs that were evaluated.
+        n = sum(r["chosen_len"] for r in own)
+        nll = -sum(r["logp_chosen"] for r in own) / n
+        simpo = np.mean([
+            np.log1p(np.exp(-base.beta * (r["logp_chosen"] / r["chosen_len"]
+                                          - r["logp_rejected"] / r["rejected_len"]) + 0.5))
+            for r in own
+        ])  # fmt: skip
+        assert line["loss"] == pytest.approx(simpo + nll, rel=1e-5)
+    assert all(r["displaced_frac"] is None for r in read_records(folder, "behaviors").to_pylist())
+    from fastpref.report.html import write_report
+
+    assert "<dd>simpo, sft</dd>" in write_report(folder).read_text()
+
+
 def test_ipo_and_smoothing_run(base: Config, tmp_path: Path) -> None:
     ipo = run(base, tmp_path / "ipo", loss_type="ipo", max_steps=2)
     assert steps(ipo)["loss"][0] == pytest.approx(0.25 / base.beta**2, rel=1e-5)

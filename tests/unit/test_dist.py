@@ -30,6 +30,7 @@ def test_alone_everything_is_a_no_op(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.distributed.is_initialized()  # noqa: TID251
     tensor = torch.ones(3)
     assert dist.all_reduce_sum(tensor) is tensor and dist.all_gather(tensor) == [tensor]
+    assert torch.equal(dist.all_gather_rows(tensor[:, None])[0], tensor[:, None])
     weight = nn.Parameter(torch.ones(2))
     dist.all_reduce_gradients([weight])
     assert weight.grad is None
@@ -90,6 +91,9 @@ def _be_a_rank(folder: Path) -> None:
     assert dist.all_reduce_sum(torch.tensor([1.0 + rank])).item() == 3.0
     gathered = dist.all_gather(torch.tensor([rank, 7]))
     assert [part.tolist() for part in gathered] == [[0, 7], [1, 7]]
+    rows = torch.full((2 * rank, 3), float(rank), dtype=torch.float64)  # rank 0 has none
+    parts = dist.all_gather_rows(rows)
+    assert [part.tolist() for part in parts] == [[], [[1.0] * 3] * 2]
 
     # Sums, not means; every bucket split gives the same bits; no gradient counts as zero.
     results = []

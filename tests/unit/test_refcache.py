@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fastpref_kernels import linear_logprob
 
 from fastpref.config import Config
 from fastpref.data.dataset import load_dataset
@@ -48,6 +49,31 @@ def test_values_are_the_models(model: PairModel, pairs: list[TokenPair], tmp_pat
             shared, chosen, rejected = model.logp(pack_pairs([pair])).logp
             assert pair.ref_chosen == pytest.approx((shared + chosen).item(), rel=1e-5)
             assert pair.ref_rejected == pytest.approx((shared + rejected).item(), rel=1e-5)
+
+
+def test_weighted_values_are_the_weighted_sums(
+    model: PairModel, pairs: list[TokenPair], tmp_path: Path
+) -> None:
+    """Under ld_alpha; row by row, and in a file of their own."""
+    plain = with_reference(model, pairs, cache_dir=str(tmp_path))
+    weighted = with_reference(model, pairs, cache_dir=str(tmp_path), ld_alpha=0.25)
+    again = with_reference(model, pairs, cache_dir=str(tmp_path), ld_alpha=0.25)
+    assert values(again) == values(weighted) and len(list(tmp_path.iterdir())) == 2
+    differ = 0
+    for before, pair in zip(plain[::7], weighted[::7], strict=True):
+        batch = pack_pairs([pair])
+        with torch.no_grad():
+            hidden = model.hidden(batch).index_select(0, batch.rows)
+            rows = linear_logprob(hidden, model.head.weight, batch.target).logp
+        shorter = min(len(pair.chosen), len(pair.rejected))
+        for own, value in ((1, pair.ref_chosen), (2, pair.ref_rejected)):
+            mine = rows[(batch.segment_id == 0) | (batch.segment_id == own)]
+            expected = (mine[:shorter].sum() + 0.25 * mine[shorter:].sum()).item()
+            assert value == pytest.approx(expected, rel=1e-5)
+        differ += values([before]) != values([pair])
+    assert differ
+    with pytest.raises(ValueError, match="brings reference log-probs.*ld_alpha weighs"):
+        with_reference(model, plain, cache_dir=str(tmp_path), ld_alpha=0.25)
 
 
 def test_warm_equals_cold_bit_for_bit_in_any_order(
@@ -92,6 +118,7 @@ def test_what_is_in_the_key(
     assert cache_key(model, pairs[::-1]) == key
     torch.set_num_threads(threads)
 
+    assert len({key, *(cache_key(model, pairs, alpha) for alpha in (0.0, 0.3, 1.0))}) == 4
     for differs in ({"append_eos": "false"}, {"dtype": "bfloat16"}, {"max_length": 30}):
         assert key_of(**differs) != key, differs
     other_weights = tmp_path / "other"
