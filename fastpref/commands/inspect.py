@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from fastpref.batch import GROUP, PairBatch
-from fastpref.data.files import BadRow
+from fastpref.data.badrows import BadRow
 from fastpref.data.formats import Pair, read_pairs
+from fastpref.data.messages import canonical
 from fastpref.data.pack import pack_pairs, parts
 from fastpref.data.tokenize import Tokenized, TokenPair, tokenize_pairs
 
@@ -112,11 +113,12 @@ def _show_rows(pairs: Sequence[Pair], bad: Sequence[BadRow]) -> None:
     prompts: set[str] = set()
     repeated = exchanged = same_prompt = 0
     for pair in pairs:
-        repeated += (pair.prompt, pair.chosen, pair.rejected) in seen
-        exchanged += (pair.prompt, pair.rejected, pair.chosen) in seen
-        same_prompt += pair.prompt in prompts
-        seen.add((pair.prompt, pair.chosen, pair.rejected))
-        prompts.add(pair.prompt)
+        prompt, chosen, rejected = map(canonical, (pair.prompt, pair.chosen, pair.rejected))
+        repeated += (prompt, chosen, rejected) in seen
+        exchanged += (prompt, rejected, chosen) in seen
+        same_prompt += prompt in prompts
+        seen.add((prompt, chosen, rejected))
+        prompts.add(prompt)
     identical = sum("are the same" in row.reason for row in bad)
     _heading("Rows")
     for count, what in (

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpref.data import formats
-from fastpref.data.files import find_files
+from fastpref.data.files import find_sources
 from fastpref.data.formats import read_pairs
 
 GOOD = {"prompt": "Two and two?", "chosen": " Four.", "rejected": " Five."}
@@ -121,9 +121,12 @@ def test_folders_patterns_and_several_names(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl.gz", "c.jsonl.zst", "notes.txt", "d.json"):
         (tmp_path / name).write_bytes(b"")
     inside = [str(tmp_path / name) for name in ("a.jsonl.gz", "b.jsonl", "c.jsonl.zst")]
-    assert find_files([str(tmp_path)]) == inside
-    assert find_files([str(tmp_path / "*")]) == inside
-    assert find_files([inside[2], str(tmp_path / "[ab]*")]) == [inside[2], *inside[:2]]
+    assert [s.name for s in find_sources([str(tmp_path)])] == inside
+    assert [s.name for s in find_sources([str(tmp_path / "*")])] == inside
+    assert [s.name for s in find_sources([inside[2], str(tmp_path / "[ab]*")])] == [
+        inside[2],
+        *inside[:2],
+    ]
 
 
 def test_names_that_stand_for_nothing(tmp_path: Path) -> None:
