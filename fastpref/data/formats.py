@@ -24,7 +24,7 @@ from fastpref.data.badrows import (
     shown,
 )
 from fastpref.data.files import Source, find_sources
-from fastpref.data.messages import Message, canonical, canonical_json, without_nulls
+from fastpref.data.messages import Message, canonical, canonical_json, from_json, without_nulls
 from fastpref.data.pairing import pair_rows
 from fastpref.data.readers import read_source
 from fastpref.data.shapes import (
@@ -122,7 +122,7 @@ def read_pairs(
             pairs += _pairs_of(source, table, shape, behavior_column, seen)
         bad += sorted(table.bad, key=lambda row: row.line)
     for (shape_name, unread), count in kinds.items():
-        log.info("%d sources of %s rows; columns not read: %s", count, shape_name, unread)
+        log.info("%s: %d sources; columns not read: %s", shape_name, count, unread)
     check_bad_rows(bad, total, on_bad_rows)
     return _flip(pairs, flip_behaviors), bad
 
@@ -278,17 +278,18 @@ def _pair(
 
 
 def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
-    """The schemas of column ``tools``, a list or the JSON text of one."""
-    value = _json_value(row, "tools")
+    """The schemas of column ``tools``: a list of objects, of their JSON, or the JSON of one."""
+    value = _given(row, "tools")
     if not value:
         return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+    tools: list[Any] = [from_json(t) for t in value] if isinstance(value, list) else [None]
+    if not all(isinstance(tool, dict) for tool in tools):
         raise Unusable("column 'tools' is not a list of objects (or its JSON)", row["tools"])
-    return tuple(value)
+    return tuple(tools)
 
 
 def _template_kwargs(row: Row) -> dict[str, Any] | None:
-    value = _json_value(row, "chat_template_kwargs")
+    value = _given(row, "chat_template_kwargs")
     if not value:
         return None
     if not isinstance(value, dict):
@@ -296,17 +297,10 @@ def _template_kwargs(row: Row) -> dict[str, Any] | None:
     return value
 
 
-def _json_value(row: Row, column: str) -> Any:
+def _given(row: Row, column: str) -> Any:
     """A column's value without the nulls that Arrow fills in; of JSON text what it says."""
     value = row.get(column)
-    try:
-        if isinstance(value, str):
-            return json.loads(value) if value.strip() else None
-        if isinstance(value, list) and any(isinstance(item, str) for item in value):
-            return [json.loads(item) if isinstance(item, str) else item for item in value]
-        return without_nulls(value)
-    except (ValueError, RecursionError) as error:
-        raise Unusable(f"column {column!r} is text, but not JSON", Words(f"{error}")) from None
+    return from_json(value) if isinstance(value, str) else without_nulls(value)
 
 
 def _name(row: Row, column: str) -> str:

@@ -21,6 +21,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 MAY_BE_EMPTY = ("system", "developer", "tool")
 PYTHON_TEXT = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'")  # pandas' to_csv writes it
+ENCODER = json.JSONEncoder(
+    sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+)
 
 
 def read_messages(value: Sequence[Any], column: str) -> tuple[Message, ...]:
@@ -46,10 +49,7 @@ def messages_in_text(text: str, column: str) -> list[Any] | None:
         )
     if '"role"' not in text and '"from"' not in text:
         return None
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    items = from_json(text)
     messages = isinstance(items, list) and all(
         isinstance(item, dict) and ("role" in item or "from" in item) for item in items
     )
@@ -69,9 +69,7 @@ def canonical(value: str | tuple[Message, ...] | None) -> str:
 def canonical_json(value: Any, what: str) -> str:
     """JSON with sorted names and without spaces. Raises Unusable as `canonical` does."""
     try:
-        text = json.dumps(
-            value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-        )
+        text = ENCODER.encode(value)
         text.encode()
     except UnicodeEncodeError as error:
         half = Words(f"{text[error.start]!r} in {shown(text[max(0, error.start - 20) :])}")
@@ -79,6 +77,16 @@ def canonical_json(value: Any, what: str) -> str:
     except (TypeError, ValueError, RecursionError) as error:  # dates, NaN, lists without end
         raise Unusable(f"{what} holds what JSON cannot", Words(f"{error}")) from None
     return text
+
+
+def from_json(value: Any) -> Any:
+    """What a text is the JSON of, if it is; Arrow columns of mixed types hold objects so."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    return value
 
 
 def without_nulls(value: Any) -> Any:
@@ -98,6 +106,7 @@ def _stripped(value: Any) -> Any:
 
 
 def _message(item: Any, column: str, number: int) -> Message:
+    item = from_json(item)
     if not isinstance(item, dict):
         raise Unusable(
             f"column {column!r} is a list, but not of messages (objects with role and content)",
@@ -115,9 +124,10 @@ def _message(item: Any, column: str, number: int) -> Message:
             f"column {column!r}: a message's role is none of {', '.join(ROLES)}",
             Words(f"{shown(role)} in message {number}{near and ';' + near}"),
         )
-    media = [name for name in MEDIA if message.get(name)]
-    if media:
-        raise _no_media(column, media[0], number)
+    if not message.keys().isdisjoint(MEDIA):
+        media = [name for name in MEDIA if message.get(name)]
+        if media:
+            raise _no_media(column, media[0], number)
     calls = _tool_calls(message, column, number)
     content = _content(message.get("content"), column, number)
     if content is None and not calls:
@@ -153,22 +163,18 @@ def _content(value: Any, column: str, number: int) -> str | None:
 def _tool_calls(message: Message, column: str, number: int) -> bool:
     """Whether the message has tool calls; calls that are the JSON of objects become objects."""
     calls = message.pop("tool_calls", None)
-    if isinstance(calls, str) or isinstance(calls, list):
-        try:
-            items = json.loads(calls) if isinstance(calls, str) else calls
-            items = [json.loads(item) if isinstance(item, str) else item for item in items]
-        except (TypeError, ValueError, RecursionError):
-            items = [None]
-        if all(isinstance(item, dict) for item in items):
-            if items:
-                message["tool_calls"] = items
-            return bool(items)
     if calls is None:
         return False
-    raise Unusable(
-        f"column {column!r}: a message's tool_calls is not a list of objects",
-        Words(f"{shown(calls)} in message {number}"),
-    )
+    items = from_json(calls)
+    items = [from_json(item) for item in items] if isinstance(items, list) else [None]
+    if not all(isinstance(item, dict) for item in items):
+        raise Unusable(
+            f"column {column!r}: a message's tool_calls is not a list of objects",
+            Words(f"{shown(calls)} in message {number}"),
+        )
+    if items:
+        message["tool_calls"] = items
+    return bool(items)
 
 
 def _no_media(column: str, what: str, number: int) -> Unusable:
