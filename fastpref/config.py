@@ -58,10 +58,19 @@ class Config:
     trainable: str = _field("all", "model", "Which weights learn.", ("all",))
 
     dataset_name: tuple[str, ...] = _field(
-        (), "data", "Preference pairs: files, folders or glob patterns, one or several."
+        (), "data", "Preference pairs: files, folders, patterns or Hub names, one or several."
     )
     eval_dataset_name: tuple[str, ...] = _field(
         (), "data", "Held-out pairs; empty: eval_fraction of dataset_name is held out."
+    )
+    dataset_split: str = _field(
+        "train", "data", "Split of dataset_name, of Hub and Arrow data sets that have splits."
+    )
+    eval_dataset_split: str = _field(
+        "test", "data", "Split of eval_dataset_name, of Hub and Arrow data sets that have splits."
+    )
+    dataset_config_name: str | None = _field(
+        None, "data", "Configuration (subset) of Hub data sets; null: their default."
     )
     behavior_column: str | None = _field(
         None, "data", "Column that names a pair's behavior; null: the file's name."

@@ -9,7 +9,6 @@ NOT_YET = "not in this version of fastpref; remove it"
 MEMORY = "set max_tokens_per_microbatch (packed tokens per forward); results do not depend on it"
 DTYPE = "set dtype: auto, float32, bfloat16 or float64"
 LOGGERS = "metrics are written to metrics.jsonl and records/ in output_dir; remove it"
-LOCAL_DATA = "use dataset_name: local JSONL files, folders or glob patterns"
 ELSEWHERE: dict[str, str] = {
     "per_device_train_batch_size": "set train_batch_size: pairs per optimizer step over all ranks "
     "(per_device_train_batch_size x gradient_accumulation_steps x ranks); " + MEMORY,
@@ -49,10 +48,11 @@ ELSEWHERE: dict[str, str] = {
     "load_best_model_at_end": NOT_YET,
     "dataset_num_proc": "reading and tokenising need no workers; remove it",
     "dataloader_num_workers": "batches are built in the training process; remove it",
-    "dataset_train_split": LOCAL_DATA + " (eval_dataset_name for held-out pairs)",
-    "dataset_test_split": LOCAL_DATA + " (eval_dataset_name for held-out pairs)",
-    "dataset_config": LOCAL_DATA,
-    "datasets": LOCAL_DATA,
+    "dataset_train_split": "set dataset_split",
+    "dataset_test_split": "set eval_dataset_split (and eval_dataset_name)",
+    "dataset_config": "set dataset_config_name",
+    "datasets": "set dataset_name to the list of files, folders, patterns or Hub names",
+    "dataset_streaming": "pairs are read once, as a whole; remove it",
     "report_to": LOGGERS,
     "run_name": "set output_dir; the folder is the run's name",
     "logging_dir": LOGGERS,

@@ -17,11 +17,13 @@ def check_combinations(config: Any) -> None:
         if not (device.startswith("cuda:") and device[5:].isdecimal()):
             raise ConfigError("device", f"expected auto, cpu, cuda or cuda:N, got {device!r}")
     both = sorted(set(config.dataset_name) & set(config.eval_dataset_name))
-    if both:
+    # With different splits it may be a data set that has them; reading tells.
+    if both and config.dataset_split == config.eval_dataset_split:
         raise ConfigError(
             "eval_dataset_name",
             f"{both[0]!r} is in dataset_name too, so it would not be held out; leave "
-            "eval_dataset_name empty and set eval_fraction, or name other files",
+            "eval_dataset_name empty and set eval_fraction, name other files, or (where a data set "
+            "has splits) give dataset_split and eval_dataset_split different ones",
         )
     check_losses(config)
     resume = config.resume_from_checkpoint

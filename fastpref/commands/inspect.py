@@ -1,13 +1,12 @@
 """Look at preference pairs before training on them.
 
-Prints counts, lengths in tokens, behaviors, repeated and bad rows, what packing saves, and one
-packed batch with its scored tokens in [brackets]. Bad rows are listed, they do not stop it.
+Prints counts, behaviors, pairs as they were read, lengths in tokens, bad rows, what packing saves,
+and one packed batch with its scored tokens in [brackets]. Bad rows are listed, they do not stop it.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,20 +14,33 @@ from typing import Any
 import numpy as np
 
 from fastpref.batch import GROUP, PairBatch
-from fastpref.data.files import BadRow
+from fastpref.commands import show_log
+from fastpref.data.badrows import BadRow
 from fastpref.data.formats import Pair, read_pairs
+from fastpref.data.messages import canonical
 from fastpref.data.pack import pack_pairs, parts
+from fastpref.data.show import (
+    TEXT_LIMIT,
+    WIDTH,
+    escaped,
+    filled,
+    middle_cut,
+    pair_lines,
+    pieces,
+)
 from fastpref.data.tokenize import Tokenized, TokenPair, tokenize_pairs
 
-WIDTH = 100
 NAME_WIDTH = 58  # of a behavior in the table; longer names lose their middle
-TEXT_LIMIT = 270  # characters shown of a decoded prompt; longer ones lose their middle
 SCORED_SHOWN = 24  # scored tokens shown of a part
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastpref inspect`, named as in the configuration of a run."""
-    parser.add_argument("dataset_name", nargs="+", help="files, folders or patterns of pairs")
+    parser.add_argument("dataset_name", nargs="+", help="files, folders, patterns or Hub names")
+    parser.add_argument(
+        "--dataset_split", default="train", help="of data sets with splits (default: %(default)s)"
+    )
+    parser.add_argument("--dataset_config_name", help="configuration of Hub data sets")
     parser.add_argument(
         "--model_name_or_path",
         default="fastpref-tiny",
@@ -44,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--list_bad", type=int, default=20, help="bad rows to list (default: %(default)s)"
     )
     parser.add_argument(
-        "--show_pairs", type=int, default=2, help="packed pairs to decode (default: %(default)s)"
+        "--show_pairs",
+        type=int,
+        default=2,
+        help="pairs to show as read, and packed pairs to decode (default: %(default)s)",
     )
 
 
@@ -55,14 +70,18 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.train_batch_size < 1:
         raise ValueError(f"train_batch_size is at least 1 pair, got {args.train_batch_size}")
+    show_log()
     pairs, bad = read_pairs(
         args.dataset_name,
+        dataset_split=args.dataset_split,
+        dataset_config_name=args.dataset_config_name,
         behavior_column=args.behavior_column,
         flip_behaviors=args.flip_behaviors,
         on_bad_rows="drop",
     )
     _show_rows(pairs, bad)
     _show_behaviors(pairs)
+    _show_read(pairs, args.show_pairs)
     tokenizer = _load_tokenizer(args.model_name_or_path)
     tokenized = tokenize_pairs(
         pairs,
@@ -110,23 +129,29 @@ def _heading(text: str) -> None:
 def _show_rows(pairs: Sequence[Pair], bad: Sequence[BadRow]) -> None:
     seen: set[tuple[str, str, str]] = set()
     prompts: set[str] = set()
-    repeated = exchanged = same_prompt = 0
+    repeated = exchanged = same_prompt = again = 0
     for pair in pairs:
-        repeated += (pair.prompt, pair.chosen, pair.rejected) in seen
-        exchanged += (pair.prompt, pair.rejected, pair.chosen) in seen
-        same_prompt += pair.prompt in prompts
-        seen.add((pair.prompt, pair.chosen, pair.rejected))
-        prompts.add(pair.prompt)
+        prompt, chosen, rejected = map(canonical, (pair.prompt, pair.chosen, pair.rejected))
+        repeated += (prompt, chosen, rejected) in seen
+        exchanged += (prompt, rejected, chosen) in seen
+        same_prompt += prompt in prompts
+        if prompt.strip() and isinstance(pair.prompt, str):
+            again += chosen.startswith(prompt) and rejected.startswith(prompt)
+        seen.add((prompt, chosen, rejected))
+        prompts.add(prompt)
     identical = sum("are the same" in row.reason for row in bad)
     _heading("Rows")
     for count, what in (
         (len({pair.source for pair in pairs} | {row.source for row in bad}), "files"),
         (len(pairs), "pairs"),
+        (sum(not isinstance(pair.prompt, str) for pair in pairs), "of them conversations"),
+        (sum(bool(pair.tools) for pair in pairs), "of them with tools"),
         (len(bad), "bad rows found while reading (listed below)"),
         (identical, "of them with chosen and rejected identical"),
         (repeated, "duplicates: prompt, chosen and rejected of an earlier pair"),
         (exchanged, "contradictions: an earlier pair with chosen and rejected exchanged"),
         (same_prompt, "pairs with the prompt of an earlier pair"),
+        (again, "pairs whose completions both repeat the prompt (texts are joined as they are)"),
         (sum(pair.flipped for pair in pairs), "pairs flipped by flip_behaviors"),
     ):
         print(f"{count:>9,}  {what}")
@@ -142,14 +167,22 @@ def _show_behaviors(pairs: Sequence[Pair]) -> None:
     for behavior, counts in sorted(labels.items()):
         known = [f"{label} {n}" for label, n in sorted(counts.items(), reverse=True) if label]
         balance = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "") or "-"
-        name = _middle_cut(behavior, NAME_WIDTH)
+        name = middle_cut(behavior, NAME_WIDTH)
         note = "  flipped" if behavior in flipped else ""
         row = f"{name:<{NAME_WIDTH}} {counts.total():>7}  {balance}{note}"
         print(row[:WIDTH])
 
 
+def _show_read(pairs: Sequence[Pair], count: int) -> None:
+    firsts = {pair.source: pair for pair in reversed(pairs)}  # of each source the first one
+    shown = list(firsts.values())[::-1][: max(count, 0)]
+    _heading(f"Pairs as read (the first of {len(shown)} of {len(firsts)} sources)")
+    for n, pair in enumerate(shown):
+        print("\n" * bool(n) + "\n".join(pair_lines(pair)))
+
+
 def _show_tokens(tokenized: Tokenized, tokenizer_name: str, max_length: int) -> None:
-    _heading(_middle_cut(f"Tokens (tokenizer of {tokenizer_name}, max_length {max_length})", WIDTH))
+    _heading(middle_cut(f"Tokens (tokenizer of {tokenizer_name}, max_length {max_length})", WIDTH))
     print(f"{'':<10} {'p50':>8} {'p95':>8} {'max':>8} {'total':>14}")
     for part in ("prompt", "chosen", "rejected"):
         n = np.array([len(getattr(pair, part)) for pair in tokenized.pairs])
@@ -207,9 +240,9 @@ def _show_batch(
     for p in range(min(max(count, 0), batch.num_pairs)):
         pair = sources[int(batch.pair_id[p])]
         print(f"\n{pair.source}:{pair.line}{'  flipped' if pair.flipped else ''}")
-        for name, fed, pieces in _decoded(batch, p, tokenizer):
+        for name, fed, words in _decoded(batch, p, tokenizer):
             print(f"  {name} ({fed} fed)")
-            print("\n".join(_filled(pieces, indent=4)))
+            print("\n".join(filled(words, indent=4)))
 
 
 def _decoded(batch: PairBatch, p: int, tokenizer: Any) -> Iterable[tuple[str, int, list[str]]]:
@@ -222,36 +255,10 @@ def _decoded(batch: PairBatch, p: int, tokenizer: Any) -> Iterable[tuple[str, in
         tokens = batch.tokens[start : start + fed].tolist()
         # A prefix's scored tokens are its last fed ones; a rest's last scored token is not fed.
         not_fed = 1 if part > 0 and scored else 0
-        plain = _escaped(tokenizer.decode(tokens[: fed + not_fed - len(scored)]))
-        marked = [f"[{_escaped(tokenizer.decode([token]))}]" for token in scored]
+        plain = escaped(tokenizer.decode(tokens[: fed + not_fed - len(scored)]))
+        marked = [f"[{escaped(tokenizer.decode([token]))}]" for token in scored]
         if len(marked) > SCORED_SHOWN:
             left_out = len(marked) - SCORED_SHOWN
             marked[SCORED_SHOWN // 2 : -(SCORED_SHOWN // 2)] = [f" ...{left_out} more... "]
-        yield name, fed, re.findall(r"\S+\s*|\s+", _middle_cut(plain, TEXT_LIMIT)) + marked
+        yield name, fed, pieces(middle_cut(plain, TEXT_LIMIT)) + marked
         start += fed
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-
-
-def _middle_cut(text: str, limit: int) -> str:
-    if len(text) <= limit:
-        return text
-    head = (limit - 3) // 2
-    return f"{text[:head]}...{text[len(text) - (limit - 3 - head) :]}"
-
-
-def _filled(pieces: Iterable[str], indent: int) -> Iterable[str]:
-    """Lines of at most WIDTH characters; only a piece longer than a line is broken."""
-    room = WIDTH - indent
-    line = ""
-    for piece in pieces:
-        if line and len(line) + len(piece.rstrip()) > room:
-            yield " " * indent + line
-            line = ""
-        line += piece
-        while len(line.rstrip()) > room:
-            yield " " * indent + line[:room]
-            line = line[room:]
-    yield " " * indent + (line or "(nothing)")

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpref.config import Config
-from fastpref.data.files import BadRow, find_files
+from fastpref.data.badrows import BadRow
 from fastpref.data.formats import Pair, read_pairs
+from fastpref.data.messages import canonical
 from fastpref.data.split import split_pairs
 from fastpref.data.tokenize import TokenPair, tokenize_pairs
 
@@ -40,15 +41,19 @@ def load_dataset(config: Config, tokenizer: Any) -> Dataset:
         raise ValueError("dataset_name is empty. Set it to files or folders of preference pairs.")
     # One reading of both, so that ids are unique over them and a flipped behavior may stand in one.
     pairs, dropped = read_pairs(
-        (*config.dataset_name, *config.eval_dataset_name),
+        config.dataset_name,
+        eval_dataset_name=config.eval_dataset_name,
+        dataset_split=config.dataset_split,
+        eval_dataset_split=config.eval_dataset_split,
+        dataset_config_name=config.dataset_config_name,
         behavior_column=config.behavior_column,
         flip_behaviors=config.flip_behaviors,
         on_bad_rows=config.on_bad_rows,
     )
     log.info("%d pairs read", len(pairs))
     if config.eval_dataset_name:
-        files = {str(file) for file in find_files(config.eval_dataset_name)}
-        held_out = {i for i, pair in enumerate(pairs) if pair.source in files}
+        named = len(config.dataset_name)
+        held_out = {i for i, pair in enumerate(pairs) if pair.origin >= named}
         _demand_apart(pairs, held_out)
     else:
         held_out = set(split_pairs(pairs, config.eval_fraction, config.seed)[1])
@@ -94,7 +99,10 @@ def sample_pairs(pairs: Sequence[TokenPair], per_behavior: int, seed: int) -> li
 
 def _trained_too(pairs: Sequence[Pair], held_out: set[int]) -> list[tuple[Pair, Pair]]:
     """(held-out pair, training pair) of the same texts, whichever is chosen."""
-    texts = [(pair.prompt, frozenset((pair.chosen, pair.rejected))) for pair in pairs]
+    texts = [
+        (canonical(pair.prompt), frozenset((canonical(pair.chosen), canonical(pair.rejected))))
+        for pair in pairs
+    ]
     train = {text: i for i, text in enumerate(texts) if i not in held_out}
     return [(pairs[i], pairs[train[texts[i]]]) for i in sorted(held_out) if texts[i] in train]
 

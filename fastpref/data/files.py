@@ -1,199 +1,184 @@
-"""Names of files, folders and patterns -> the JSON objects in them, each with its file and line.
-
-Files are JSON Lines, plain or compressed (.gz, .zst).
-"""
+"""Names in `dataset_name` -> the sources they stand for: files, Arrow data sets, Hub data sets."""
 
 from __future__ import annotations
 
-import difflib
 import glob
-import gzip
-import json
+import os
 import re
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
-DATA_FILE = re.compile(r"\.jsonl(\.gz|\.zst)?$")
-SHOWN_BAD_ROWS = 5
+from fastpref.data.badrows import listed, nearest
+
+DATA_FILE = re.compile(r"\.(?:(jsonl|json|csv)(?:\.gz|\.zst)?|(parquet))$")
+ENDINGS = ".jsonl, .json or .csv (each also .gz, .zst) or .parquet"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_PREFIX = "hf://datasets/"  # says that a name is the Hub's, whatever stands on this disk
 
 
 @dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that cannot be used: where it is, why, and what stood there."""
+class Source:
+    """One file or data set of rows."""
 
-    source: str
-    line: int
-    reason: str
-    value: str
-
-    def __str__(self) -> str:
-        return f"{self.source}:{self.line}: {self.reason} (got {self.value})"
-
-
-class Unusable(Exception):
-    """Why a row cannot be used, without its place, which the caller knows."""
-
-    def __init__(self, reason: str, value: object) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.value = value if isinstance(value, Words) else shown(value)
+    name: str  # as the user named it; a split is added in brackets: `folder[train]`
+    kind: str  # jsonl, json, csv, parquet; arrow: a folder of save_to_disk; hub
+    path: str  # of the file, or of the folder of a split; of a Hub data set its name there
+    behavior: str  # of its pairs where no column names one: the name without folder and ending
+    split: str = ""  # "" where there are no splits
+    config_name: str | None = None  # of a Hub data set
+    origin: int = 0  # index of the name in dataset_name and, after them, eval_dataset_name
 
 
-class Words(str):
-    """A description, printed as it is; any other value is printed as a short repr."""
+def find_sources(
+    dataset_name: Sequence[str],
+    eval_dataset_name: Sequence[str] = (),
+    *,
+    dataset_split: str = "train",
+    eval_dataset_split: str = "test",
+    dataset_config_name: str | None = None,
+) -> list[Source]:
+    """The sources that files, folders, patterns and Hub names stand for; each may come up once.
 
+    ``dataset_split`` and ``eval_dataset_split`` count for sources that have splits (Hub data sets
+    and folders of a DatasetDict), ``dataset_config_name`` for Hub data sets.
 
-def find_files(dataset_name: Sequence[str]) -> list[str]:
-    """The data files that files, folders and glob patterns stand for; each may come up only once.
-
-    Raises ValueError for a name that stands for no file, and for a file that comes up twice.
+    Raises ValueError for a name that stands for nothing, and for a source that comes up twice.
     """
-    if isinstance(dataset_name, str):
-        raise ValueError(f"dataset_name is a list of names, got the string {dataset_name!r}")
+    if isinstance(dataset_name, str) or isinstance(eval_dataset_name, str):
+        one = dataset_name if isinstance(dataset_name, str) else eval_dataset_name
+        raise ValueError(f"dataset_name is a list of names, got the string {one!r}")
     if not dataset_name:
         raise ValueError("dataset_name is empty: name at least one file, folder or glob pattern")
-    found: dict[Path, tuple[str, str]] = {}
-    for name in dataset_name:
-        for source in _expand(name):
-            path = Path(source).expanduser().resolve()
-            if path in found:
-                other, by = found[path]
+    found: dict[tuple[str, str], tuple[Source, str]] = {}
+    for origin, name in enumerate((*dataset_name, *eval_dataset_name)):
+        held_out = origin >= len(dataset_name)
+        split = eval_dataset_split if held_out else dataset_split
+        for source in _expand(name, split, dataset_config_name):
+            hub = source.kind == "hub"
+            path = source.path if hub else str(Path(source.path).expanduser().resolve())
+            key = (path, source.split if hub else "")
+            if key in found:
+                other, by = found[key]
                 raise ValueError(
-                    f"file {source} comes up twice, from {by!r} (as {other}) and from {name!r}: "
-                    "its rows would count double. Name it once."
+                    f"{_what(source)} {source.name} comes up twice, from {by!r} (as {other.name}) "
+                    f"and from {name!r}: "
+                    + (
+                        "its rows would be trained on and held out. Name it in one of dataset_name "
+                        "and eval_dataset_name, or give them different splits."
+                        if held_out and other.origin < len(dataset_name)
+                        else "its rows would count double. Name it once."
+                    )
                 )
-            found[path] = (source, name)
+            found[key] = (replace(source, origin=origin), name)
     return [source for source, _ in found.values()]
 
 
-def read_rows(source: str) -> tuple[list[tuple[int, dict[str, Any]]], list[BadRow]]:
-    """(line, object) of every line that is a JSON object, and the lines that are not."""
-    rows: list[tuple[int, dict[str, Any]]] = []
-    bad: list[BadRow] = []
-    line = 0
-    try:
-        with open(Path(source).expanduser(), "rb") as file:
-            for line, raw in enumerate(_lines(file, source), 1):
-                if not raw.strip():
-                    continue
-                try:
-                    rows.append((line, _object(raw, "utf-8-sig" if line == 1 else "utf-8")))
-                except Unusable as why:
-                    bad.append(BadRow(source, line, why.reason, why.value))
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(
-            f"file {source} cannot be read beyond line {line}: {error}. If it is damaged or cut "
-            "short, get it again: on_bad_rows does not skip the rest of a file."
-        ) from error
-    if not rows and not bad:
-        raise ValueError(f"file {source} is empty: expected one JSON object per line")
-    return rows, bad
+def is_arrow_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder that `datasets` wrote with save_to_disk."""
+    return (path / "dataset_dict.json").is_file() or (
+        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    )
 
 
-def check_bad_rows(bad: Sequence[BadRow], total: int, on_bad_rows: str) -> None:
-    """Raise ValueError, showing the first few, if bad rows are an error or no good row is left."""
-    if not bad or (on_bad_rows == "drop" and len(bad) < total):
-        return
-    first = min(len(bad), SHOWN_BAD_ROWS)
-    what = "no row can be used:" if len(bad) == total else ""
-    lines = [f"{what} {len(bad)} of {total} rows are bad, the first {first}:".strip()]
-    lines += [f"  {row}" for row in bad[:first]]
-    if len(bad) < total:
-        lines.append("Correct them, or leave such rows out with --on_bad_rows drop.")
-    else:
-        lines.append("Correct the rows, or name other files in dataset_name.")
-    raise ValueError("\n".join(lines))
+def hub_doubt(name: str) -> str:
+    """What to say of a Hub name that could as well be a mistyped path: "" if nothing is near."""
+    return nearest(name.split("/")[0], sorted(os.listdir()))
 
 
-def shown(value: object, limit: int = 60) -> str:
-    """A short repr of ``value`` for a message."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A sentence that names the known name closest to ``name``, or "" if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _expand(name: str) -> list[str]:
+def _expand(name: str, split: str, config_name: str | None) -> list[Source]:
     path = Path(name).expanduser()
+    if name.startswith(HUB_PREFIX):
+        return [_hub(name, split, config_name)]
     if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if DATA_FILE.search(p.name) and p.is_file())
-        if not inside:
-            raise ValueError(f"folder {name} holds no *.jsonl, *.jsonl.gz or *.jsonl.zst file")
-        return [str(Path(name) / file) for file in inside]
+        return _folder(name, path, split)
     if path.is_file():
         if not DATA_FILE.search(name):
+            inside = is_arrow_folder(path.parent)
             raise ValueError(
-                f"file {name}: expected a name that ends in .jsonl, .jsonl.gz or .jsonl.zst "
-                "(JSON Lines: one object per line)"
+                f"file {name}: expected a name that ends in {ENDINGS}"
+                + (f"; for the Arrow data set that it is part of, name {path.parent}" * inside)
             )
-        return [name]
+        return [_file(name)]
     if glob.has_magic(name):
         matches = sorted(glob.glob(str(path), recursive=True))
-        files = [match for match in matches if DATA_FILE.search(match) and Path(match).is_file()]
-        if not files:
+        usable = [m for m in matches if _is_data(Path(m))]
+        if not usable:
             raise ValueError(
-                f"pattern {name!r} matches no *.jsonl, *.jsonl.gz or *.jsonl.zst file "
+                f"pattern {name!r} matches no data file ({ENDINGS}) and no Arrow data set "
                 f"({len(matches)} other matches)"
             )
-        return files
+        _refuse_copies(usable, name)
+        return [_arrow(m, split) if Path(m).is_dir() else _file(m) for m in usable]
+    if HUB_NAME.fullmatch(name) and not DATA_FILE.search(name) and not path.parent.is_dir():
+        return [_hub(name, split, config_name)]
+    raise ValueError(_nothing(name, path))
+
+
+def _folder(name: str, path: Path, split: str) -> list[Source]:
+    if is_arrow_folder(path):
+        return [_arrow(name, split)]
+    inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    usable = [str(Path(name) / p.name) for p in inside if _is_data(p)]
+    if not usable:
+        below = [p.name for p in inside if p.is_dir() and any(map(_is_data, p.iterdir()))]
+        hint = f" Its subfolders {listed(below)} do: name them." if below else ""
+        raise ValueError(f"folder {name} holds no data file ({ENDINGS}).{hint}")
+    _refuse_copies(usable, name)
+    return [_arrow(u, split) if Path(u).expanduser().is_dir() else _file(u) for u in usable]
+
+
+def _is_data(path: Path) -> bool:
+    if path.is_dir():
+        return is_arrow_folder(path) and not is_arrow_folder(path.parent)
+    return bool(DATA_FILE.search(path.name)) and path.is_file() and not is_arrow_folder(path.parent)
+
+
+def _refuse_copies(usable: list[str], name: str) -> None:
+    """a.jsonl beside a.parquet: most likely the same rows, which would count double."""
+    seen: dict[str, str] = {}
+    for file in usable:
+        stem = DATA_FILE.sub("", file)
+        if stem in seen:
+            raise ValueError(
+                f"{name!r} holds {seen[stem]} and {file}, which differ only in their endings: if "
+                "one is a copy, its rows would count double. Name the files that you mean."
+            )
+        seen[stem] = file
+
+
+def _file(name: str) -> Source:
+    base = Path(name).name
+    match = DATA_FILE.search(base)
+    assert match, name
+    return Source(name, match[1] or match[2], name, DATA_FILE.sub("", base))
+
+
+def _arrow(name: str, split: str) -> Source:
+    path = Path(name).expanduser()
+    behavior = path.resolve().name
+    if not (path / "dataset_dict.json").is_file():
+        return Source(name, "arrow", name, behavior)
+    return Source(f"{name}[{split}]", "arrow", str(Path(name) / split), behavior, split)
+
+
+def _hub(name: str, split: str, config_name: str | None) -> Source:
+    path = name.removeprefix(HUB_PREFIX)
+    return Source(f"{name}[{split}]", "hub", path, path.split("/")[-1], split, config_name)
+
+
+def _what(source: Source) -> str:
+    return {"arrow": "data set", "hub": "Hub data set"}.get(source.kind, "file")
+
+
+def _nothing(name: str, path: Path) -> str:
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise ValueError(f"{name}: no such file, folder or pattern.{nearest(path.name, beside)}")
-
-
-def _lines(file: BinaryIO, source: str) -> Iterator[bytes]:
-    if source.endswith(".gz"):
-        with gzip.open(file) as unzipped:
-            yield from unzipped
-    elif source.endswith(".zst"):
-        yield from _zst_lines(file)
-    else:
-        yield from file
-
-
-def _zst_lines(file: BinaryIO) -> Iterator[bytes]:
-    # zstandard's own stream reader takes a truncated file for a complete one, so frames are
-    # followed here.
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ValueError("reading .zst files needs the package zstandard") from error
-    decoder = zstandard.ZstdDecompressor().decompressobj()
-    pending = b""
-    try:
-        while chunk := file.read(1 << 20):
-            while chunk:
-                if decoder.eof:
-                    decoder = zstandard.ZstdDecompressor().decompressobj()
-                pending += decoder.decompress(chunk)
-                chunk = decoder.unused_data if decoder.eof else b""
-            *whole, pending = pending.split(b"\n")
-            yield from whole
-    except zstandard.ZstdError as error:
-        raise OSError(str(error)) from error
-    if not decoder.eof:
-        raise EOFError("compressed file ended before the end of its last frame")
-    if pending:
-        yield pending
-
-
-def _object(raw: bytes, encoding: str) -> dict[str, Any]:
-    try:
-        row = json.loads(raw.decode(encoding))
-    except UnicodeDecodeError as error:
-        where = f"byte {raw[error.start : error.start + 1]!r} at position {error.start}"
-        raise Unusable("the line is not UTF-8", Words(where)) from None
-    except json.JSONDecodeError as error:
-        where = f"{error.msg} at column {error.colno}: {shown(error.doc.strip(), 40)}"
-        raise Unusable("the line is not JSON", Words(where)) from None
-    except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
-        raise Unusable("the line is not JSON", Words(f"{error}")) from None
-    if not isinstance(row, dict):
-        raise Unusable("the line is not a JSON object", row)
-    return row
+    text = f"{name}: no such file, folder or pattern.{nearest(path.name, beside)}"
+    if HUB_NAME.fullmatch(name) and not DATA_FILE.search(name):
+        text += (
+            f" A folder {path.parent} stands here, so the Hub was not asked; if you mean the "
+            f"Hub's data set of this name, write {HUB_PREFIX}{name}."
+        )
+    elif "/" not in name and not DATA_FILE.search(name):
+        text += f" (A data set of the Hub has a name of the form user/name, or {HUB_PREFIX}{name}.)"
+    return text

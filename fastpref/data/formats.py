@@ -1,99 +1,129 @@
-"""Rows of known shapes -> `Pair`s; whatever is wrong with a row is found here, not in training.
+"""Sources of any format -> `Pair`s; whatever is wrong with a row is found here, not in training.
 
-A file's shape is told from its columns: one `Shape` of `SHAPES` for each kind that is known.
+`fastpref.data.files` finds the sources that names stand for, `readers` reads their rows, `shapes`
+tells prompt, chosen and rejected, `pairing` pairs rows of one completion each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from fastpref.data.files import (
-    DATA_FILE,
+from fastpref.data.badrows import (
     BadRow,
     Unusable,
     Words,
     check_bad_rows,
-    find_files,
+    listed,
     nearest,
-    read_rows,
     shown,
 )
+from fastpref.data.files import Source, find_sources
+from fastpref.data.messages import Message, canonical, canonical_json, from_json, without_nulls
+from fastpref.data.pairing import pair_rows
+from fastpref.data.readers import read_source
+from fastpref.data.shapes import (
+    KTO,
+    PREFERENCE,
+    SHAPES,
+    Row,
+    Shape,
+    Side,
+    check_conversation,
+    present,
+    refuse_media,
+    shape_of,
+    text,
+)
+from fastpref.data.table import MEDIA, NUMBERS, Table
 
-__all__ = ["SHAPES", "BadRow", "Pair", "Shape", "digest63", "read_pairs"]
+__all__ = ["BadRow", "Message", "Pair", "digest63", "read_pairs"]
 
-ASSISTANT = "\n\nAssistant:"  # opens an assistant's turn in HH-RLHF dialogues
+log = logging.getLogger(__name__)
 
+# What any row may have besides its shape's columns.
+OPTIONAL = ("id", "label", "tools", "chat_template_kwargs", "system")
 LARGEST_FLOAT32 = 3.4e38  # log-probs beyond it would become infinite on the way
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One preference example as text, with where it came from."""
+    """One preference example as text or as a conversation, with where it came from.
 
-    prompt: str
-    chosen: str
-    rejected: str
+    Prompt and completions are either all strings, joined as they are, or all tuples of messages.
+    """
+
+    prompt: Side  # messages: up to and including the last one before the completions
+    chosen: Side  # messages: those after the prompt; the first and the last are the assistant's
+    rejected: Side
     id: str  # the user's id, "" if the row had none
-    behavior: str  # a column's value, or the file's name without .jsonl[.gz|.zst]
+    behavior: str  # a column's value, or the source's name without folder and ending
     label: str  # the preferred answer ("Yes"/"No") of persona rows, else column `label`, else ""
     flipped: bool  # chosen and rejected were exchanged by flip_behaviors
-    source: str  # the file, as the user named it
-    line: int  # 1-based
+    source: str  # file or data set, as the user named it; a split in brackets
+    line: int  # 1-based; the row's number in formats without lines
     pair_id: int  # int64 >= 0, see `digest63`; the same whether flipped or not
     ref_chosen: float | None = None  # reference log-prob in nats, from column ref_chosen_logps
     ref_rejected: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A kind of row: the text columns it needs, and how they become prompt, chosen, rejected."""
-
-    name: str
-    columns: tuple[str, ...]
-    parse: Callable[..., tuple[str, str, str]]  # the columns' texts in their order
-    answer_is_label: bool = False  # a preferred answer Yes or No is the row's label
+    tools: tuple[dict[str, Any], ...] | None = None  # schemas of functions, for the chat template
+    template_kwargs: dict[str, Any] | None = None  # further variables of the chat template
+    origin: int = 0  # index of the name in dataset_name and, after them, eval_dataset_name
 
 
 def read_pairs(
     dataset_name: Sequence[str],
     *,
+    eval_dataset_name: Sequence[str] = (),
+    dataset_split: str = "train",
+    eval_dataset_split: str = "test",
+    dataset_config_name: str | None = None,
     behavior_column: str | None = None,
     flip_behaviors: Sequence[str] = (),
     on_bad_rows: str = "error",
 ) -> tuple[list[Pair], list[BadRow]]:
-    """Read every pair of the named files, folders and glob patterns, in the order given.
+    """Read every pair of the named files, folders, patterns and Hub data sets, in the order given.
 
-    A folder stands for its own ``*.jsonl[.gz|.zst]`` files, sorted by name. The behavior of a pair
-    is ``behavior_column``'s value, or its file's name. The pairs of ``flip_behaviors`` get chosen
+    docs/data.md says which names, formats and shapes of rows there are. ``dataset_split`` and
+    ``eval_dataset_split`` count where a source has splits. The behavior of a pair is
+    ``behavior_column``'s value, or its source's name. The pairs of ``flip_behaviors`` get chosen
     and rejected (and their reference log-probs) exchanged; their `Pair.pair_id` stays.
 
     Returns the pairs and, with ``on_bad_rows="drop"``, the rows left out. Raises ValueError with
     file, line and value for bad rows (``"error"``), or when every row is bad; and, whatever
-    ``on_bad_rows`` says, for files that are missing, empty, damaged or of no known shape, for
+    ``on_bad_rows`` says, for sources that are missing, empty, damaged or of no known shape, for
     unknown names in ``flip_behaviors``, and for two rows with one pair_id.
     """
     if on_bad_rows not in ("error", "drop"):
         raise ValueError(f"on_bad_rows is 'error' or 'drop', got {on_bad_rows!r}")
+    sources = find_sources(
+        dataset_name,
+        eval_dataset_name,
+        dataset_split=dataset_split,
+        eval_dataset_split=eval_dataset_split,
+        dataset_config_name=dataset_config_name,
+    )
     pairs: list[Pair] = []
     bad: list[BadRow] = []
+    total = 0
+    kinds: Counter[tuple[str, str]] = Counter()
     seen = _Seen()
-    for source in find_files(dataset_name):
-        rows, unusable = read_rows(source)
-        if rows:
-            shape = _shape_of(source, rows, behavior_column)
-            for line, row in rows:
-                try:
-                    pairs.append(_pair(row, shape, source, line, behavior_column, seen))
-                except Unusable as why:
-                    unusable.append(BadRow(source, line, why.reason, why.value))
-        bad += sorted(unusable, key=lambda row: row.line)
-    check_bad_rows(bad, len(pairs) + len(bad), on_bad_rows)
+    columns = _columns(behavior_column)
+    for source in sources:
+        table = read_source(source, columns)
+        total += len(table.rows) + len(table.bad)
+        if table.rows:
+            shape = _shape_of(source, table, behavior_column)
+            kinds[shape.name, _unread(table, shape, behavior_column)] += 1
+            pairs += _pairs_of(source, table, shape, behavior_column, seen)
+        bad += sorted(table.bad, key=lambda row: row.line)
+    for (shape_name, unread), count in kinds.items():
+        log.info("%s: %d sources; columns not read: %s", shape_name, count, unread)
+    check_bad_rows(bad, total, on_bad_rows)
     return _flip(pairs, flip_behaviors), bad
 
 
@@ -103,62 +133,57 @@ def digest63(*parts: str | int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _preference(prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
-    return prompt, chosen, rejected
+def _columns(behavior_column: str | None) -> frozenset[str]:
+    """All columns that rows are read for; others need not become Python objects."""
+    of_shapes = [name for shape in SHAPES for name in (*shape.columns, *shape.also)]
+    behavior = [behavior_column] if behavior_column else []
+    return frozenset([*of_shapes, *OPTIONAL, *NUMBERS, *MEDIA, *behavior])
 
 
-def _hh_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The prompt ends with the last opening of an assistant's turn that both dialogues share."""
-    end = chosen.rfind(ASSISTANT)
-    while end >= 0:
-        cut = end + len(ASSISTANT)
-        if rejected.startswith(chosen[:cut]):
-            return chosen[:cut], chosen[cut:], rejected[cut:]
-        end = chosen.rfind(ASSISTANT, 0, cut - 1)
-    raise Unusable(
-        f"the dialogues have no common start that ends in {ASSISTANT!r}, and there is no column "
-        "'prompt'",
-        chosen,
-    )
-
-
-# More specific shapes come first: a file has the first shape whose columns one of its rows has.
-SHAPES = (
-    Shape("preference", ("prompt", "chosen", "rejected"), _preference),
-    Shape(
-        "persona",
-        ("question", "answer_matching_behavior", "answer_not_matching_behavior"),
-        _preference,
-        answer_is_label=True,
-    ),
-    Shape("HH dialogues", ("chosen", "rejected"), _hh_dialogues),
-)
-
-
-def _shape_of(
-    source: str, rows: Sequence[tuple[int, dict[str, Any]]], behavior_column: str | None
-) -> Shape:
+def _shape_of(source: Source, table: Table, behavior_column: str | None) -> Shape:
     # All rows are asked, so that a column missing in the first row does not change the shape.
-    names = {column for _, row in rows for column in row}
-    line, first = rows[0]
-    for shape in SHAPES:
-        if any(row.keys() >= set(shape.columns) for _, row in rows):
-            if behavior_column is not None and behavior_column not in names:
-                raise ValueError(
-                    f"file {source} has no column {behavior_column!r} (behavior_column); line "
-                    f"{line} has {listed(first)}.{nearest(behavior_column, sorted(names))}"
-                )
-            return shape
-    known = "; ".join(f"{shape.name}: {', '.join(shape.columns)}" for shape in SHAPES)
-    raise ValueError(
-        f"file {source} line {line} has columns {listed(first)}; no row has a known shape. "
-        f"Known shapes are {known}."
-    )
+    line, first = table.rows[0]
+    shape = shape_of(table.names, table.rows)
+    if shape is None:
+        known = "; ".join(f"{shape.name}: {', '.join(shape.columns)}" for shape in SHAPES)
+        raise ValueError(
+            f"{source.name} line {line} has columns {listed(first or table.names)}; no row has a "
+            f"known shape. Known shapes are {known}."
+        )
+    if behavior_column is not None and behavior_column not in table.names:
+        raise ValueError(
+            f"{source.name} has no column {behavior_column!r} (behavior_column); it has "
+            f"{listed(table.names)}.{nearest(behavior_column, sorted(table.names))}"
+        )
+    return shape
 
 
-def listed(row: dict[str, Any]) -> str:
-    """The names of a row's columns, for messages."""
-    return ", ".join(shown(name) for name in row) or "(none)"
+def _unread(table: Table, shape: Shape, behavior_column: str | None) -> str:
+    read = {*shape.columns, *shape.also, *OPTIONAL, *NUMBERS, *MEDIA, behavior_column}
+    return ", ".join(name for name in table.names if name not in read) or "none"
+
+
+def _pairs_of(
+    source: Source, table: Table, shape: Shape, behavior_column: str | None, seen: _Seen
+) -> Iterator[Pair]:
+    """The pairs of one source. Bad rows are added to ``table.bad``, rows read are removed."""
+    partner: dict[int, int] = {}
+    if shape is KTO:
+        shared = ["tools", "chat_template_kwargs", "system"]
+        shared += [] if behavior_column is None else [behavior_column]
+        table.rows, partner, left = pair_rows(table.rows, source.name, shared)
+        table.bad += left
+        shape = PREFERENCE
+    table.rows.reverse()
+    while table.rows:  # a row is let go before the next one's pair is made
+        line, row = table.rows.pop()
+        try:
+            yield _pair(row, shape, source, line, behavior_column, seen)
+        except Unusable as why:
+            table.bad.append(why.at(source.name, line))
+            if line in partner:
+                other = Unusable("the row that it is paired with is bad", Words(f"line {line}"))
+                table.bad.append(other.at(source.name, partner[line]))
 
 
 class _Seen:
@@ -167,16 +192,20 @@ class _Seen:
     def __init__(self) -> None:
         self.ids: dict[str, str] = {}
         self.pair_ids: dict[int, str] = {}
-        self.contents: Counter[tuple[str, str, str, str]] = Counter()
+        self.contents: Counter[int] = Counter()
 
-    def pair_id(self, user_id: str, content: tuple[str, str, str, str], where: str) -> int:
+    def pair_id(self, user_id: str, content: tuple[str, ...], where: str) -> int:
         if user_id in self.ids:
             raise Unusable(
                 "the id was given before (ids are unique over all files)",
                 Words(f"{shown(user_id)}, first at {self.ids[user_id]}"),
             )
-        self.contents[content] += 1
-        pair_id = digest63(user_id) if user_id else digest63(*content, self.contents[content])
+        if user_id:
+            pair_id = digest63(user_id)
+        else:
+            key = digest63(*content)
+            self.contents[key] += 1
+            pair_id = digest63(*content, self.contents[key])
         if pair_id in self.pair_ids:
             raise ValueError(
                 f"{where} and {self.pair_ids[pair_id]} are different rows with the same pair_id "
@@ -189,35 +218,46 @@ class _Seen:
 
 
 def _pair(
-    row: dict[str, Any],
-    shape: Shape,
-    source: str,
-    line: int,
-    behavior_column: str | None,
-    seen: _Seen,
+    row: Row, shape: Shape, source: Source, line: int, behavior_column: str | None, seen: _Seen
 ) -> Pair:
-    prompt, chosen, rejected = shape.parse(*(_text(row, column) for column in shape.columns))
+    refuse_media(row)
+    prompt, chosen, rejected = shape.parse(row, shape.columns)
+    check_conversation(prompt, chosen, rejected, row.get("system"))
+    texts = (canonical(prompt), canonical(chosen), canonical(rejected))
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
-        if not completion.strip():
+        if isinstance(completion, str) and not completion.strip():
             raise Unusable(f"the {name} completion is empty", completion)
-    if chosen == rejected:
+    if texts[1] == texts[2]:
         raise Unusable("chosen and rejected are the same", chosen)
-    if behavior_column is None:
-        behavior = DATA_FILE.sub("", Path(source).name)
-    else:
+    behavior = source.behavior
+    if behavior_column is not None:
         behavior = _name(row, behavior_column)
         if not behavior:
             raise Unusable(f"column {behavior_column!r} gives no behavior", row[behavior_column])
-    user_id = _name(row, "id") if row.get("id") is not None else ""
     label = _name(row, "label") if row.get("label") is not None else ""
     if shape.answer_is_label:
         label = _answer(chosen) or label
-    ref_chosen, ref_rejected = _number(row, "ref_chosen_logps"), _number(row, "ref_rejected_logps")
+    ref_chosen, ref_rejected = (
+        _number(row, column) for column in ("ref_chosen_logps", "ref_rejected_logps")
+    )
     if (ref_chosen is None) != (ref_rejected is None):
         raise Unusable(
             "only one of ref_chosen_logps, ref_rejected_logps is given", (ref_chosen, ref_rejected)
         )
-    content = (behavior, prompt, chosen, rejected)
+    tools, template_kwargs = None, None
+    content: tuple[str, ...] = (behavior, *texts)
+    if not isinstance(prompt, str):
+        tools = _tools(row)
+        template_kwargs = _template_kwargs(row)
+        asked = canonical_json([tools, template_kwargs], "a tool or template option")
+        content = ("conversation", *content, asked)  # never that of a text pair
+    elif row.get("tools") or row.get("chat_template_kwargs"):
+        raise Unusable(
+            "columns 'tools' and 'chat_template_kwargs' are for conversations; make prompt, chosen "
+            "and rejected lists of messages, or remove them",
+            row.get("tools") or row.get("chat_template_kwargs"),
+        )
+    user_id = _name(row, "id") if row.get("id") is not None else ""
     return Pair(
         prompt=prompt,
         chosen=chosen,
@@ -226,42 +266,50 @@ def _pair(
         behavior=behavior,
         label=label,
         flipped=False,
-        source=source,
+        source=source.name,
         line=line,
-        pair_id=seen.pair_id(user_id, content, f"{source}:{line}"),
+        pair_id=seen.pair_id(user_id, content, f"{source.name}:{line}"),
         ref_chosen=ref_chosen,
         ref_rejected=ref_rejected,
+        tools=tools,
+        template_kwargs=template_kwargs,
+        origin=source.origin,
     )
 
 
-def _present(row: dict[str, Any], column: str) -> Any:
-    if column not in row:
-        raise Unusable(f"column {column!r} is missing", Words(f"columns {listed(row)}"))
-    if row[column] is None:
-        raise Unusable(f"column {column!r} is null", Words("null"))
-    return row[column]
+def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
+    """The schemas of column ``tools``: a list of objects, of their JSON, or the JSON of one."""
+    value = _given(row, "tools")
+    if not value:
+        return None
+    tools: list[Any] = [from_json(t) for t in value] if isinstance(value, list) else [None]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable("column 'tools' is not a list of objects (or its JSON)", row["tools"])
+    return tuple(tools)
 
 
-def _text(row: dict[str, Any], column: str) -> str:
-    value = _present(row, column)
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise Unusable(f"column {column!r} is not a string", Words(f"{kind} {shown(value)}"))
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = Words(f"{value[error.start]!r} at character {error.start}")
-        raise Unusable(f"column {column!r} holds half a surrogate pair", half) from None
+def _template_kwargs(row: Row) -> dict[str, Any] | None:
+    value = _given(row, "chat_template_kwargs")
+    if not value:
+        return None
+    if not isinstance(value, dict):
+        raise Unusable("column 'chat_template_kwargs' is not an object (or its JSON)", value)
     return value
 
 
-def _name(row: dict[str, Any], column: str) -> str:
+def _given(row: Row, column: str) -> Any:
+    """A column's value without the nulls that Arrow fills in; of JSON text what it says."""
+    value = row.get(column)
+    return from_json(value) if isinstance(value, str) else without_nulls(value)
+
+
+def _name(row: Row, column: str) -> str:
     """A string column, in which whole numbers and booleans stand for their text."""
-    value = _present(row, column)
-    return str(value) if isinstance(value, int) else _text(row, column)
+    value = present(row, column)
+    return str(value) if isinstance(value, int) else text(row, column)
 
 
-def _number(row: dict[str, Any], column: str) -> float | None:
+def _number(row: Row, column: str) -> float | None:
     value = row.get(column)
     if value is None:
         return None
@@ -271,8 +319,8 @@ def _number(row: dict[str, Any], column: str) -> float | None:
     return float(value)
 
 
-def _answer(completion: str) -> str:
-    answer = completion.strip()
+def _answer(completion: Side) -> str:
+    answer = completion.strip() if isinstance(completion, str) else ""
     return answer if answer in ("Yes", "No") else ""
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from fastpref.data.files import BadRow, check_bad_rows
+from fastpref.data.badrows import BadRow, check_bad_rows
 from fastpref.data.formats import Pair
+from fastpref.data.shapes import Side
 
 CHUNK = 2048  # pairs per call of the tokenizer: bounds the memory of its Python lists
 
@@ -68,15 +69,19 @@ def tokenize_pairs(
     """
     if max_length < 2:
         raise ValueError(f"max_length is at least 2 (a context and a completion), got {max_length}")
+    for pair in pairs:
+        assert isinstance(pair.prompt, str), "conversations have no tokens yet"
     eos = _eos_text(tokenizer, append_eos)
     behaviors = sorted({pair.behavior for pair in pairs})
     number = {name: k for k, name in enumerate(behaviors)}
     done = Tokenized([], [], behaviors, [], 0, 0)
     for start in range(0, len(pairs), CHUNK):
         chunk = pairs[start : start + CHUNK]
-        prompts = _encode(tokenizer, [pair.prompt for pair in chunk])
-        chosen = _encode(tokenizer, [p.prompt + _ended(p.chosen, eos) for p in chunk])
-        rejected = _encode(tokenizer, [p.prompt + _ended(p.rejected, eos) for p in chunk])
+        prompts = _encode(tokenizer, [_text(pair.prompt) for pair in chunk])
+        chosen = _encode(tokenizer, [_text(p.prompt) + _ended(_text(p.chosen), eos) for p in chunk])
+        rejected = _encode(
+            tokenizer, [_text(p.prompt) + _ended(_text(p.rejected), eos) for p in chunk]
+        )
         for i, (pair, *ids) in enumerate(zip(chunk, prompts, chosen, rejected, strict=True)):
             prompt_len = min(_common(ids[0], ids[1]), _common(ids[0], ids[2]))
             fault = _fault(ids[1], ids[2], prompt_len, max_length)
@@ -137,6 +142,11 @@ def _eos_text(tokenizer: Any, append_eos: str) -> str:
             "tokenizer, or append_eos to false."
         )
     return str(tokenizer.eos_token)
+
+
+def _text(side: Side) -> str:
+    assert isinstance(side, str), "conversations have no tokens yet"
+    return side
 
 
 def _ended(completion: str, eos: str) -> str:

@@ -121,7 +121,8 @@ def test_wrong_values(name: str, value: Any, part: str) -> None:
 
 
 def test_combinations_carry_their_fix() -> None:
-    same = message(dataset_name=["a", "b"], eval_dataset_name="b")
+    splits = {"dataset_split": "train", "eval_dataset_split": "train"}
+    same = message(dataset_name=["a", "b"], eval_dataset_name="b", **splits)
     assert "'b' is in dataset_name too" in same and "eval_fraction" in same
     resume = "runs/x/checkpoint-4"
     wiped = message(output_dir="runs/x", overwrite_output_dir="true", resume_from_checkpoint=resume)

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FROZEN = """
 model_name_or_path dtype attn_implementation device trainable
-dataset_name eval_dataset_name behavior_column flip_behaviors on_bad_rows max_length append_eos
+dataset_name eval_dataset_name dataset_split eval_dataset_split dataset_config_name
+behavior_column flip_behaviors on_bad_rows max_length append_eos
 eval_fraction eval_sample_size
 output_dir overwrite_output_dir resume_from_checkpoint seed
 loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef ld_alpha

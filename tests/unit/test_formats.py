@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpref.data import formats
-from fastpref.data.files import find_files
 from fastpref.data.formats import read_pairs
 
 GOOD = {"prompt": "Two and two?", "chosen": " Four.", "rejected": " Five."}
@@ -114,45 +114,14 @@ def test_zst_of_several_frames(tmp_path: Path) -> None:
     assert [pair.line for pair in pairs] == list(range(1, 41))
 
 
-# ---------------------------------------------------------------------------------- file names
-
-
-def test_folders_patterns_and_several_names(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl.gz", "c.jsonl.zst", "notes.txt", "d.json"):
-        (tmp_path / name).write_bytes(b"")
-    inside = [str(tmp_path / name) for name in ("a.jsonl.gz", "b.jsonl", "c.jsonl.zst")]
-    assert find_files([str(tmp_path)]) == inside
-    assert find_files([str(tmp_path / "*")]) == inside
-    assert find_files([inside[2], str(tmp_path / "[ab]*")]) == [inside[2], *inside[:2]]
-
-
-def test_names_that_stand_for_nothing(tmp_path: Path) -> None:
-    file = write(tmp_path / "sums.jsonl", [GOOD])
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("x")
-    for name, message in (
-        (str(tmp_path / "sum.jsonl"), "no such file.*Did you mean 'sums.jsonl'"),
-        (str(tmp_path / "empty"), "holds no"),
-        (str(tmp_path / "*.gz"), "matches no"),
-        (str(tmp_path / "notes.txt"), "expected a name that ends in .jsonl"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            read_pairs([name])
-    with pytest.raises(ValueError, match="comes up twice"):
-        read_pairs([file, str(tmp_path / "*.jsonl")])
-    with pytest.raises(ValueError, match="dataset_name is empty"):
-        read_pairs([])
-    with pytest.raises(ValueError, match="list of names"):
-        read_pairs(file)
-
-
 # ------------------------------------------------------------------------------------- bad rows
 
 BAD = {
     "missing column": ({"prompt": "p", "rejected": " b"}, "'chosen' is missing", "prompt"),
     "null": ({**GOOD, "chosen": None}, "'chosen' is null", "null"),
     "wrong type": ({**GOOD, "rejected": 5}, "'rejected' is not a string", "int 5"),
-    "messages": ({**GOOD, "chosen": [{"role": "x"}]}, "'chosen' is not a string", "list"),
+    "boolean": ({**GOOD, "prompt": True}, "'prompt' is not a string or a list", "bool True"),
+    "name twice": (b'{"prompt": "p", "chosen": " a", "chosen": " b"}', "same name twice", "chosen"),
     "empty": ({**GOOD, "rejected": ""}, "rejected completion is empty", "''"),
     "blank": ({**GOOD, "chosen": " \n"}, "chosen completion is empty", r"' \n'"),
     "equal": ({**GOOD, "chosen": " Five."}, "chosen and rejected are the same", "' Five.'"),
@@ -213,7 +182,7 @@ def test_dialogues_without_a_common_opening_are_bad(tmp_path: Path) -> None:
     rows = [
         {"chosen": start + " a", "rejected": start + " b"},
         {"chosen": start + " a", "rejected": start.replace("Hi", "Ho") + " b"},
-        {"chosen": "a", "rejected": "b"},
+        {"chosen": "they a", "rejected": "they b"},  # of no dialogue, in a file of dialogues
     ]
     pairs, bad = read_pairs([write(tmp_path / "x.jsonl", rows)], on_bad_rows="drop")
     assert [pair.line for pair in pairs] == [1]
@@ -281,6 +250,33 @@ def test_pair_id_is_of_the_id_or_the_content_and_survives_flipping_and_order(
     named = [{**GOOD, "id": "one"}], [{**GOOD, "id": "one", "prompt": "other"}]
     seen = [read_pairs([write(tmp_path / "y.jsonl", rows)])[0][0].pair_id for rows in named]
     assert seen[0] == seen[1]
+
+
+def test_pair_ids_of_texts_are_those_of_the_first_version(
+    tmp_path: Path, persona_dir: Path, hh_file: Path
+) -> None:
+    """Taken from version 0.1's first reader, which knew JSONL and texts alone."""
+    rows = [
+        GOOD,
+        GOOD,
+        {"prompt": "Zw\u00f6lf\n", "chosen": "\U0001f600", "rejected": " b", "id": "q7"},
+        {"prompt": "", "chosen": "x", "rejected": "y", "id": 7},
+    ]
+    pairs, _ = read_pairs([write(tmp_path / "sums.jsonl", rows)])
+    assert [pair.pair_id for pair in pairs] == [
+        883410091450709469,
+        3153201177243153077,
+        1189941302952720414,
+        1537142013731836277,
+    ]
+    for name, first, digest in (
+        (persona_dir, 2007617896049016761, "1e9d2d05e71ad8c4"),
+        (hh_file, 2810923891297639621, "933b882801120206"),
+    ):
+        pairs, _ = read_pairs([str(name)], on_bad_rows="drop")
+        ids = " ".join(str(pair.pair_id) for pair in pairs)
+        assert pairs[0].pair_id == first
+        assert hashlib.sha256(ids.encode()).hexdigest()[:16] == digest
 
 
 def test_pair_id_collision_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
