@@ -88,13 +88,23 @@ _PAIRS = Table(
             "margin",
             _F32,
             "nat",
-            "m = (logp - ref_logp of chosen) - (logp - ref_logp of rejected), without beta",
+            "m = (logp - ref_logp of chosen) - (logp - ref_logp of rejected), without beta; "
+            "without ref_logp for losses that have no reference",
         ),
         Column(
-            "weight", _F32, "1/nat", "-dloss/dmargin; beta*sigmoid(-beta*m) for the sigmoid loss"
+            "weight",
+            _F32,
+            "1/nat",
+            "-dloss/dmargin, beta*sigmoid(-beta*m) for the sigmoid loss; -dloss/dlogp_chosen for "
+            "losses of more than the margin",
         ),
-        Column("loss", _F32, "nat", "the pair's loss"),
-        Column("reward_accuracy", _BOOL, "-", "margin > 0"),
+        Column("loss", _F32, "nat", "the pair's loss; the mean over a step's pairs is its loss"),
+        Column(
+            "reward_accuracy",
+            _BOOL,
+            "-",
+            "reward of chosen > of rejected: margin > 0, or per token",
+        ),
         Column("output_accuracy", _BOOL, "-", "logp_chosen > logp_rejected"),
         Column("gnorm_m", _F32, "nat", "norm of grad m over all trained weights"),
         Column("gnorm_chosen", _F32, "nat", "norm of grad logp_chosen, all trained weights"),
@@ -181,7 +191,7 @@ _BEHAVIORS = Table(
         Column("margin_std", _F64, "nat", "standard deviation of the margin (divided by n)"),
         Column("weight", _F64, "1/nat", "mean of -dloss/dmargin"),
         Column("loss", _F64, "nat", "mean loss"),
-        Column("reward_accuracy", _F64, "-", "fraction of pairs with margin > 0"),
+        Column("reward_accuracy", _F64, "-", "fraction of pairs with the higher reward chosen"),
         Column("output_accuracy", _F64, "-", "fraction with logp_chosen > logp_rejected"),
         Column("logp_chosen", _F64, "nat", "mean log pi(chosen)"),
         Column("logp_rejected", _F64, "nat", "mean log pi(rejected)"),

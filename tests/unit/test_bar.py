@@ -25,7 +25,7 @@ def test_every_figure_is_on_a_line_of_80_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     zero = torch.zeros(1)
-    pairs = PairResult(batch(), PairLogp(*[zero] * 6), zero, zero, {})
+    pairs = PairResult(batch(), PairLogp(*[zero] * 6), *[zero] * 4, norms={}, stats={})
     result = StepResult([pairs], torch.tensor(0.6931), zero[0], zero[0])
     bar = Bar(12345, 10000, show=True)
     bar.bar.mininterval = 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -364,3 +366,17 @@ def test_the_functional_drop_in() -> None:
     torch.testing.assert_close(chosen, 0.2 * (x.chosen - x.ref_chosen))
     losses, *_ = dpo_loss(*logps, beta=0.2, ipo=True)
     torch.testing.assert_close(losses, (logits - 2.5) ** 2)
+
+
+def test_docs_agree_with_the_registry() -> None:
+    script = Path(__file__).resolve().parents[2] / "docs" / "loss_table.py"
+    spec = importlib.util.spec_from_file_location("loss_table_script", script)
+    assert spec and spec.loader
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    page = made.PAGE.read_text(encoding="utf-8")
+    assert made.BEGIN + made.tables() + made.END in page, (
+        "docs/losses.md is out of date; run: python docs/loss_table.py"
+    )
+    for name, loss in LOSSES.items():
+        assert "arXiv" in (loss.fn.__doc__ or "") or name == "sft", f"{name} cites no source"
