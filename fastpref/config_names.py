@@ -110,6 +110,8 @@ ELSEWHERE: dict[str, str] = {
         "it is about the inside of transformers' Trainer and has no counterpart here; remove it",
     ),
     "parallelism_config": "sharded training is " + NOT_YET,
+    "model_revision": "set model_name_or_path to a folder that holds that revision",
+    "router_aux_loss_coef": "the auxiliary loss of routers is " + NOT_YET,
     "model_init_kwargs": "set dtype and attn_implementation",
     "pad_token": "there is no padding; remove it",
     "test_split_size": "set eval_fraction",
@@ -126,6 +128,8 @@ ELSEWHERE: dict[str, str] = {
 }
 ELSEWHERE_PREFIXES: dict[str, str] = {
     "lora_": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
+    "use_rslora": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
+    "use_dora": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
     "bnb_": "quantised weights are " + NOT_YET,
     "fsdp": "sharded training is " + NOT_YET,
     "deepspeed": "sharded training is " + NOT_YET,
