@@ -22,6 +22,7 @@ import torch
 
 from bench.flops import Shape, Work
 from fastpref.attention import build_layout
+from fastpref.best import Best
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset
 from fastpref.data.formats import Pair
@@ -32,8 +33,9 @@ from fastpref.dynamics.recorder import read_jsonl
 from fastpref.losses import get_loss
 from fastpref.model import load_model
 from fastpref.observe import Window
-from fastpref.optim import build_optimizer, build_scheduler
+from fastpref.optim import build_optimizer
 from fastpref.refcache import PLAN_TOKENS, reference_logp
+from fastpref.schedule import Schedule
 from fastpref.train import State, run_loop
 
 COMPARED = ("loss", "logps/chosen", "logps/rejected", "num_tokens")
@@ -134,8 +136,9 @@ class Fastpref:
             for pair, (chosen, rejected) in zip(tokenized.pairs, reference, strict=True)
         ]
         optimizer = build_optimizer(self.model.module.named_parameters(), self.config)
-        scheduler = build_scheduler(optimizer, self.config, 10**6)
-        self.state = State(self.model, optimizer, scheduler, Window(self.model.device), key="")
+        scheduler = Schedule(optimizer, self.config, 10**6)
+        window, best = Window(self.model.device), Best(self.config)
+        self.state = State(self.model, optimizer, scheduler, window, best, key="")
 
     def run(self, first: int, steps: int, observe: bool = False) -> Slice:
         """See `Contender`."""

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 from fastpref.config import GROUPS, Config, field_types  # noqa: E402
 from fastpref.config_names import ELSEWHERE, ELSEWHERE_PREFIXES  # noqa: E402
-from fastpref.config_values import RANGES  # noqa: E402
+from fastpref.config_values import RANGES, Options  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
 MARK = "<!-- made by docs/config_table.py; do not edit below -->\n"
@@ -20,8 +20,8 @@ MARK = "<!-- made by docs/config_table.py; do not edit below -->\n"
 def tables() -> str:
     """Markdown tables of every field by group, and of TRL's and transformers' other names."""
     lines: list[str] = []
-    for group in GROUPS:
-        lines += [f"\n### {group}\n", "| name | values | default | |", "|---|---|---|---|"]
+    for group, about in GROUPS.items():
+        lines += [f"\n### {group}: {about}\n", "| name | values | default | |", "|---|---|---|---|"]
         for spec in dataclasses.fields(Config):
             if spec.metadata["group"] == group:
                 cells = (_code(spec.name), _values(spec), _default(spec), spec.metadata["help"])
@@ -44,7 +44,8 @@ def _values(spec: dataclasses.Field[object]) -> str:
         return "`true`, `false`"
     words = {str: "text", int: "whole number", float: "number", tuple[str, ...]: "list of text"}
     words |= {int | None: "whole number or `null`", str | None: "text or `null`"}
-    words |= {float | None: "number or `null`", tuple[float, ...]: "list of numbers"}
+    words |= {float | None: "number or `null`", bool | None: "`true`, `false` or `null`"}
+    words |= {tuple[float, ...]: "list of numbers", Options: "mapping, JSON or `key=value,...`"}
     within = spec.metadata["within"]
     return words[kind] + (f", {RANGES[within][0]}" if within else "")
 

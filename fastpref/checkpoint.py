@@ -5,7 +5,7 @@
       reference/                                  the same, of a reference that moves
       optimizer.safetensors optimizer.json        tensors by parameter number; groups and scalars
       rng.safetensors                             generators of every rank, as tensors
-      trainer_state.json                          step, schedule, counters of the loop
+      trainer_state.json                          step, schedule, counters of the loop, log_history
       manifest.json                               size and SHA-256 of every other file, written last
 
 No pickle anywhere. A kill at any moment leaves at least the previous checkpoint usable: names that
@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from fastpref import __version__, dist
 from fastpref.generators import gather_generators, restore_generators
-from fastpref.optim import Schedule
+from fastpref.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class TrainState:
     schedule: Schedule
     counters: dict[str, Any]  # of the loop; anything JSON can hold exactly
     reference: nn.Module | None = None  # one that follows the policy
+    # Metrics under transformers' names, for scripts that plot them; never read back.
+    log_history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def save_checkpoint(
@@ -61,11 +63,12 @@ def save_checkpoint(
     step: int,
     state: TrainState,
     save_total_limit: int | None = None,
+    best_step: int | None = None,
 ) -> Path:
     """Write `checkpoint-<step>` and return its path. Every rank calls it; rank 0 writes.
 
     An existing checkpoint of that step is replaced; at every moment one of the two is whole on the
-    disk. Afterwards only the newest `save_total_limit` stay, this one always among them.
+    disk. Afterwards `save_total_limit` stay: this one, that of `best_step`, then the newest.
     """
     root = Path(output_dir)
     target = root / f"checkpoint-{step}"
@@ -83,7 +86,7 @@ def save_checkpoint(
             shutil.rmtree(aside, ignore_errors=True)
             raise
         if save_total_limit is not None:
-            _prune(root, save_total_limit, keep=target)
+            _prune(root, save_total_limit, {target, root / f"checkpoint-{best_step}"})
     dist.barrier()
     return target
 
@@ -109,6 +112,12 @@ def load_checkpoint(
     state.counters.update(saved["counters"])
     restore_generators(load_file(folder / "rng.safetensors"), folder)
     return state.counters
+
+
+def load_weights(path: str | os.PathLike[str], module: nn.Module) -> None:
+    """Copy the weights of the checkpoint `path`, verified, into `module`."""
+    verify_checkpoint(Path(path))
+    _load_model(Path(path), module)
 
 
 def find_checkpoint(resume: str, output_dir: str | os.PathLike[str]) -> Path | None:
@@ -204,6 +213,7 @@ def _write(folder: Path, step: int, state: TrainState, generators: dict[str, Ten
         "global_step": step,
         "schedule": state.schedule.state_dict(),
         "counters": state.counters,
+        "log_history": state.log_history,
     }
     _write_json(folder / "trainer_state.json", saved)
 
@@ -252,10 +262,13 @@ def _clear_leftovers(root: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _prune(root: Path, limit: int, keep: Path) -> None:
-    for _, folder in _checkpoints(root)[:-limit]:
-        if folder != keep:
-            _remove(folder)
+def _prune(root: Path, limit: int, keep: set[Path]) -> None:
+    """Remove the oldest checkpoints beyond `limit`, but neither the newest nor any of `keep`."""
+    folders = [folder for _, folder in _checkpoints(root)]
+    keep = keep.intersection(folders) | set(folders[-1:])
+    spare = len(folders) - max(limit, len(keep))
+    for folder in [folder for folder in folders if folder not in keep][: max(spare, 0)]:
+        _remove(folder)
 
 
 def _remove(folder: Path) -> None:
@@ -357,10 +370,17 @@ def _load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         number, key = name.split(".", 1)
         state.setdefault(int(number), {})[key] = tensor
-    for group in saved:
-        if "betas" in group:
-            group["betas"] = tuple(group["betas"])
+    for group, now in zip(saved, own, strict=True):
+        # JSON has no tuples: betas, Adafactor's eps.
+        group |= {name: tuple(group[name]) for name in now if isinstance(now[name], tuple)}
     optimizer.load_state_dict({"state": state, "param_groups": saved})
+    # torch casts it to the weights' dtype; Adafactor's is float32 beside bfloat16 weights too.
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, entries in state.items():
+        own_state = optimizer.state[weights[number]]
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and own_state[key].dtype != value.dtype:
+                own_state[key] = value.to(own_state[key].device)
 
 
 def _device(module: nn.Module) -> torch.device:

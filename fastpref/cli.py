@@ -37,6 +37,13 @@ class CommandParser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written; help texts beside the options where they fit."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, bad input 2, non-finite 3, interrupted 130,
     preempted 143. FASTPREF_DEBUG=1 shows tracebacks."""
@@ -77,7 +84,7 @@ def _dispatch(args: list[str]) -> int:
     parser = CommandParser(
         prog=f"fastpref {name}",
         description=command.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     command.add_arguments(parser)

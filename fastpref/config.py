@@ -23,10 +23,22 @@ import yaml
 
 from fastpref.config_loss import resolve_losses
 from fastpref.config_names import ELSEWHERE, ELSEWHERE_PREFIXES
+from fastpref.config_options import LR_SCHEDULER_KWARGS, OPTIM_ARGS
 from fastpref.config_rules import check_combinations
-from fastpref.config_values import ConfigError, check_value, parse_value, read_yaml
+from fastpref.config_values import ConfigError, Options, check_value, parse_value, read_yaml
 
-GROUPS = ("model", "data", "run", "loss", "optimizer", "batch", "intervals", "dynamics")
+GROUPS = {
+    "model": "what is trained, and in which precision",
+    "data": "which pairs, and how they become tokens",
+    "run": "where it is written, and how it goes on",
+    "loss": "what is minimised",
+    "optimizer": "how the weights move",
+    "batch": "how many pairs make a step, and how many steps a run",
+    "intervals": "how often something is written, evaluated, saved",
+    "best": "which evaluation counts, when to stop early, which weights are the final ones",
+    "loggers": "services that show the metrics; files are written in any case",
+    "dynamics": "what is recorded about every pair and behavior",
+}
 
 
 def _field(
@@ -76,7 +88,7 @@ class Config:
         None, "data", "Column that names a pair's behavior; null: the file's name."
     )
     flip_behaviors: tuple[str, ...] = _field(
-        (), "data", "Behaviors whose chosen and rejected completions change places."
+        (), "data", "Behaviors whose chosen and rejected completions change places; all: every one."
     )
     on_bad_rows: str = _field(
         "error",
@@ -161,7 +173,12 @@ class Config:
         512, "loss", "Steps between two syncs of the reference.", within="at least 1"
     )
 
-    optim: str = _field("adamw_torch", "optimizer", "Optimizer.", ("adamw_torch", "sgd"))
+    optim: str = _field(
+        "adamw_torch", "optimizer", "Optimizer, by transformers' name.", tuple(OPTIM_ARGS)
+    )
+    optim_args: Options = _field(
+        (), "optimizer", "Options of sgd, rmsprop or adafactor: momentum=0.9,nesterov=true."
+    )
     learning_rate: float = _field(1e-6, "optimizer", "Highest learning rate.", within="at least 0")
     weight_decay: float = _field(
         0.0, "optimizer", "Not applied to biases and norm weights.", within="at least 0"
@@ -175,11 +192,23 @@ class Config:
     lr_scheduler_type: str = _field(
         "linear",
         "optimizer",
-        "Shape of the learning rate after the warm-up.",
-        ("linear", "cosine", "constant"),
+        "Shape of the learning rate after the warm-up, by transformers' name.",
+        tuple(LR_SCHEDULER_KWARGS),
     )
-    warmup_ratio: float = _field(
-        0.1, "optimizer", "Part of all steps in which the rate rises from 0.", within="ratio"
+    lr_scheduler_kwargs: Options = _field(
+        (), "optimizer", "Options of the schedule, as transformers calls them: min_lr_rate=0.1."
+    )
+    warmup_ratio: float | None = _field(
+        None,
+        "optimizer",
+        "Part of all steps in which the rate rises from 0; null: 0.1, unless warmup_steps is set.",
+        within="ratio",
+    )
+    warmup_steps: float | None = _field(
+        None,
+        "optimizer",
+        "Steps in which the rate rises from 0, or, below 1, their part of all steps.",
+        within="warmup",
     )
 
     num_train_epochs: float = _field(
@@ -203,11 +232,17 @@ class Config:
     logging_steps: int = _field(
         10, "intervals", "Steps between two lines of metrics.jsonl.", within="at least 1"
     )
+    logging_first_step: bool = _field(
+        False, "intervals", "Write a line for the first step too, whatever logging_steps says."
+    )
     eval_steps: int = _field(
         50,
         "intervals",
-        "Steps between two evaluations, step 0 and the last included; 0: none.",
+        "Steps between two evaluations, the last step included; 0: none.",
         within="at least 0",
+    )
+    eval_on_start: bool = _field(
+        True, "intervals", "Evaluate at step 0 too, where every behavior's curve begins."
     )
     save_steps: int = _field(
         100,
@@ -216,8 +251,54 @@ class Config:
         within="at least 1",
     )
     save_total_limit: int | None = _field(
-        None, "intervals", "Checkpoints to keep, the newest ones; null: all.", within="at least 1"
+        None,
+        "intervals",
+        "Checkpoints to keep: the newest, and the best if load_best_model_at_end; null: all.",
+        within="at least 1",
     )
+
+    metric_for_best_model: str | None = _field(
+        None,
+        "best",
+        "A metric of the held-out pairs (docs/metrics.md); null: loss, if one is needed.",
+    )
+    greater_is_better: bool | None = _field(
+        None, "best", "Whether a larger metric is better; null: unless its name ends in loss."
+    )
+    load_best_model_at_end: bool = _field(
+        False,
+        "best",
+        "The final model is that of the best evaluation, of which a checkpoint is kept.",
+    )
+    early_stopping_patience: int | None = _field(
+        None,
+        "best",
+        "Evaluations without a better metric after which the run stops; null: never.",
+        within="at least 1",
+    )
+    early_stopping_threshold: float = _field(
+        0.0, "best", "An evaluation counts as better only where it is so by more than this.",
+        within="at least 0",
+    )  # fmt: skip
+
+    report_to: tuple[str, ...] = _field(
+        (), "loggers", "tensorboard, wandb, trackio, several of them, or none."
+    )
+    run_name: str | None = _field(
+        None, "loggers", "Name of the run in wandb and trackio; null: that of output_dir."
+    )
+    project: str | None = _field(
+        None,
+        "loggers",
+        "Project of wandb and trackio; null: WANDB_PROJECT or TRACKIO_PROJECT, else fastpref.",
+    )
+    logging_dir: str | None = _field(
+        None,
+        "loggers",
+        "Folder of TensorBoard's event files; null: TENSORBOARD_LOGGING_DIR, else tensorboard in "
+        "output_dir.",
+    )
+    disable_tqdm: bool = _field(False, "loggers", "Show no progress bar.")
 
     record: bool = _field(True, "dynamics", "Write records/: every pair, every step, as Parquet.")
     track: str = _field(
@@ -251,6 +332,12 @@ class Config:
         check_combinations(self)
 
     @property
+    def best_metric(self) -> str | None:
+        """The metric by which evaluations are compared, None where nothing asks for that."""
+        asked = self.load_best_model_at_end or self.early_stopping_patience is not None
+        return self.metric_for_best_model or ("loss" if asked else None)
+
+    @property
     def part_steps(self) -> int:
         """Steps per part of records/. It equals `save_steps`, so that every checkpoint stands at
         the end of a part and a resumed run rewrites whole parts only."""
@@ -265,6 +352,8 @@ class Config:
                 group = spec.metadata["group"]
                 lines.append(f"# {group}\n")
             value = getattr(self, spec.name)
+            if field_types()[spec.name] == Options:
+                value = dict(value)
             value = list(value) if isinstance(value, tuple) else value
             lines.append(yaml.safe_dump({spec.name: value}, allow_unicode=True, width=10**6))
         return "".join(lines)
@@ -277,7 +366,8 @@ def field_names() -> tuple[str, ...]:
 
 @functools.cache
 def field_types() -> dict[str, Any]:
-    """Name -> resolved type: str, int, float, bool, one of them or None, tuple of str or float."""
+    """Name -> resolved type: str, int, float, bool, one of them or None, a tuple of str or float,
+    or Options."""
     return typing.get_type_hints(Config)
 
 
@@ -307,7 +397,9 @@ def load_config(
     if path is not None:
         for name, line, value in read_yaml(Path(path)):
             if name not in field_names():
-                raise ValueError(f"{path}:{line}: {name}: {explain_unknown(name)}")
+                flat = "; names stand at the left margin, without groups"
+                reason = explain_unknown(name) + (flat if isinstance(value, dict) else "")
+                raise ValueError(f"{path}:{line}: {name}: {reason}")
             if name in values:
                 raise ValueError(f"{path}:{line}: {name} stands twice, first at {where[name]}")
             values[name], where[name] = value, f"{path}:{line}: {name}"

@@ -8,8 +8,26 @@ from __future__ import annotations
 NOT_YET = "not in this version of fastpref; remove it"
 MEMORY = "set max_tokens_per_microbatch (packed tokens per forward); results do not depend on it"
 DTYPE = "set dtype: auto, float32, bfloat16 or float64"
-LOGGERS = "metrics are written to metrics.jsonl and records/ in output_dir; remove it"
+EVALUATION = "set eval_steps: optimizer steps between two evaluations, 0 for none"
+IN_STEPS = "an epoch has (training pairs / train_batch_size) steps"
+REDUCED = "sums are over all ranks, whatever their number; remove it"
+DDP = "ranks share gradients by fastpref's own reduction; remove it"
 ELSEWHERE: dict[str, str] = {
+    # What people type, and what LLaMA-Factory and axolotl call it.
+    "config": "the file stands first, without an option: fastpref train FILE.yaml",
+    "lr": "set learning_rate",
+    "batch_size": "set train_batch_size: pairs per optimizer step over all ranks",
+    "micro_batch_size": MEMORY,
+    "num_epochs": "set num_train_epochs",
+    "epochs": "set num_train_epochs",
+    "lr_scheduler": "set lr_scheduler_type",
+    "optimizer": "set optim",
+    "pref_beta": "set beta",
+    "rl_beta": "set beta",
+    "pref_loss": "set loss_type",
+    "cutoff_len": "set max_length",
+    "sequence_len": "set max_length",
+    # What transformers and TRL call it.
     "per_device_train_batch_size": "set train_batch_size: pairs per optimizer step over all ranks "
     "(per_device_train_batch_size x gradient_accumulation_steps x ranks); " + MEMORY,
     "gradient_accumulation_steps": "set train_batch_size: pairs per optimizer step over all ranks; "
@@ -39,13 +57,16 @@ ELSEWHERE: dict[str, str] = {
     "use_peft": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
     "load_in_4bit": "quantised weights are " + NOT_YET,
     "load_in_8bit": "quantised weights are " + NOT_YET,
-    "warmup_steps": "set warmup_ratio: warm-up steps divided by all steps",
-    "logging_strategy": "set logging_steps",
-    "eval_strategy": "set eval_steps; 0 means no evaluation",
-    "evaluation_strategy": "set eval_steps; 0 means no evaluation",
-    "do_eval": "set eval_steps; 0 means no evaluation",
-    "save_strategy": "set save_steps",
-    "load_best_model_at_end": NOT_YET,
+    "logging_strategy": "set logging_steps: optimizer steps between two lines; " + IN_STEPS,
+    "eval_strategy": EVALUATION + "; " + IN_STEPS,
+    "evaluation_strategy": EVALUATION + "; " + IN_STEPS,
+    "do_eval": EVALUATION,
+    "eval_delay": EVALUATION + "; the first one is at step 0, or, with eval_on_start: false, there",
+    "prediction_loss_only": EVALUATION + "; every metric is written",
+    "save_strategy": "set save_steps: optimizer steps between two checkpoints; " + IN_STEPS + "; "
+    "load_best_model_at_end saves at every better evaluation as well",
+    "save_only_model": "checkpoints are whole, so that a run can go on; the final model stands in "
+    "output_dir without optimizer state; remove it",
     "dataset_num_proc": "reading and tokenising need no workers; remove it",
     "dataloader_num_workers": "batches are built in the training process; remove it",
     "dataset_train_split": "set dataset_split",
@@ -53,9 +74,49 @@ ELSEWHERE: dict[str, str] = {
     "dataset_config": "set dataset_config_name",
     "datasets": "set dataset_name to the list of files, folders, patterns or Hub names",
     "dataset_streaming": "pairs are read once, as a whole; remove it",
-    "report_to": LOGGERS,
-    "run_name": "set output_dir; the folder is the run's name",
-    "logging_dir": LOGGERS,
+    "streaming": "pairs are read once, as a whole; remove it",
+    "include_num_input_tokens_seen": "always on: num_tokens counts them; remove it",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run; remove it",
+    "log_on_each_node": "rank 0 alone writes; remove it",
+    "save_on_each_node": "rank 0 alone writes; remove it",
+    "average_tokens_across_devices": REDUCED,
+    "optim_target_modules": "no optimizer of this version has target modules; remove it",
+    "label_smoothing_factor": "set label_smoothing",
+    "neftune_noise_alpha": "noise on embeddings is " + NOT_YET,
+    "full_determinism": "always on: the same seed gives the same bits; remove it",
+    "ignore_data_skip": "a run goes on with the very next pair; remove it",
+    "remove_unused_columns": "columns that are not known are left alone; remove it",
+    "train_sampling_strategy": "set shuffle and stratify",
+    "use_cache": "training needs no key-value cache; remove it",
+    "torch_empty_cache_steps": MEMORY,
+    **dict.fromkeys(
+        (
+            "accelerator_config",
+            "batch_eval_metrics",
+            "debug",
+            "enable_jit_checkpoint",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "ignore_bias_buffers",
+            "include_for_metrics",
+            "label_names",
+            "length_column_name",
+            "liger_kernel_config",
+            "local_rank",
+            "restore_callback_states_from_checkpoint",
+            "skip_memory_metrics",
+            "use_bnb_nested_quant",
+        ),
+        "it is about the inside of transformers' Trainer and has no counterpart here; remove it",
+    ),
+    "parallelism_config": "sharded training is " + NOT_YET,
+    "model_revision": "set model_name_or_path to a folder that holds that revision",
+    "router_aux_loss_coef": "the auxiliary loss of routers is " + NOT_YET,
+    "model_init_kwargs": "set dtype and attn_implementation",
+    "pad_token": "there is no padding; remove it",
+    "test_split_size": "set eval_fraction",
+    "do_train": "this command trains; remove it",
+    "do_predict": "there is no prediction; `fastpref report` shows what a run has learnt",
     "push_to_hub": "nothing is uploaded; remove it",
     "trust_remote_code": "code from the Hub is never run; remove it",
     "disable_dropout": "dropout is always off; remove it",
@@ -63,18 +124,45 @@ ELSEWHERE: dict[str, str] = {
     "use_liger_kernel": "the fused head is always on; remove it",
     "use_cpu": "set device: cpu",
     "torch_compile": NOT_YET,
-    "lr_scheduler_kwargs": NOT_YET,
     "ref_model": "the reference is the model as it stands before the first step; remove it",
 }
 ELSEWHERE_PREFIXES: dict[str, str] = {
     "lora_": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
+    "use_rslora": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
+    "use_dora": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
     "bnb_": "quantised weights are " + NOT_YET,
     "fsdp": "sharded training is " + NOT_YET,
     "deepspeed": "sharded training is " + NOT_YET,
     "hub_": "nothing is uploaded; remove it",
     "dataloader_": "batches are built in the training process; remove it",
+    "ddp_": DDP,
+    "trackio_": "set project and run_name; trackio reads the rest from its environment variables",
+    "torch_compile": NOT_YET,
+    "gradient_checkpointing": NOT_YET + " and, if memory is short, " + MEMORY,
+    "activation_checkpointing": NOT_YET + " and, if memory is short, " + MEMORY,
+    "bf16": DTYPE,
+    "fp16": DTYPE,
+    "log_level": "set the environment variable TRANSFORMERS_VERBOSITY for transformers' messages",
 }
+ALIASES: dict[tuple[str, object], object] = {
+    ("optim", "adamw_torch_fused"): "adamw_torch",  # fused it is in any case
+    ("report_to", ("none",)): (),
+}
+NO_RATE = "; its rate depends on the metrics seen so far, so it is no function of the step alone"
+SMALL_STATE = "; it is not in this version; of these, adafactor has the smallest state"
 LATER = {
+    ("lr_scheduler_type", "reduce_lr_on_plateau"): NO_RATE,
+    ("lr_scheduler_type", "greedy"): NO_RATE,
+    ("optim", "adamw_hf"): "; adamw_torch computes the same",
+    ("optim", "adagrad"): "; it is not in this version",
+    ("optim", "adamw_8bit"): SMALL_STATE,
+    ("optim", "adamw_bnb_8bit"): SMALL_STATE,
+    ("optim", "paged_adamw_8bit"): SMALL_STATE,
+    ("optim", "paged_adamw_32bit"): SMALL_STATE,
+    ("optim", "adamw_torch_8bit"): SMALL_STATE,
+    ("optim", "adamw_torch_4bit"): SMALL_STATE,
+    ("optim", "lion_32bit"): SMALL_STATE,
+    ("optim", "lion_8bit"): SMALL_STATE,
     ("trainable", "lora"): "; LoRA is not in this version",
     ("trainable", "head"): "; training the head alone is not in this version",
     ("track", "sketch"): "; sketched norms of the whole model are not in this version",

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.config_loss import check_losses
+from fastpref.config_options import LR_SCHEDULER_KWARGS, OPTIM_ARGS, check_options
 from fastpref.config_values import ConfigError
+
+LOGGERS = ("tensorboard", "wandb", "trackio")
 
 
 def check_combinations(config: Any) -> None:
@@ -34,3 +37,50 @@ def check_combinations(config: Any) -> None:
                 f"true would remove the checkpoint {resume!r} that resume_from_checkpoint names; "
                 "set overwrite_output_dir: false or another output_dir",
             )
+    _check_optimizer(config)
+    _check_best(config)
+    for name in config.report_to:
+        if name not in LOGGERS:
+            apart = "name several as a list, without commas on the command line"
+            raise ConfigError(
+                "report_to",
+                f"expected {', '.join(LOGGERS)} (one or several) or none alone, got {name!r}; "
+                + (apart if "," in name else "metrics.jsonl in output_dir is written in any case"),
+            )
+
+
+def _check_optimizer(config: Any) -> None:
+    args = dict(config.optim_args)
+    check_options("optim_args", config.optim, config.optim_args, OPTIM_ARGS[config.optim])
+    if args.get("nesterov") and (not args.get("momentum") or args.get("dampening")):
+        raise ConfigError("optim_args", "nesterov needs a momentum above 0 and no dampening")
+
+    kind, kwargs = config.lr_scheduler_type, dict(config.lr_scheduler_kwargs)
+    known = LR_SCHEDULER_KWARGS[kind]
+    check_options("lr_scheduler_kwargs", kind, config.lr_scheduler_kwargs, known)
+    if "min_lr_rate" in known and ("min_lr" in kwargs) == ("min_lr_rate" in kwargs):
+        raise ConfigError(
+            "lr_scheduler_kwargs",
+            f"{kind} needs one of min_lr (a learning rate) and min_lr_rate (a part of "
+            "learning_rate), for example min_lr_rate=0.1",
+        )
+    end = kwargs.get("lr_end", 1e-7) if kind == "polynomial" else kwargs.get("min_lr", 0.0)
+    name = "lr_end" if kind == "polynomial" else "min_lr"
+    if end > config.learning_rate or (kind == "polynomial" and end == config.learning_rate):
+        raise ConfigError(
+            "lr_scheduler_kwargs",
+            f"{name} is {end:g}, not below learning_rate, {config.learning_rate:g}; set {name} "
+            "to less",
+        )
+    if config.warmup_steps is not None and config.warmup_ratio is not None:
+        raise ConfigError(
+            "warmup_steps", "warmup_ratio is set too; set one of them and remove the other"
+        )
+
+
+def _check_best(config: Any) -> None:
+    if config.best_metric is None or config.eval_steps:
+        return
+    for name in ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"):
+        if getattr(config, name):
+            raise ConfigError(name, "needs evaluations, and eval_steps is 0; set eval_steps")

@@ -148,6 +148,15 @@ def broadcast_text(text: str, device: torch.device) -> str:
     return bytes(data.tolist()).decode()
 
 
+def broadcast_number(number: float, device: torch.device) -> float:
+    """Rank 0's `number` on every rank; the others' argument is ignored."""
+    if world_size() == 1:
+        return number
+    data = torch.tensor([number], dtype=torch.float64, device=device)
+    dist.broadcast(data, src=0)
+    return float(data)
+
+
 def check_same(what: str, text: str, device: torch.device) -> None:
     """Raise ValueError on every rank unless all have the same `text` (a digest, a path)."""
     if world_size() == 1:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +16,12 @@ from fastpref.data.dataset import Dataset, sample_pairs
 from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
 from fastpref.data.tokenize import TokenPair
 from fastpref.dynamics.groups import behavior_rows
-from fastpref.dynamics.recorder import MetricsLog, Recorder
+from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
+from fastpref.journal import Journal
 from fastpref.losses import Loss
 from fastpref.model import PairModel
-from fastpref.observe import Columns, concatenate, pair_columns, result_metrics
+from fastpref.observe import Columns, concatenate, metric_names, pair_columns, result_metrics
 from fastpref.step import PairResult, evaluate
 
 log = logging.getLogger(__name__)
@@ -29,10 +32,9 @@ class Evaluator:
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         self.config, self.behaviors = config, dataset.behaviors
-        sides = {TRAIN_SAMPLE: dataset.train, HELD_OUT: dataset.held_out}
         self.batches: dict[str, list[PairBatch]] = {
             split: self._pack(sample_pairs(pairs, config.eval_sample_size, config.seed))
-            for split, pairs in sides.items()
+            for split, pairs in _sides(dataset).items()
         }
 
     def _pack(self, pairs: Sequence[TokenPair]) -> list[PairBatch]:
@@ -45,7 +47,8 @@ class Evaluator:
     ) -> list[PairResult]:
         """Every pair of ``split``, all together as one step; ``reference`` as in `train_step`."""
         batches = (batch.to(model.device) for batch in self.batches[split])
-        return evaluate(model, batches, loss, self.config, reference=reference)
+        norms = "exact" if self.config.track == "head" else None
+        return evaluate(model, batches, loss, self.config, norms, reference)
 
     def run(
         self,
@@ -53,34 +56,63 @@ class Evaluator:
         loss: Loss,
         step: int,
         epoch: float,
-        metrics: MetricsLog,
+        journal: Journal,
         recorder: Recorder | None,
         reference: PairModel | None = None,
-    ) -> dict[str, dict[str, float]]:
-        """Evaluate both splits after ``step``; a metrics line and records each.
+    ) -> dict[str, dict[str, float | None]]:
+        """Evaluate both splits after ``step``; a line of metrics, one of clocks, and records each.
 
         Returns split -> metrics under TRL's names, a behavior's as ``behavior/<name>/...``.
         """
         if step == 0:
             count = sum(b.num_pairs for own in self.batches.values() for b in own)
             log.info("evaluating %d pairs, as before training", count)
-        found = {}
+        found: dict[str, dict[str, float | None]] = {}
         for split, batches in self.batches.items():
             if not batches:
                 continue
+            began = time.perf_counter()
             results = self.results(model, loss, split, reference)
             columns = concatenate(pair_columns(result) for result in results)
+            journal.perf(_clocks(step, split, batches, time.perf_counter() - began))
             rows = behavior_rows(self.behaviors, columns["behavior"], **_measured(columns))
             if recorder:
                 recorder.pairs(step, split, epoch, **columns)
                 rows = recorder.behaviors(step, split, rows)
-            line = result_metrics(results)
+            line: dict[str, float | None] = {**result_metrics(results)}
             margins = _reward_margins(results, len(self.behaviors))
             for row in rows:
-                line |= _behavior_metrics(row, margins[self.behaviors.index(str(row["behavior"]))])
-            metrics.append({"step": step, "epoch": epoch, "split": split, **line})
+                line |= _behavior_metrics(row, margins[self.behaviors.index(row["behavior"])])
+            journal.metrics({"step": step, "epoch": epoch, "split": split, **line})
             found[split] = line
         return found
+
+
+def evaluation_names(dataset: Dataset) -> list[str]:
+    """``<split>_<metric>`` of everything that an evaluation of ``dataset`` gives."""
+    names = []
+    for split, pairs in _sides(dataset).items():
+        present = [dataset.behaviors[k] for k in sorted({pair.behavior for pair in pairs})]
+        of_behaviors = [f"behavior/{name}/{m}" for name in present for m in BEHAVIOR_METRICS]
+        names += [f"{split}_{name}" for name in (*metric_names(), *of_behaviors) if pairs]
+    return names
+
+
+def _sides(dataset: Dataset) -> dict[str, list[TokenPair]]:
+    return {TRAIN_SAMPLE: dataset.train, HELD_OUT: dataset.held_out}
+
+
+def _clocks(
+    step: int, split: str, batches: Sequence[PairBatch], seconds: float
+) -> dict[str, object]:
+    """TRL's names: samples are pairs, steps are batches."""
+    return {
+        "step": step,
+        "split": split,
+        f"{split}_runtime": seconds,
+        f"{split}_samples_per_second": sum(b.num_pairs for b in batches) / seconds,
+        f"{split}_steps_per_second": len(batches) / seconds,
+    }
 
 
 def _measured(columns: Columns) -> Columns:
@@ -92,6 +124,7 @@ def _measured(columns: Columns) -> Columns:
         "logp_rejected",
         "ref_logp_chosen",
         "reward_accuracy",
+        "head_gnorm_m",
     )
     return {name: columns[name] for name in names if name in columns}
 
@@ -104,10 +137,23 @@ def _reward_margins(results: Sequence[PairResult], behaviors: int) -> np.ndarray
     return total / np.maximum(np.bincount(index, minlength=behaviors), 1)
 
 
-def _behavior_metrics(row: Mapping[str, object], reward_margin: float) -> dict[str, float]:
+BEHAVIOR_METRICS = (
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "grad_norm",
+    "update_rate",
+)
+
+
+def _behavior_metrics(row: Mapping[str, Any], reward_margin: float) -> dict[str, float | None]:
+    """`BEHAVIOR_METRICS` of a row of the `behaviors` table; None is not known."""
+    values = (
+        float(reward_margin),
+        row["reward_accuracy"],
+        row["logp_chosen"],
+        row.get("head_gnorm_m"),
+        row.get("rate_obs"),
+    )
     name = f"behavior/{row['behavior']}"
-    return {
-        f"{name}/rewards/margins": float(reward_margin),
-        f"{name}/rewards/accuracies": row["reward_accuracy"],  # type: ignore[dict-item]
-        f"{name}/update_rate": row.get("rate_obs"),  # type: ignore[dict-item]
-    }
+    return {f"{name}/{metric}": v for metric, v in zip(BEHAVIOR_METRICS, values, strict=True)}

@@ -161,6 +161,11 @@ def result_metrics(results: Sequence[PairResult]) -> dict[str, float]:
     return pair_metrics(dict(zip(SUMMED, sums, strict=True)))
 
 
+def metric_names() -> list[str]:
+    """Names that `pair_metrics` gives."""
+    return list(pair_metrics(dict.fromkeys(SUMMED, 1.0)))
+
+
 class Window:
     """Sums of pair quantities since the last line of metrics.jsonl, over all ranks.
 

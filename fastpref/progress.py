@@ -1,4 +1,4 @@
-"""The progress bar of a run, and the throughput that perf.jsonl keeps."""
+"""The progress bar of a run, and the clocks that perf.jsonl keeps."""
 
 from __future__ import annotations
 
@@ -75,3 +75,28 @@ class Bar:
     def _empty(self) -> None:
         self.seconds = self.evaluation = 0.0
         self.steps = self.pairs = self.tokens = 0
+
+
+class Clock:
+    """Time and work of this process's part of a run, from the first step to the last."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.steps = self.pairs = 0
+
+    def count(self, plan: StepPlan) -> None:
+        """One more step is done."""
+        self.steps += 1
+        self.pairs += plan.num_pairs
+
+    def line(self, step: int, loss_sum: float) -> dict[str, float]:
+        """TRL's names for the end of a run: evaluations and checkpoints are in the time, samples
+        are pairs, train_loss is the mean over all steps of the run, resumed or not."""
+        seconds = time.perf_counter() - self.began
+        return {
+            "step": step,
+            "train_runtime": seconds,
+            "train_samples_per_second": self.pairs / seconds,
+            "train_steps_per_second": self.steps / seconds,
+            "train_loss": loss_sum / step,
+        }

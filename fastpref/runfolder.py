@@ -14,6 +14,7 @@ import torch
 from fastpref import dist
 from fastpref.checkpoint import find_checkpoint
 from fastpref.config import Config, load_config
+from fastpref.loggers import STATE_FILE, TENSORBOARD_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +27,17 @@ MAY_CHANGE = {
     "device",
     "max_steps",
     "num_train_epochs",
+    "early_stopping_patience",
     "save_total_limit",
     "ref_cache_dir",
     "ref_check_pairs",
+    "report_to",
+    "run_name",
+    "project",
+    "logging_dir",
+    "disable_tqdm",
 }
-FILES = ("metrics.jsonl", "perf.jsonl", "report.html", "config.yaml")
+FILES = ("metrics.jsonl", "perf.jsonl", STATE_FILE, "report.html", "config.yaml")
 
 
 def check(config: Config) -> None:
@@ -108,7 +115,8 @@ def _demand_same(config: Config, before: Config, run: Path) -> None:
 
 def _remove_run(run: Path) -> None:
     """Only what a run writes; whatever else the user keeps there stays."""
-    for folder in [run / "records", *run.glob("checkpoint-*"), *run.glob(".tmp-*")]:
+    folders = [run / "records", run / TENSORBOARD_FOLDER]
+    for folder in [*folders, *run.glob("checkpoint-*"), *run.glob(".tmp-*")]:
         shutil.rmtree(folder, ignore_errors=True)
     for name in FILES:  # config.yaml last: without it, what is left could not be told apart
         (run / name).unlink(missing_ok=True)

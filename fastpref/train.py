@@ -12,25 +12,30 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastpref import dist, require_matching_kernels, runfolder
+from fastpref.best import Best
 from fastpref.checkpoint import (
     TrainState,
     load_checkpoint,
+    load_weights,
     remove_checkpoints_after,
     save_checkpoint,
 )
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset, load_dataset
-from fastpref.data.loader import Loader
+from fastpref.data.loader import Loader, StepPlan
 from fastpref.data.pack import demand_budget, demand_vocabulary, fed_tokens, pack_pairs
-from fastpref.dynamics.recorder import MetricsLog, Recorder
+from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
 from fastpref.errors import NonFiniteError, Preempted
-from fastpref.evaluate import Evaluator
+from fastpref.evaluate import Evaluator, evaluation_names
+from fastpref.journal import Journal
+from fastpref.loggers import demand_packages
 from fastpref.losses import Loss, get_loss
 from fastpref.model import (
     PairModel,
@@ -41,12 +46,13 @@ from fastpref.model import (
     resolve_dtype,
 )
 from fastpref.observe import Window, pair_columns, record_step
-from fastpref.optim import Schedule, build_optimizer, build_scheduler
-from fastpref.progress import Bar
+from fastpref.optim import build_optimizer
+from fastpref.progress import Bar, Clock
 from fastpref.refcache import cache_key, demand_no_given, with_reference
 from fastpref.reference import copy_reference, is_live, sync_reference
+from fastpref.schedule import WARMUP_RATIO, Schedule, rate_factor
 from fastpref.selfcheck import check_model
-from fastpref.step import train_step
+from fastpref.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
 
@@ -59,22 +65,34 @@ class State:
     optimizer: torch.optim.Optimizer
     scheduler: Schedule
     window: Window  # sums since the last line of metrics.jsonl
+    best: Best  # what the evaluations said so far
     key: str  # digest of the initial weights and the data: what a resumed run must share
     reference: PairModel | None = None  # the one that follows the policy (sync_ref_model)
     step: int = 0  # finished optimizer steps
     num_tokens: int = 0  # of both sequences of every pair so far, as TRL counts
+    loss_sum: float = 0.0  # of every step's loss so far
 
-    def saved(self) -> TrainState:
+    def observe(self, plan: StepPlan, result: StepResult) -> None:
+        """Count a finished step."""
+        self.window.add(result.pairs, float(result.grad_norm))
+        self.num_tokens += plan.num_tokens
+        self.loss_sum += float(result.loss)
+
+    def saved(self, log_history: list[dict[str, Any]]) -> TrainState:
         """The form in which checkpoints hold it."""
         counters = {
             "step": self.step,
             "key": self.key,
             "num_tokens": self.num_tokens,
+            "loss_sum": self.loss_sum,
             "window": self.window.sums,
+            "best": self.best.state_dict(),
         }
         module, tokenizer = self.model.module, self.model.tokenizer
         reference = self.reference.module if self.reference else None
-        return TrainState(module, tokenizer, self.optimizer, self.scheduler, counters, reference)
+        return TrainState(
+            module, tokenizer, self.optimizer, self.scheduler, counters, reference, log_history
+        )
 
     def live_reference(self, config: Config) -> PairModel | None:
         """The reference that scores the coming pairs; None: the one whose log-probs are cached."""
@@ -82,14 +100,15 @@ class State:
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from ``checkpoint``, bit for bit; ValueError if data or base model changed."""
-        counters = load_checkpoint(checkpoint, self.saved(), verify=False)
+        counters = load_checkpoint(checkpoint, self.saved([]), verify=False)
         if counters["key"] != self.key:
             raise ValueError(
                 f"{checkpoint}: the data, the tokenizer or the model that training began from "
                 "changed since this run began. Restore them, or choose another output_dir."
             )
         self.step, self.num_tokens = counters["step"], counters["num_tokens"]
-        self.window.sums = counters["window"]
+        self.loss_sum, self.window.sums = counters["loss_sum"], counters["window"]
+        self.best.load_state_dict(counters["best"])
 
 
 def train(config: Config, progress: bool = True) -> Path:
@@ -102,7 +121,7 @@ def train(config: Config, progress: bool = True) -> Path:
     loss = get_loss(config.loss_type, config.loss_weights)
     dist.start(resolve_device(config.device).type)
     try:
-        return _train(config, loss, progress and dist.is_main())
+        return _train(config, loss, progress and not config.disable_tqdm and dist.is_main())
     finally:
         dist.stop()
 
@@ -112,6 +131,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     # things first: data before weights.
     config = _resolved(config)
     runfolder.check(config)
+    demand_packages(config)
     tokenizer = load_tokenizer(config)
     dataset = load_dataset(config, tokenizer)
     torch.manual_seed(config.seed)
@@ -122,6 +142,9 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     loader = _loader(config, dataset)
     demand_budget(fed_tokens(dataset.held_out), config.max_tokens_per_microbatch)
     last_step = total_steps(config, loader.steps_per_epoch)
+    rate_factor(config, last_step)
+    best = Best(config)
+    best.demand_known(evaluation_names(dataset))
     worst = check_model(model, dataset.train)
     log.info("self-check: packed equals separate sequences to %.1e", worst)
     if loss.needs_reference:
@@ -130,8 +153,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
 
     checkpoint = runfolder.open_run(config, model.device)
     optimizer = build_optimizer(model.module.named_parameters(), config)
-    scheduler = build_scheduler(optimizer, config, last_step)
-    state = State(model, optimizer, scheduler, Window(model.device), key, reference)
+    scheduler = Schedule(optimizer, config, last_step)
+    state = State(model, optimizer, scheduler, Window(model.device), best, key, reference)
     if checkpoint:
         state.restore(checkpoint)
         log.info("resumed from %s", checkpoint)
@@ -148,92 +171,132 @@ def run_loop(
     progress: bool,
 ) -> Path:
     """The steps after ``state.step`` up to ``last_step``; returns the run folder."""
-    run, model = Path(config.output_dir), state.model
+    run, model, best = Path(config.output_dir), state.model, state.best
     main = dist.is_main()
-    metrics = MetricsLog(run / "metrics.jsonl", state.step) if main else None
-    perf = MetricsLog(run / "perf.jsonl", state.step, truncate=False) if main else None
     recorder = None
     if config.record:
         recorder = Recorder(run, dist.rank(), dataset.behaviors, config.part_steps, state.step)
         recorder.index(dataset.index)
+    journal = Journal(config, state.step)
     if main:  # nothing can refuse the resumption any more; the run is about to contradict these
         remove_checkpoints_after(run, state.step)
     evaluator = Evaluator(config, dataset) if config.eval_steps and main else None
     truncated = np.array([p.pair_id for p in dataset.train if p.truncated], np.int64)
-    if evaluator and metrics and state.step == 0:
-        evaluator.run(model, loss, 0, 0.0, metrics, recorder)
+    if evaluator and state.step == 0 and config.eval_on_start:
+        evaluator.run(model, loss, 0, 0.0, journal, recorder)
+    if best.stop:  # it ended early already
+        last_step = state.step
 
-    bar = Bar(last_step, state.step, progress)
-    with closing(bar), _asked_to_end() as asked:
+    bar, clock = Bar(last_step, state.step, progress), Clock()
+    with closing(journal), closing(bar), _asked_to_end() as asked:
         for plan in loader.plan(state.step + 1, last_step):
             # The step itself.
             began, rate = time.perf_counter(), state.scheduler.learning_rate
-            tracked = (
-                config.record and config.track == "head" and plan.step % config.track_every == 0
-            )
-            batches = (
-                pack_pairs([dataset.train[i] for i in own]).to(model.device)
-                for own in plan.micro_batches
-            )
-            try:
-                result = train_step(
-                    model,
-                    batches,
-                    loss,
-                    config,
-                    plan.num_pairs,
-                    state.optimizer,
-                    "exact" if tracked else None,
-                    state.live_reference(config),
-                )
-            except NonFiniteError as error:
-                raise NonFiniteError(f"step {plan.step}: {error}") from None
-            state.scheduler.step()
-            state.step = plan.step
-            if state.reference and plan.step % config.ref_model_sync_steps == 0:
-                sync_reference(state.reference, model, config.ref_model_mixup_alpha)
+            result = _step(config, loss, dataset, state, plan)
 
             # What it showed.
             parts = [pair_columns(pairs) for pairs in result.pairs]
-            state.window.add(result.pairs, float(result.grad_norm))
-            state.num_tokens += plan.num_tokens
+            state.observe(plan, result)
             if recorder:
                 record_step(recorder, plan, result, parts, truncated, rate, config.beta)
             bar.step(plan, result, parts, time.perf_counter() - began)
+            clock.count(plan)
             last = plan.step == last_step
-            if last or plan.step % config.logging_steps == 0:
-                line: dict[str, float | str]
-                line = {"learning_rate": rate, "num_tokens": state.num_tokens}
-                line |= state.window.metrics()
-                if metrics and perf:
-                    line = {"step": plan.step, "epoch": plan.epoch, "split": TRAIN, **line}
-                    metrics.append(line)
-                    perf.append({"step": plan.step, **bar.window()})
-            if evaluator and metrics and (last or plan.step % config.eval_steps == 0):
-                with bar.paused():
+            logged = last or plan.step % config.logging_steps == 0
+            logged = logged or (plan.step == 1 and config.logging_first_step)
+            if logged:
+                _write_window(journal, bar, state, plan, rate)
+            better = False
+            if config.eval_steps and (last or plan.step % config.eval_steps == 0):
+                found = {}
+                if evaluator:
                     live = state.live_reference(config)
-                    evaluator.run(model, loss, plan.step, plan.epoch, metrics, recorder, live)
+                    with bar.paused():
+                        found = evaluator.run(
+                            model, loss, plan.step, plan.epoch, journal, recorder, live
+                        )
+                better = best.update(plan.step, found, model.device)
+            if best.stop and not last:
+                last = True
+                log.info("no better %s since step %s: the run ends early", best.metric, best.step)
+                if not logged:
+                    _write_window(journal, bar, state, plan, rate)
 
             # What is kept of it. Records first: a checkpoint never is ahead of them.
             ending = _any_rank(asked.is_set(), model.device)
             save = last or ending or plan.step % config.save_steps == 0
+            save = save or (better and config.load_best_model_at_end)
             if recorder:
                 recorder.flush(plan.step)
                 if save:
                     recorder.close(plan.step)
-            if metrics and perf and (save or plan.step % config.logging_steps == 0):
-                metrics.flush()
-                perf.flush()
+            if save or logged:
+                journal.flush()
             if save:
-                save_checkpoint(run, state.step, state.saved(), config.save_total_limit)
+                keep = best.step if config.load_best_model_at_end else None
+                saved = state.saved(journal.log_history())
+                save_checkpoint(run, state.step, saved, config.save_total_limit, keep)
             if ending and not last:
                 without = " without overwrite_output_dir" if config.overwrite_output_dir else ""
                 raise Preempted(
                     f"stopped after step {plan.step}; the same command{without} goes on there."
                 )
+            if last:
+                journal.finish(clock.line(state.step, state.loss_sum))
+                break
     if main:
+        if config.load_best_model_at_end:
+            _load_best(run, state)
         runfolder.save_final(run, model.module, model.tokenizer)
     return run
+
+
+def _step(config: Config, loss: Loss, dataset: Dataset, state: State, plan: StepPlan) -> StepResult:
+    """One optimizer step, and the learning rate of the next."""
+    model = state.model
+    tracked = config.record and config.track == "head" and plan.step % config.track_every == 0
+    batches = (
+        pack_pairs([dataset.train[i] for i in own]).to(model.device) for own in plan.micro_batches
+    )
+    norms = "exact" if tracked else None
+    try:
+        result = train_step(
+            model,
+            batches,
+            loss,
+            config,
+            plan.num_pairs,
+            state.optimizer,
+            norms,
+            state.live_reference(config),
+        )
+    except NonFiniteError as error:
+        raise NonFiniteError(f"step {plan.step}: {error}") from None
+    state.scheduler.step()
+    state.step = plan.step
+    if state.reference and plan.step % config.ref_model_sync_steps == 0:
+        sync_reference(state.reference, model, config.ref_model_mixup_alpha)
+    return result
+
+
+def _write_window(journal: Journal, bar: Bar, state: State, plan: StepPlan, rate: float) -> None:
+    """A line of what the steps since the last one showed."""
+    line: dict[str, object] = {"step": plan.step, "epoch": plan.epoch, "split": TRAIN}
+    line |= {"learning_rate": rate, "num_tokens": state.num_tokens}
+    journal.metrics(line | state.window.metrics())
+    journal.perf({"step": plan.step, **bar.window()})
+
+
+def _load_best(run: Path, state: State) -> None:
+    """Put the weights of the best evaluation into the model."""
+    best, folder = state.best, run / f"checkpoint-{state.best.step}"
+    if best.step is None or not folder.is_dir():
+        why = f"{folder} is gone" if best.step else "no evaluation gave a number"
+        log.warning("load_best_model_at_end: %s; the last weights are the final ones", why)
+        return
+    if best.step != state.step:
+        load_weights(folder, state.model.module)
+    log.info("final model: step %d, %s %.6g", best.step, best.metric, best.value)
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
@@ -246,12 +309,14 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
 def _resolved(config: Config) -> Config:
     """With what is chosen automatically in the place of `auto`: what config.yaml keeps."""
     device = resolve_device(config.device)
+    no_warmup = config.warmup_ratio is None and config.warmup_steps is None
     return dataclasses.replace(
         config,
         output_dir=str(Path(config.output_dir).expanduser()),
         device=device.type if config.device == "auto" else config.device,
         dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
         attn_implementation=resolve_attention(config.attn_implementation),
+        warmup_ratio=WARMUP_RATIO if no_warmup else config.warmup_ratio,
     )
 
 

@@ -9,6 +9,7 @@ import typing
 from typing import Any
 
 from fastpref.config import GROUPS, Config, field_types, load_config
+from fastpref.config_values import Options
 
 
 def show_log() -> None:
@@ -21,26 +22,48 @@ def show_log() -> None:
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """An optional YAML file, and every field of `Config` as `--field value`, grouped, with help."""
     parser.usage = "%(prog)s [CONFIG.yaml] [--field VALUE ...]"
+    parser.epilog = (
+        "In [brackets]: the default. docs/config.md has the same list and answers to names of\n"
+        "TRL and transformers; docs/training.md explains the settings."
+    )
     parser.add_argument(
         "config", nargs="?", metavar="CONFIG.yaml", help="flat `key: value` lines; options win"
     )
-    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    groups = {name: parser.add_argument_group(f"{name} ({text})") for name, text in GROUPS.items()}
     for spec in dataclasses.fields(Config):
         kind = field_types()[spec.name]
-        extra: dict[str, Any] = {"metavar": "VALUE"}
-        if kind is bool:
-            extra = {"metavar": "true|false", "nargs": "?", "const": "true"}
+        text, choices = spec.metadata["help"], spec.metadata["choices"]
+        extra: dict[str, Any] = {"metavar": _metavar(kind)}
+        if kind in (bool, bool | None):
+            extra |= {"nargs": "?", "const": "true"}
         elif typing.get_origin(kind) is tuple:
-            extra = {"metavar": "VALUE", "nargs": "*"}
-        elif spec.metadata["choices"]:
-            extra = {"metavar": "|".join(spec.metadata["choices"])}
-        shown = spec.default if spec.default not in ((), None) else "none given"
+            extra |= {"nargs": "*"}
+        elif 0 < len(choices) <= SHORT:
+            extra = {"metavar": "|".join(choices)}
+        elif choices:
+            text = f"{text} One of {', '.join(choices)}."
         groups[spec.metadata["group"]].add_argument(
             f"--{spec.name}",
             default=argparse.SUPPRESS,
-            help=f"{spec.metadata['help']} [{shown}]".replace("%", "%%"),
+            help=f"{text} [{_shown(spec.default)}]".replace("%", "%%"),
             **extra,
         )
+
+
+SHORT = 4  # choices that are named in place of a value; more are named in the help text
+
+
+def _metavar(kind: Any) -> str:
+    plain = {bool: "true|false", int: "N", float: "X", str: "TEXT", tuple[str, ...]: "TEXT"}
+    plain |= {Options: "KEY=VALUE"}
+    own = next((arg for arg in typing.get_args(kind) if arg in (bool, int, float, str)), kind)
+    return plain.get(kind) or plain[own]
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == ():
+        return "null" if default is None else "empty"
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def config_from_options(options: argparse.Namespace) -> Config:

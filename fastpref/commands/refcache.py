@@ -1,4 +1,9 @@
-"""Compute reference log-probs ahead of training: `fastpref refcache CONFIG.yaml --field value`."""
+"""Compute reference log-probs ahead of training, for a run with the same data and model.
+
+    fastpref refcache examples/persona.yaml --dataset_name my-pairs/
+
+Takes what `fastpref train` takes; settings that do not decide the log-probs are passed over.
+"""
 
 from __future__ import annotations
 

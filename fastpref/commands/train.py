@@ -1,4 +1,11 @@
-"""Train on preference pairs: `fastpref train CONFIG.yaml --field value ...`."""
+"""Train on preference pairs.
+
+    fastpref train --dataset_name my-pairs/ --output_dir runs/mine
+    fastpref train examples/persona.yaml --dataset_name my-pairs/ --learning_rate 5e-6
+
+dataset_name alone has no default. The command line wins over the file. A run that was stopped goes
+on where it stood when the same command is given again.
+"""
 
 from __future__ import annotations
 

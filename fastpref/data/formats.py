@@ -325,6 +325,8 @@ def _answer(completion: Side) -> str:
 
 
 def _flip(pairs: list[Pair], flip_behaviors: Sequence[str]) -> list[Pair]:
+    if list(flip_behaviors) == ["all"]:
+        return [_flipped(pair) for pair in pairs]
     known = sorted({pair.behavior for pair in pairs})
     for name in flip_behaviors:
         if name not in known:

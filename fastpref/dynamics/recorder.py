@@ -256,35 +256,38 @@ class MetricsLog:
             steps that were lost and repeated stand in it twice).
 
     A last line that was half written when the run was killed is dropped. Raises ValueError with
-    file and line for any other line that is not JSON.
+    file and line for any other line that is not JSON. `kept` is what the file held and keeps.
     """
 
     def __init__(
         self, path: str | Path, resume_step: int | None = None, *, truncate: bool = True
     ) -> None:
         self._path = Path(path)
-        self._lines: list[str] = []
-        kept = []
+        self._rows: list[dict[str, object]] = []
+        self.kept: list[dict[str, Any]] = []
         if resume_step and self._path.exists():
-            kept = [r for r in read_jsonl(self._path) if not truncate or r["step"] <= resume_step]
+            rows = read_jsonl(self._path)
+            self.kept = [row for row in rows if not truncate or row["step"] <= resume_step]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(_json_line(row) for row in kept)
+        text = "".join(_json_line(row) for row in self.kept)
         replace_file(self._path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def append(self, row: Mapping[str, object]) -> None:
         """Add a line; it needs an integer "step". A number that is not finite becomes null."""
         if not isinstance(row.get("step"), int):
             raise ValueError(f"a line of {self._path} needs an integer 'step', got {dict(row)}")
-        self._lines.append(_json_line(row))
+        self._rows.append(_writable(row))
 
-    def flush(self) -> None:
-        """Write the lines added since the last flush and wait until they are on the disk."""
-        if self._lines:
+    def flush(self) -> list[dict[str, object]]:
+        """Write the lines added since the last flush, wait until they are on the disk, return
+        them."""
+        rows, self._rows = self._rows, []
+        if rows:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(self._lines))
+                file.write("".join(map(_json_line, rows)))
                 file.flush()
                 os.fsync(file.fileno())
-            self._lines.clear()
+        return rows
 
     def close(self) -> None:
         """The same as flush: the file is open only while it is written."""
@@ -326,11 +329,14 @@ def _named(indices: Any, names: pa.Array, column: str, rows: int) -> pa.Array:
     return pa.DictionaryArray.from_arrays(array, names)
 
 
-def _json_line(row: Mapping[str, object]) -> str:
-    """One line of JSON; numbers that are not finite become null, as JSON has none."""
+def _writable(row: Mapping[str, object]) -> dict[str, object]:
+    """Plain Python values; numbers that are not finite become None, as JSON has none."""
     values = {key: plain(value) for key, value in row.items()}
-    finite = {
+    return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in values.items()
     }
-    return json.dumps(finite, ensure_ascii=False) + "\n"
+
+
+def _json_line(row: Mapping[str, object]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -175,7 +175,8 @@ def _tiles(run: RunFiles, rows: Sequence[Summary]) -> str:
 
 
 def _throughput(perf: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Medians of the quantities per second that the run logged."""
+    """Medians of the quantities per second that the run logged of its training."""
+    perf = [row for row in perf if "split" not in row]  # those are of evaluations, or of all
     names = sorted({key for row in perf for key in row if key.endswith("_per_second")})
     tiles = []
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,7 +42,14 @@ def test_two_ranks_equal_one(tiny_model_dir: Path, tiny_data: Path, tmp_path: Pa
         "ref_cache_dir": str(tmp_path / "reference"),
         "max_length": "96",
         "train_batch_size": "8",
-        "max_steps": str(STEPS),
+        # Margins grow, and smaller ones are asked for: the first evaluation is the best one, and
+        # the second ends the run, early, on both ranks.
+        "max_steps": str(2 * STEPS),
+        "metric_for_best_model": "rewards/margins",
+        "greater_is_better": "false",
+        "early_stopping_patience": "1",
+        "load_best_model_at_end": "true",
+        "report_to": "tensorboard",
         "learning_rate": "3e-3",
         "logging_steps": "3",
         "eval_steps": "4",
@@ -51,6 +59,17 @@ def test_two_ranks_equal_one(tiny_model_dir: Path, tiny_data: Path, tmp_path: Pa
     one, two = tmp_path / "one", tmp_path / "two"
     train(Config(**{**options, "output_dir": str(one)}), progress=False)  # type: ignore[arg-type]
     run_on_two(options, two)
+
+    bests = [
+        json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["counters"]
+        for run in (one, two)
+    ]
+    for counters in bests:
+        assert (counters["best"]["step"], counters["best"]["stale"]) == (4, 1)
+    for run in (one, two):
+        assert len(list((run / "tensorboard").iterdir())) == 1  # rank 0's
+        weights = [(f / "model.safetensors").read_bytes() for f in (run, run / "checkpoint-4")]
+        assert weights[0] == weights[1]
 
     steps = [read_records(run, "steps").to_pydict() for run in (one, two)]
     assert steps[0]["step"] == steps[1]["step"] == list(range(1, STEPS + 1))

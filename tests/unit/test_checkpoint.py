@@ -33,7 +33,8 @@ from fastpref.checkpoint import (
     verify_checkpoint,
 )
 from fastpref.config import Config
-from fastpref.optim import build_optimizer, build_scheduler
+from fastpref.optim import build_optimizer
+from fastpref.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +81,7 @@ def llama(seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = False)
 def new_state(module: Any, tokenizer: Any = None, **options: Any) -> TrainState:
     config = Config(learning_rate=1e-2, weight_decay=0.01, **options)
     optimizer = build_optimizer(module.named_parameters(), config)
-    schedule = build_scheduler(optimizer, config, 20)
+    schedule = Schedule(optimizer, config, 20)
     return TrainState(module, tokenizer, optimizer, schedule, {"step": 0, "sum": 0.1})
 
 
@@ -106,24 +107,32 @@ def assert_same_bits(a: TrainState, b: TrainState) -> None:
         assert entries.keys() == two["state"][number].keys()
         for key, value in entries.items():
             other = two["state"][number][key]
-            assert value is other is None or value.dtype == other.dtype, key
-            assert value is None or torch.equal(value, other), (number, key)
+            if isinstance(value, Tensor):
+                assert value.dtype == other.dtype and torch.equal(value, other), (number, key)
+            else:
+                assert value == other, (number, key)
     assert a.counters == b.counters and a.schedule.state_dict() == b.schedule.state_dict()
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tied", "optim"),
+    ("dtype", "tied", "optim", "args"),
     [
-        (torch.float32, True, "adamw_torch"),
-        (torch.float64, False, "adamw_torch"),
-        (torch.bfloat16, False, "adamw_torch"),
-        (torch.float32, True, "sgd"),
+        (torch.float32, True, "adamw_torch", ""),
+        (torch.float64, False, "adamw_torch", ""),
+        (torch.bfloat16, False, "adamw_torch", ""),
+        (torch.float32, True, "sgd", ""),
+        (torch.float32, False, "sgd", "momentum=0.9,nesterov=true"),
+        (torch.float32, True, "rmsprop", ""),
+        (torch.float64, False, "rmsprop", "momentum=0.5,centered=true"),
+        (torch.float32, True, "adafactor", ""),
+        (torch.float64, False, "adafactor", "beta1=0.9"),
+        (torch.bfloat16, False, "adafactor", ""),
     ],
 )
 def test_a_resumed_run_has_the_straight_runs_bits(
-    tmp_path: Path, dtype: torch.dtype, tied: bool, optim: str
+    tmp_path: Path, dtype: torch.dtype, tied: bool, optim: str, args: str
 ) -> None:
-    straight = new_state(llama(1, dtype, tied), optim=optim)
+    straight = new_state(llama(1, dtype, tied), optim=optim, optim_args=args)
     random.seed(11)
     random.gauss(0, 1)  # leaves half of a pair of normals behind: state too
     np.random.seed(12)
@@ -135,7 +144,7 @@ def test_a_resumed_run_has_the_straight_runs_bits(
 
     for generator in (random.seed, np.random.seed, torch.manual_seed):
         generator(99)
-    resumed = new_state(llama(2, dtype, tied), optim=optim)
+    resumed = new_state(llama(2, dtype, tied), optim=optim, optim_args=args)
     counters = load_checkpoint(path, resumed)
     assert counters is resumed.counters and counters["step"] == 5
     if tied:
@@ -315,6 +324,16 @@ def test_counters_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         save_checkpoint(tmp_path, 1, state)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_checkpoint_outlives_the_limit(tmp_path: Path) -> None:
+    state = new_state(Small())
+    for step, best in [(2, 2), (4, 2), (6, 2), (8, 8), (10, 8)]:
+        save_checkpoint(tmp_path, step, state, save_total_limit=1, best_step=best)
+        assert {p.name for p in tmp_path.iterdir()} == {f"checkpoint-{n}" for n in {step, best}}
+    save_checkpoint(tmp_path, 12, state, save_total_limit=3, best_step=8)
+    save_checkpoint(tmp_path, 14, state, save_total_limit=3, best_step=8)
+    assert {p.name for p in tmp_path.iterdir()} == {f"checkpoint-{n}" for n in (8, 12, 14)}
 
 
 STAGES = ["first file", "last file", "manifest", "between the renames"]

@@ -59,7 +59,7 @@ def test_help_of_a_command_lists_every_field(
     assert cli.main(["fake", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"--{name}" in shown for name in field_names())
-    assert "A fake command." in shown and "optimizer:" in shown
+    assert "A fake command." in shown and "optimizer (how the weights move):" in shown
 
 
 def test_options_become_a_config(fake: types.ModuleType, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fastpref.config import Config, explain_unknown, load_config
 from fastpref.config_names import ELSEWHERE
+from fastpref.config_options import LR_SCHEDULER_KWARGS, OPTIM_ARGS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,11 +114,131 @@ def test_a_message_names_file_line_expected_and_value(tmp_path: Path) -> None:
         ("track", "sketch", "expected none or head"),
         ("track", "exact", "not in this version"),
         ("dtype", "float16", "loss scaling"),
+        ("optim", "adagrad", "expected adamw_torch or sgd or rmsprop or adafactor, got 'adagrad'"),
+        ("optim", "paged_adamw_8bit", "adafactor has the smallest state"),
+        ("lr_scheduler_type", "reduce_lr_on_plateau", "no function of the step alone"),
+        ("lr_scheduler_type", "greedy", "no function of the step alone"),
+        ("warmup_steps", 2.5, "a whole number of steps, or a part of all steps below 1, got 2.5"),
+        ("warmup_steps", -1, "a whole number of steps"),
+        ("warmup_ratio", 1.5, "0 <= value <= 1"),
+        ("greater_is_better", "perhaps", "true or false"),
+        ("early_stopping_patience", 0, "1 or more"),
+        ("report_to", "mlflow", "expected tensorboard, wandb, trackio"),
+        ("report_to", ["none", "wandb"], "none alone"),
+        ("optim_args", "momentum", "expected key=value,key=value or JSON, got 'momentum'"),
+        ("optim_args", "momentum=0.9", "adamw_torch has no option 'momentum'; it has none"),
+        ("optim_args", "{not json", "not valid JSON"),
+        ("optim_args", {"a": [1]}, "a: expected a number, true, false or text, got [1]"),
+        ("optim_args", "a=1,a=2", "a stands twice"),
+        ("optim_args", {"momentum": float("inf")}, "momentum: expected a finite number"),
+        ("optim_args", 3, "expected key=value,key=value or a mapping, got 3"),
+        ("lr_scheduler_kwargs", "num_cycles=2", "linear has no option 'num_cycles'; it has none"),
     ],
 )
 def test_wrong_values(name: str, value: Any, part: str) -> None:
     text = message(**{name: value})
     assert text.startswith(f"--{name}: ") and part in text
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "part"),
+    [
+        ({"optim": "sgd", "optim_args": "momentun=0.9"}, "optim_args", "did you mean momentum? it"),
+        ({"optim": "sgd", "optim_args": "momentum=1"}, "optim_args", "momentum: expected 0 <= va"),
+        ({"optim": "sgd", "optim_args": "nesterov=1"}, "optim_args", "nesterov: expected true or"),
+        ({"optim": "sgd", "optim_args": "nesterov=true"}, "optim_args", "a momentum above 0"),
+        ({"optim": "rmsprop", "optim_args": "eps=tiny"}, "optim_args", "eps: expected a number, g"),
+        ({"optim": "adafactor", "optim_args": "decay_rate=1"}, "optim_args", "less than 0, got 1"),
+        (
+            {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": "num_cycles=1.5"},
+            "lr_scheduler_kwargs",
+            "num_cycles: expected a whole number, got 1.5",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "lr_scheduler_kwargs",
+            "needs num_decay_steps, for example num_decay_steps=100",
+        ),
+        (
+            {
+                "lr_scheduler_type": "warmup_stable_decay",
+                "lr_scheduler_kwargs": "num_decay_steps=4,decay_type=sqrt",
+            },
+            "lr_scheduler_kwargs",
+            "decay_type: expected linear or cosine or 1-sqrt, got 'sqrt'",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "lr_scheduler_kwargs",
+            "needs one of min_lr (a learning rate) and min_lr_rate",
+        ),
+        (
+            {
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr": 1e-7, "min_lr_rate": 0.1},
+            },
+            "lr_scheduler_kwargs",
+            "needs one of",
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "learning_rate": 1e-8},
+            "lr_scheduler_kwargs",
+            "lr_end is 1e-07, not below learning_rate, 1e-08",
+        ),
+        ({"warmup_steps": 10, "warmup_ratio": 0.1}, "warmup_steps", "set one of them"),
+        ({"eval_steps": 0, "early_stopping_patience": 2}, "early_stopping_patience", "eval_steps"),
+        ({"eval_steps": 0, "load_best_model_at_end": True}, "load_best_model_at_end", "set eval_"),
+        ({"eval_steps": 0, "metric_for_best_model": "loss"}, "metric_for_best_model", "is 0"),
+    ],
+)
+def test_settings_that_contradict(given: dict[str, Any], field: str, part: str) -> None:
+    text = message(**given)
+    assert text.startswith((f"--{field}: ", f"{field}: ")) and part in text, text
+
+
+def test_options_in_every_notation(tmp_path: Path) -> None:
+    expected = (("momentum", 0.9), ("nesterov", True))
+    for notation in (
+        "momentum=0.9,nesterov=true",
+        " nesterov = True , momentum = 0.9 ",
+        '{"momentum": 0.9, "nesterov": true}',
+        {"nesterov": True, "momentum": 0.9},
+        ["momentum=0.9", "nesterov=true"],
+        expected,
+    ):
+        config = load_config(None, {"optim": "sgd", "optim_args": notation})
+        assert config.optim_args == expected
+    file = write(tmp_path, "optim: sgd\noptim_args:\n  momentum: 0.9\n  nesterov: true\n")
+    assert load_config(file) == config
+    assert load_config(write(tmp_path, config.to_yaml())) == config
+    assert Config(optim_args=None, lr_scheduler_kwargs={}).optim_args == ()  # type: ignore[arg-type]
+
+
+def test_the_guide_lists_every_optimizer_schedule_and_option() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    for table in (OPTIM_ARGS, LR_SCHEDULER_KWARGS):
+        for name, options in table.items():
+            for word in (name, *options):
+                assert f"`{word}`" in page, (name, word)
+
+
+def test_other_spellings_of_a_value() -> None:
+    assert Config(optim="adamw_torch_fused") == Config()
+    assert Config(report_to="none") == Config(report_to=["none"]) == Config()  # type: ignore[arg-type]
+    assert load_config(None, {"greater_is_better": "null"}) == Config()
+
+
+def test_every_name_of_trl_is_a_field_or_has_an_answer() -> None:
+    """A configuration of TRL's DPO script must not be met with a guess at a similar name."""
+    trl = pytest.importorskip("trl")
+    classes = (trl.DPOConfig, trl.ModelConfig, trl.ScriptArguments, trl.DatasetMixtureConfig)
+    names = {spec.name for kind in classes for spec in dataclasses.fields(kind)}
+    unanswered = [
+        name
+        for name in sorted(names - set(Config.__dataclass_fields__))
+        if "unknown name" in explain_unknown(name)
+    ]
+    assert unanswered == []
 
 
 def test_combinations_carry_their_fix() -> None:
@@ -150,10 +271,14 @@ def test_combinations_carry_their_fix() -> None:
         ("use_peft", "trainable"),
         ("lora_r", "LoRA"),
         ("lora_target_modules", "LoRA"),
-        ("warmup_steps", "warmup_ratio"),
         ("per_device_eval_batch_size", "max_tokens_per_microbatch"),
         ("dataset_num_proc", "remove it"),
-        ("report_to", "metrics.jsonl"),
+        ("eval_strategy", "set eval_steps"),
+        ("save_strategy", "set save_steps"),
+        ("logging_nan_inf_filter", "stops the run"),
+        ("ddp_find_unused_parameters", "own reduction"),
+        ("torch_compile_mode", "not in this version"),
+        ("trackio_space_id", "environment"),
     ],
 )
 def test_unknown_names(tmp_path: Path, name: str, part: str) -> None:
@@ -205,7 +330,7 @@ def test_to_yaml_round_trips_exactly(tmp_path_factory: Any, **values: Any) -> No
 
 
 def test_examples_load() -> None:
-    for name in ("persona", "hh"):
+    for name in ("persona", "hh", "misalign"):
         config = load_config(ROOT / "examples" / f"{name}.yaml", {"dataset_name": "x"})
         assert config.track == "head" and config.dataset_name == ("x",)
 

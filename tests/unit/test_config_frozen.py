@@ -18,10 +18,13 @@ output_dir overwrite_output_dir resume_from_checkpoint seed
 loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef ld_alpha
 use_weighting discopop_tau simpo_gamma cpo_alpha rpo_alpha
 sync_ref_model ref_model_mixup_alpha ref_model_sync_steps
-optim learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
-lr_scheduler_type warmup_ratio
+optim optim_args learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps
 num_train_epochs max_steps train_batch_size max_tokens_per_microbatch stratify shuffle
-logging_steps eval_steps save_steps save_total_limit
+logging_steps logging_first_step eval_steps eval_on_start save_steps save_total_limit
+metric_for_best_model greater_is_better load_best_model_at_end
+early_stopping_patience early_stopping_threshold
+report_to run_name project logging_dir disable_tqdm
 record track track_every sketch_dim ref_cache_dir ref_check_pairs on_nonfinite
 """
 

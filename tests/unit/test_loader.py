@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from fastpref.config import Config
 from fastpref.data.loader import Loader
 from fastpref.data.tokenize import TokenPair
+from fastpref.train import total_steps
 
 
 def made(count: int, labels: int = 2) -> list[TokenPair]:
@@ -82,3 +85,17 @@ def test_a_pair_that_can_never_fit_is_refused_before_the_first_step() -> None:
         loader(made(45), max_tokens=10)
     with pytest.raises(ValueError, match="no training pairs"):
         loader([])
+
+
+@pytest.mark.parametrize("epochs", [0.1, 0.5, 1.0, 1.5, 2.0, 2.01])
+def test_fractional_epochs_are_whole_steps(epochs: float) -> None:
+    """45 pairs in steps of 8: 6 steps an epoch, the last one of 5 pairs."""
+    own = loader(made(45))
+    total = total_steps(Config(num_train_epochs=epochs), own.steps_per_epoch)
+    assert own.steps_per_epoch == 6 and total == math.ceil(epochs * 6)  # as transformers' Trainer
+    plans = list(own.plan(1, total))
+    assert plans[-1].epoch >= epochs > (plans[-2].epoch if total > 1 else 0.0)
+    seen = Counter(int(i) for plan in plans for own in plan.micro_batches for i in own)
+    assert max(seen.values()) == math.ceil(epochs)
+    assert min(seen.get(i, 0) for i in range(45)) == math.floor(total / 6)
+    assert total_steps(Config(num_train_epochs=epochs, max_steps=4), 6) == 4

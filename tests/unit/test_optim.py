@@ -1,4 +1,4 @@
-"""Optimizer, schedule and clipping against transformers' Trainer and torch's own functions."""
+"""Optimizers and clipping against transformers' Trainer and torch's own functions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ import torch
 from torch import nn
 
 from fastpref.config import Config
-from fastpref.optim import build_optimizer, build_scheduler, clip_gradients
+from fastpref.optim import build_optimizer, clip_gradients
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 50}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def tiny(kind: str, seed: int = 0) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    import transformers as hf
 
     torch.manual_seed(seed)
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, attention_bias=True, **sizes, **heads))
+        return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
+    if kind == "neox":
+        return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(num_attention_heads=2, **SIZES))
+    if kind == "gemma2":
+        return hf.Gemma2ForCausalLM(hf.Gemma2Config(head_dim=8, **SIZES, **HEADS))
+    if kind == "gemma3":
+        return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(head_dim=8, **SIZES, **HEADS))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(attention_bias=True, **SIZES, **HEADS))
 
 
 def trainer_optimizer(module: nn.Module, config: Config, optim: str) -> torch.optim.Optimizer:
@@ -31,6 +38,7 @@ def trainer_optimizer(module: nn.Module, config: Config, optim: str) -> torch.op
     args = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         optim=optim,
+        optim_args=",".join(f"{key}={value}" for key, value in config.optim_args) or None,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1,
@@ -50,7 +58,7 @@ def run(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 20) ->
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "neox", "gemma2", "gemma3"])
 def test_decay_groups_are_the_trainers(kind: str) -> None:
     module = tiny(kind)
     config = Config(weight_decay=0.1)
@@ -68,16 +76,27 @@ def test_decay_groups_are_the_trainers(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optim", "other", "tolerance"),
+    ("optim", "args", "other", "tolerance"),
     [
-        ("adamw_torch", "adamw_torch_fused", 0.0),
-        ("adamw_torch", "adamw_torch", 1e-6),
-        ("sgd", "sgd", 1e-6),
+        ("adamw_torch", "", "adamw_torch_fused", 0.0),
+        ("adamw_torch", "", "adamw_torch", 1e-6),
+        ("adamw_torch_fused", "", "adamw_torch_fused", 0.0),
+        ("sgd", "", "sgd", 1e-6),
+        ("sgd", "momentum=0.9,dampening=0.2", "sgd", 1e-6),
+        ("sgd", "momentum=0.9,nesterov=true", "sgd", 1e-6),
+        ("rmsprop", "", "rmsprop", 0.0),
+        ("rmsprop", "alpha=0.95,eps=1e-6,momentum=0.5,centered=true", "rmsprop", 0.0),
+        ("adafactor", "", "adafactor", 0.0),
     ],
 )
-def test_steps_equal_the_trainers(optim: str, other: str, tolerance: float) -> None:
+def test_steps_equal_the_trainers(optim: str, args: str, other: str, tolerance: float) -> None:
     config = Config(
-        optim=optim, learning_rate=1e-2, weight_decay=0.1, adam_beta2=0.95, adam_epsilon=1e-6
+        optim=optim,
+        optim_args=args,  # type: ignore[arg-type]
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
     )
     mine, theirs = tiny("llama"), tiny("llama")
     run(mine, build_optimizer(mine.named_parameters(), config))
@@ -87,6 +106,19 @@ def test_steps_equal_the_trainers(optim: str, other: str, tolerance: float) -> N
         assert not torch.equal(a, start[name]), name
         worst = (a - b).abs().max().item()
         assert worst <= tolerance, f"{name}: {worst}"
+
+
+@pytest.mark.parametrize(
+    ("optim", "args"),
+    [("sgd", "momentum=0.9"), ("rmsprop", "alpha=0.5"), ("adafactor", "beta1=0.9,decay_rate=-0.5")],
+)
+def test_options_reach_the_optimizer(optim: str, args: str) -> None:
+    plain, dialled = tiny("llama"), tiny("llama")
+    for module, given in ((plain, ""), (dialled, args)):
+        config = Config(optim=optim, optim_args=given, learning_rate=1e-2)  # type: ignore[arg-type]
+        run(module, build_optimizer(module.named_parameters(), config))
+    pairs = zip(plain.parameters(), dialled.parameters(), strict=True)
+    assert not any(torch.equal(a, b) for a, b in pairs)
 
 
 def test_frozen_parameters_are_left_out() -> None:
@@ -99,45 +131,6 @@ def test_frozen_parameters_are_left_out() -> None:
     head.weight.requires_grad_(True)
     optimizer = build_optimizer(module.named_parameters(), Config())
     assert [p is head.weight for g in optimizer.param_groups for p in g["params"]] == [True]
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.33, 1.0])
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-def test_schedule_equals_transformers(kind: str, ratio: float) -> None:
-    from transformers import TrainingArguments, get_scheduler
-
-    total = 37
-    config = Config(lr_scheduler_type=kind, warmup_ratio=ratio, learning_rate=3e-4)
-    args = TrainingArguments(output_dir=tempfile.mkdtemp(), warmup_steps=ratio, use_cpu=True)
-    warmup = total if ratio == 1.0 else args.get_warmup_steps(total)
-    weight = nn.Parameter(torch.zeros(2))
-    theirs_optimizer = torch.optim.SGD([weight], lr=config.learning_rate)
-    name = "constant_with_warmup" if kind == "constant" else kind
-    theirs = get_scheduler(name, theirs_optimizer, warmup, total)
-    mine_optimizer = build_optimizer([("w", weight)], config)
-    mine = build_scheduler(mine_optimizer, config, total)
-    for step in range(total):
-        rates = {group["lr"] for group in mine_optimizer.param_groups}
-        assert rates == {mine.learning_rate}
-        expected = theirs.get_last_lr()[0]
-        assert mine.learning_rate == pytest.approx(expected, rel=1e-12, abs=1e-18), step
-        theirs_optimizer.step()
-        theirs.step()
-        mine.step()
-
-
-def test_schedule_goes_on_after_its_state() -> None:
-    config = Config(learning_rate=1e-3)
-    make = lambda: build_scheduler(  # noqa: E731
-        build_optimizer([("w", nn.Parameter(torch.zeros(2)))], config), config, 20
-    )
-    straight, resumed = make(), make()
-    for _ in range(7):
-        straight.step()
-    resumed.load_state_dict(straight.state_dict())
-    assert resumed.optimizer.param_groups[0]["lr"] == straight.learning_rate > 0
-    with pytest.raises(ValueError, match="at least 1 step, got 0"):
-        build_scheduler(resumed.optimizer, config, 0)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
