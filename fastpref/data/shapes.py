@@ -204,6 +204,13 @@ def _preference(row: Row, columns: tuple[str, ...]) -> Sides:
     return conversation(prompt, chosen, rejected)
 
 
+def _messages(row: Row, columns: tuple[str, ...]) -> Sides:
+    prompt = side(row, columns[0])
+    if isinstance(prompt, str):
+        raise Unusable(f"column {columns[0]!r} is not a list of messages", prompt)
+    return conversation(prompt, *_completions(row, *columns[1:]))
+
+
 def _question(row: Row, columns: tuple[str, ...]) -> Sides:
     """Instruction data: a user's question, answers of the assistant, a system message if given."""
     question = text(row, columns[0])
@@ -290,7 +297,7 @@ SHAPES = (
         answer_is_label=True,
     ),
     *(
-        Shape("conversation", (messages, "chosen", "rejected"), _preference)
+        Shape("conversation", (messages, "chosen", "rejected"), _messages)
         for messages in ("messages", "conversations")
     ),
     *(

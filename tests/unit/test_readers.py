@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from fastpref.config import Config
+from fastpref.data.dataset import load_dataset
 from fastpref.data.formats import Pair, read_pairs
 
 GOOD = {"prompt": "Two and two?", "chosen": " Four.", "rejected": " Five."}
@@ -248,7 +250,7 @@ def test_csv_lines_quotes_and_long_cells(tmp_path: Path) -> None:
     ]
     assert [(row.line, row.reason) for row in bad] == [
         (7, "the row has not the 6 cells of the header"),
-        (8, "the rejected completion is empty"),
+        (8, "column 'rejected' is null"),
         (9, "the row is not UTF-8"),
         (10, "column 'ref_chosen_logps' is not a finite number that float32 holds"),
     ]
@@ -348,6 +350,23 @@ def test_splits_of_arrow_data_sets(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match="no split 'trian'. Did you mean 'train'.*dataset_split"):
         read_pairs([folder], dataset_split="trian")
+
+
+def test_held_out_pairs_are_those_of_the_evaluation_split(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    rows = [{**GOOD, "prompt": str(n)} for n in range(5)]
+    folder = save_arrow(rows, tmp_path / "set", "train")  # `other` holds the first row once more
+    held: Row = {"dataset_name": (folder,), "eval_dataset_name": (folder,), "append_eos": "false"}
+    with pytest.raises(ValueError, match=r"set\[other\]:1: this held-out pair is also training"):
+        load_dataset(Config(**held, eval_dataset_split="other"), tiny_tokenizer)
+    (tmp_path / "more.jsonl").write_bytes(as_jsonl([{**GOOD, "prompt": "7"}] * 2))
+    held["eval_dataset_name"] = (str(tmp_path / "more.jsonl"),)
+    data = load_dataset(Config(**held), tiny_tokenizer)
+    assert (len(data.train), len(data.held_out)) == (5, 2)
+    files = [(row["file"], row["split"]) for row in data.index]
+    assert files[:5] == [(f"{folder}[train]", "train")] * 5
+    assert files[5:] == [(str(tmp_path / "more.jsonl"), "eval")] * 2
 
 
 def test_json_features_of_datasets_are_decoded(tmp_path: Path) -> None:
@@ -463,3 +482,5 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in (folder, "user/name"):
         with pytest.raises(ValueError, match=r"pip install \"fastpref\[datasets\]\""):
             read_pairs([name])
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl([GOOD]))
+    assert len(read_pairs([str(tmp_path / "a.jsonl")])[0]) == 1  # JSONL needs none of them
