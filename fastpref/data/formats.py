@@ -169,7 +169,7 @@ def _pairs_of(
     """The pairs of one source. Bad rows are added to ``table.bad``, rows read are removed."""
     partner: dict[int, int] = {}
     if shape is KTO:
-        shared = ["tools", "chat_template_kwargs", "system"]
+        shared = ["tools", "chat_template_kwargs"]
         shared += [] if behavior_column is None else [behavior_column]
         table.rows, partner, left = pair_rows(table.rows, source.name, shared)
         table.bad += left
