@@ -154,5 +154,5 @@ def _explained(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # damaged files raise nearly anything
-        first = f"{error}".strip().split("\n")[0][:400] or "no message"
-        raise ValueError(f"{what}: {type(error).__name__}: {first} {remedy}.") from error
+        first = f"{error}".strip().split("\n")[0][:400].rstrip(".") or "no message"
+        raise ValueError(f"{what}: {type(error).__name__}: {first}. {remedy}.") from error

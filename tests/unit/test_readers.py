@@ -297,7 +297,7 @@ def test_parquet_reads_only_known_columns_and_names_the_others(
     with caplog.at_level("INFO"):
         pairs, _ = read_pairs([str(file)])
     assert [pair.line for pair in pairs] == [1, 2]
-    assert "preference: 1 sources; columns not read: score, embedding" in caplog.text
+    assert "preference: 1 source; columns not read: score, embedding" in caplog.text
     pq.write_table(table.select(["score"]), file)
     with pytest.raises(ValueError, match="has columns 'score'; no row has a known shape"):
         read_pairs([str(file)])

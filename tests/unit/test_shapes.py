@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fastpref.data.badrows import BadRow, Unusable
 from fastpref.data.formats import Pair, read_pairs
-from fastpref.data.shapes import SHAPES, conversation, shape_of
+from fastpref.data.shapes import KNOWN_SHAPES, SHAPES, conversation, shape_of
 
 Row = dict[str, Any]
 
@@ -386,3 +386,9 @@ def test_shapes_have_names_and_the_specific_ones_come_first() -> None:
         for later in SHAPES[i + 1 :]:
             assert not set(shape.columns) < set(later.columns), (shape, later)
     assert conversation((ASK,), "a", "b")[1] == (assistant("a"),)
+
+
+def test_the_message_of_known_shapes_names_every_column() -> None:
+    for shape in SHAPES:
+        for column in shape.columns:
+            assert column.removesuffix("_response") in KNOWN_SHAPES, column
