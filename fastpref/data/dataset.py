@@ -18,6 +18,8 @@ from fastpref.data.tokenize import TokenPair, tokenize_pairs
 
 log = logging.getLogger(__name__)
 
+LISTED_BAD_ROWS = 1000
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -144,5 +146,8 @@ def _report(
         reasons = Counter(row.reason for row in dropped).most_common()
         counts = ", ".join(f"{count} x {reason}" for reason, count in reasons)
         log.warning("%d bad rows dropped: %s", len(dropped), counts)
-        for row in dropped:
+        for row in dropped[:LISTED_BAD_ROWS]:
             log.warning("  %s:%d: %s (%s)", row.source, row.line, row.reason, row.value)
+        if len(dropped) > LISTED_BAD_ROWS:
+            more = len(dropped) - LISTED_BAD_ROWS
+            log.warning("  ... and %d more; fastpref inspect --list_bad lists all", more)

@@ -28,6 +28,7 @@ from fastpref.data.messages import Message, canonical, canonical_json, from_json
 from fastpref.data.pairing import pair_rows
 from fastpref.data.readers import read_source
 from fastpref.data.shapes import (
+    KNOWN_SHAPES,
     KTO,
     PREFERENCE,
     SHAPES,
@@ -122,7 +123,8 @@ def read_pairs(
             pairs += _pairs_of(source, table, shape, behavior_column, seen)
         bad += sorted(table.bad, key=lambda row: row.line)
     for (shape_name, unread), count in kinds.items():
-        log.info("%s: %d sources; columns not read: %s", shape_name, count, unread)
+        sources_read = f"{count} source{'s' * (count > 1)}"
+        log.info("%s: %s; columns not read: %s", shape_name, sources_read, unread)
     check_bad_rows(bad, total, on_bad_rows)
     return _flip(pairs, flip_behaviors), bad
 
@@ -145,10 +147,9 @@ def _shape_of(source: Source, table: Table, behavior_column: str | None) -> Shap
     line, first = table.rows[0]
     shape = shape_of(table.names, table.rows)
     if shape is None:
-        known = "; ".join(f"{shape.name}: {', '.join(shape.columns)}" for shape in SHAPES)
         raise ValueError(
             f"{source.name} line {line} has columns {listed(first or table.names)}; no row has a "
-            f"known shape. Known shapes are {known}."
+            f"known shape. Known shapes are {KNOWN_SHAPES} (docs/data.md)."
         )
     if behavior_column is not None and behavior_column not in table.names:
         raise ValueError(
@@ -169,7 +170,7 @@ def _pairs_of(
     """The pairs of one source. Bad rows are added to ``table.bad``, rows read are removed."""
     partner: dict[int, int] = {}
     if shape is KTO:
-        shared = ["tools", "chat_template_kwargs", "system"]
+        shared = ["tools", "chat_template_kwargs"]
         shared += [] if behavior_column is None else [behavior_column]
         table.rows, partner, left = pair_rows(table.rows, source.name, shared)
         table.bad += left

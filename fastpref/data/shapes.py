@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpref.data.badrows import Unusable, Words, listed, shown
-from fastpref.data.messages import Message, canonical, messages_in_text, read_messages
+from fastpref.data.messages import Message, canonical, from_json, messages_in_text, read_messages
 from fastpref.data.table import MEDIA
 
 Side = str | tuple[Message, ...]  # a text, or the messages of a conversation
@@ -79,7 +79,7 @@ def side(row: Row, column: str) -> Side:
 def refuse_media(row: Row) -> None:
     """Raise Unusable where a row has images, videos or sound."""
     for column in MEDIA:
-        if row.get(column):
+        if from_json(row.get(column)):  # a CSV cell may say []
             raise Unusable(
                 f"column {column!r} is not empty; fastpref reads text only: remove it where "
                 "the text does without",
@@ -204,13 +204,20 @@ def _preference(row: Row, columns: tuple[str, ...]) -> Sides:
     return conversation(prompt, chosen, rejected)
 
 
+def _messages(row: Row, columns: tuple[str, ...]) -> Sides:
+    prompt = side(row, columns[0])
+    if isinstance(prompt, str):
+        raise Unusable(f"column {columns[0]!r} is not a list of messages", prompt)
+    return conversation(prompt, *_completions(row, *columns[1:]))
+
+
 def _question(row: Row, columns: tuple[str, ...]) -> Sides:
     """Instruction data: a user's question, answers of the assistant, a system message if given."""
     question = text(row, columns[0])
     more = row.get("input")
     if columns[0] == "instruction" and more:
         question = f"{question}\n{text(row, 'input')}"
-    if row.get("history"):
+    if from_json(row.get("history")):
         raise Unusable("column 'history' would be lost; make the prompt a list of messages",
                        row["history"])  # fmt: skip
     chosen, rejected = _completions(row, *columns[1:])
@@ -290,7 +297,7 @@ SHAPES = (
         answer_is_label=True,
     ),
     *(
-        Shape("conversation", (messages, "chosen", "rejected"), _preference)
+        Shape("conversation", (messages, "chosen", "rejected"), _messages)
         for messages in ("messages", "conversations")
     ),
     *(
@@ -300,6 +307,12 @@ SHAPES = (
     ),
     KTO,
     Shape("implicit prompt", ("chosen", "rejected"), _implicit, also=PROMPT_LIKE),
+)
+
+KNOWN_SHAPES = (
+    "prompt, chosen, rejected; question, answer_matching_behavior, answer_not_matching_behavior; "
+    "messages or conversations, chosen, rejected; question, instruction or input, chosen, "
+    "rejected; prompt, completion, label; chosen, rejected"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
@@ -75,7 +76,8 @@ def read_json(source: Source) -> Table:
 def read_csv(source: Source, columns: Collection[str]) -> Table:
     """Comma-separated text with a header; a row's line is the one that it begins on.
 
-    Cells are text, except those of `NUMBERS`. Raises ValueError for a header that cannot be used
+    Cells are text, except those of `NUMBERS`; empty ones are null, which CSV cannot tell from an
+    empty text. Raises ValueError for a header that cannot be used
     and for broken quoting.
     """
     reader = csv.reader(_decoded(source), strict=True)
@@ -114,17 +116,17 @@ def _csv_table(reader: Any, source: Source, columns: Collection[str]) -> Table:
         except Unusable as why:
             table.bad.append(why.at(source.name, line))
         else:
-            row: dict[str, Any] = {name: cells[i] for i, name in wanted}
-            row |= {name: _parsed_number(row[name]) for name in NUMBERS if name in row}
-            table.rows.append((line, row))
+            table.rows.append((line, {name: _value(name, cells[i]) for i, name in wanted}))
     return table
 
 
-def _parsed_number(cell: str) -> float | str | None:
-    try:
-        return float(cell) if cell.strip() else None
-    except ValueError:
-        return cell  # refused as no number, with its place
+def _value(name: str, cell: str) -> float | str | None:
+    if not cell:
+        return None
+    if name in NUMBERS:
+        with contextlib.suppress(ValueError):  # what is no number is refused later, with its place
+            return float(cell)
+    return cell
 
 
 def _check_header(header: list[str], source: Source) -> None:

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from fastpref.config import Config
+from fastpref.data import columnar
+from fastpref.data.dataset import load_dataset
 from fastpref.data.formats import Pair, read_pairs
 
 GOOD = {"prompt": "Two and two?", "chosen": " Four.", "rejected": " Five."}
@@ -248,7 +252,7 @@ def test_csv_lines_quotes_and_long_cells(tmp_path: Path) -> None:
     ]
     assert [(row.line, row.reason) for row in bad] == [
         (7, "the row has not the 6 cells of the header"),
-        (8, "the rejected completion is empty"),
+        (8, "column 'rejected' is null"),
         (9, "the row is not UTF-8"),
         (10, "column 'ref_chosen_logps' is not a finite number that float32 holds"),
     ]
@@ -293,7 +297,7 @@ def test_parquet_reads_only_known_columns_and_names_the_others(
     with caplog.at_level("INFO"):
         pairs, _ = read_pairs([str(file)])
     assert [pair.line for pair in pairs] == [1, 2]
-    assert "preference: 1 sources; columns not read: score, embedding" in caplog.text
+    assert "preference: 1 source; columns not read: score, embedding" in caplog.text
     pq.write_table(table.select(["score"]), file)
     with pytest.raises(ValueError, match="has columns 'score'; no row has a known shape"):
         read_pairs([str(file)])
@@ -325,7 +329,8 @@ def test_null_and_wrong_types_in_columns_are_bad_rows(tmp_path: Path) -> None:
         read_pairs([str(file)])
 
 
-def test_images_are_refused_by_name(tmp_path: Path) -> None:
+def test_images_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columnar, "BATCH", 2)
     file = tmp_path / "a.parquet"
     images = [[{"bytes": b"\x89PNG", "path": None}], [], None]
     rows = [{**GOOD, "prompt": str(n), "images": value} for n, value in enumerate(images)]
@@ -348,6 +353,23 @@ def test_splits_of_arrow_data_sets(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match="no split 'trian'. Did you mean 'train'.*dataset_split"):
         read_pairs([folder], dataset_split="trian")
+
+
+def test_held_out_pairs_are_those_of_the_evaluation_split(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    rows = [{**GOOD, "prompt": str(n)} for n in range(5)]
+    folder = save_arrow(rows, tmp_path / "set", "train")  # `other` holds the first row once more
+    held: Row = {"dataset_name": (folder,), "eval_dataset_name": (folder,), "append_eos": "false"}
+    with pytest.raises(ValueError, match=r"set\[other\]:1: this held-out pair is also training"):
+        load_dataset(Config(**held, eval_dataset_split="other"), tiny_tokenizer)
+    (tmp_path / "more.jsonl").write_bytes(as_jsonl([{**GOOD, "prompt": "7"}] * 2))
+    held["eval_dataset_name"] = (str(tmp_path / "more.jsonl"),)
+    data = load_dataset(Config(**held), tiny_tokenizer)
+    assert (len(data.train), len(data.held_out)) == (5, 2)
+    files = [(row["file"], row["split"]) for row in data.index]
+    assert files[:5] == [(f"{folder}[train]", "train")] * 5
+    assert files[5:] == [(str(tmp_path / "more.jsonl"), "eval")] * 2
 
 
 def test_json_features_of_datasets_are_decoded(tmp_path: Path) -> None:
@@ -451,8 +473,21 @@ def test_text_that_parquet_says_is_utf8_but_is_not(tmp_path: Path) -> None:
     bad = pa.array([b"\xff\xfe"]).view(pa.string())
     pq.write_table(pa.table({**{k: pa.array([v]) for k, v in GOOD.items()}, "prompt": bad}),
                    tmp_path / "a.parquet")  # fmt: skip
-    with pytest.raises(ValueError, match="cannot be read as Parquet.*UTF8|utf-8|UTF-8"):
+    with pytest.raises(ValueError, match="cannot be read as Parquet: UnicodeDecodeError"):
         read_pairs([str(tmp_path / "a.parquet")])
+
+
+def test_offsets_of_an_arrow_file_that_point_outside_it(tmp_path: Path) -> None:
+    folder = Path(save_arrow([GOOD, GOOD], tmp_path / "set"))
+    (file,) = folder.glob("*.arrow")
+    with pa.ipc.open_stream(file.read_bytes()) as stream:
+        table = stream.read_all()
+    offsets = pa.py_buffer(struct.pack("<3i", 0, 1 << 30, 4))  # the second one
+    wild = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"text"))
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table.set_column(0, "prompt", wild))
+    with pytest.raises(ValueError, match="set cannot be read: ArrowInvalid"):
+        read_pairs([str(folder)])
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,3 +498,5 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in (folder, "user/name"):
         with pytest.raises(ValueError, match=r"pip install \"fastpref\[datasets\]\""):
             read_pairs([name])
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl([GOOD]))
+    assert len(read_pairs([str(tmp_path / "a.jsonl")])[0]) == 1  # JSONL needs none of them

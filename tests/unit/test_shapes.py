@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import ast
+import functools
+import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 
 from fastpref.data.badrows import BadRow, Unusable
 from fastpref.data.formats import Pair, read_pairs
-from fastpref.data.shapes import SHAPES, conversation, shape_of
+from fastpref.data.shapes import KNOWN_SHAPES, SHAPES, conversation, shape_of
 
 Row = dict[str, Any]
 
@@ -200,15 +204,31 @@ def test_bad_conversations(tmp_path: Path, kind: str) -> None:
 # ------------------------------------------------------------------------ implicit prompts
 
 
+@functools.cache
+def trl_extract_prompt() -> Any:
+    """`extract_prompt` of the installed trl, without the ten seconds that importing trl takes."""
+    spec = importlib.util.find_spec("trl")
+    if spec is None or spec.origin is None:
+        pytest.skip("trl is not installed")
+    source = Path(spec.origin).with_name("data_utils.py").read_text(encoding="utf-8")
+    (function,) = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "extract_prompt"
+    ]
+    names: dict[str, Any] = {"Sequence": Sequence}
+    exec(compile(ast.Module([function], []), "trl", "exec"), names)
+    return names["extract_prompt"]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab ", max_size=8), st.text("ab ", max_size=8), st.text("ab ", max_size=8))
 def test_texts_without_a_prompt_are_cut_as_by_trl(start: str, one: str, other: str) -> None:
-    extract_prompt = pytest.importorskip("trl.data_utils").extract_prompt
     row = {"chosen": start + one, "rejected": start + other}
     shape = shape_of(row, [(1, row)])
     assert shape is not None and shape.name == "implicit prompt"
     assume(row["chosen"] != row["rejected"] and min(map(len, row.values())) > 0)
-    wanted = extract_prompt(row)
+    wanted = trl_extract_prompt()(row)
     try:
         got = dict(zip(("prompt", "chosen", "rejected"), shape.parse(row, shape.columns),
                        strict=True))  # fmt: skip
@@ -228,14 +248,13 @@ TURN = st.tuples(st.sampled_from(["user", "assistant", "tool"]), st.sampled_from
 def test_conversations_without_a_prompt_are_cut_as_by_trl_if_the_assistant_speaks(
     start: list[Any], one: list[Any], other: list[Any]
 ) -> None:
-    extract_prompt = pytest.importorskip("trl.data_utils").extract_prompt
     chosen, rejected = (
         [{"role": role, "content": text} for role, text in [*start, *turns]]
         for turns in (one, other)
     )
     assume(chosen and rejected and chosen != rejected)
     row = {"chosen": chosen, "rejected": rejected}
-    wanted = extract_prompt(row)
+    wanted = trl_extract_prompt()(row)
     shape = shape_of(row, [(1, row)])
     assert shape is not None
     try:
@@ -367,3 +386,9 @@ def test_shapes_have_names_and_the_specific_ones_come_first() -> None:
         for later in SHAPES[i + 1 :]:
             assert not set(shape.columns) < set(later.columns), (shape, later)
     assert conversation((ASK,), "a", "b")[1] == (assistant("a"),)
+
+
+def test_the_message_of_known_shapes_names_every_column() -> None:
+    for shape in SHAPES:
+        for column in shape.columns:
+            assert column.removesuffix("_response") in KNOWN_SHAPES, column
