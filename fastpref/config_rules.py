@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastpref.config_lora import check_lora
 from fastpref.config_loss import check_losses
 from fastpref.config_values import ConfigError
 
@@ -34,3 +35,4 @@ def check_combinations(config: Any) -> None:
                 f"true would remove the checkpoint {resume!r} that resume_from_checkpoint names; "
                 "set overwrite_output_dir: false or another output_dir",
             )
+    check_lora(config)

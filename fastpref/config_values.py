@@ -73,14 +73,13 @@ def parse_value(name: str, kind: Any, value: Any) -> Any:
         if value is None:
             return None
         kind = next(arg for arg in typing.get_args(kind) if arg is not types.NoneType)
+    parsers: dict[Any, Callable[[str, Any], Any]] = {
+        bool: _parse_bool, int: _parse_int, float: _parse_float, str: _parse_str
+    }  # fmt: skip
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        parse = _parse_float if kind == tuple[float, ...] else _parse_str
-        return tuple(parse(name, item) for item in items)
-    parser: Callable[[str, Any], Any] = {
-        bool: _parse_bool, int: _parse_int, float: _parse_float, str: _parse_str
-    }[kind]  # fmt: skip
-    return parser(name, value)
+        return tuple(parsers[typing.get_args(kind)[0]](name, item) for item in items)
+    return parsers[kind](name, value)
 
 
 def _parse_bool(name: str, value: Any) -> bool:
@@ -115,7 +114,7 @@ def _parse_float(name: str, value: Any) -> float:
 def _parse_str(name: str, value: Any) -> str:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if isinstance(value, bool) and name == "append_eos":
+    if isinstance(value, bool) and name in ("append_eos", "init_lora_weights"):
         return str(value).lower()
     if isinstance(value, bool) and name == "resume_from_checkpoint":
         raise ConfigError(name, f"set {'auto' if value else 'none'} or a folder, got {value}")

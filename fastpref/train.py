@@ -128,6 +128,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
         dataset = _with_reference(config, model, dataset, progress)
     reference = copy_reference(model) if config.sync_ref_model else None
 
+    torch.manual_seed(config.seed + dist.rank())  # dropout: every rank draws its own
     checkpoint = runfolder.open_run(config, model.device)
     optimizer = build_optimizer(model.module.named_parameters(), config)
     scheduler = build_scheduler(optimizer, config, last_step)
@@ -232,7 +233,7 @@ def run_loop(
                     f"stopped after step {plan.step}; the same command{without} goes on there."
                 )
     if main:
-        runfolder.save_final(run, model.module, model.tokenizer)
+        runfolder.save_final(run, model, config.save_merged)
     return run
 
 
