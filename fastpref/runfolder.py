@@ -122,9 +122,9 @@ def _remove_final(run: Path) -> None:
 
     The settings go with them: a model and an adapter side by side are taken for one another's.
     """
-    for pattern in ("model*.safetensors*", "adapter_*", "config.json", "generation_config.json"):
-        for file in run.glob(pattern):
-            file.unlink()
+    settings = [run / name for name in ("config.json", "generation_config.json", lora.SETTINGS)]
+    for file in [*run.glob("model*.safetensors*"), run / lora.WEIGHTS, *settings]:
+        file.unlink(missing_ok=True)
     for folder in [run / MERGED, *run.glob(".tmp-final-*")]:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -237,6 +237,33 @@ def test_initial_values_of_the_file_win_over_those_of_its_settings(
         assert load_model(continued(config, saved)).identity == before
 
 
+def test_a_start_that_changes_the_model_goes_on_from_pefts_own_files(
+    config: Config, tmp_path: Path
+) -> None:
+    """What docs/lora.md advises for PiSSA: the changed model and its adapter are the old model."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
+    ids = torch.arange(2, 30)[None]
+    expected = module(input_ids=ids).logits
+    settings = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa")
+    wrapped = get_peft_model(module, settings)
+    wrapped.peft_config["default"].init_lora_weights = True
+    wrapped.save_pretrained(tmp_path / "adapter")
+    wrapped.unload().save_pretrained(tmp_path / "changed")
+    load_tokenizer(config).save_pretrained(tmp_path / "changed")
+    model = load_model(
+        dataclasses.replace(
+            continued(config, tmp_path / "adapter"), model_name_or_path=str(tmp_path / "changed")
+        )
+    )
+    assert not model.reference_off
+    with model.plain_attention():
+        ours = model.module(input_ids=ids).logits
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
 def test_folders_that_hold_no_adapter(config: Config, saved: Path, tmp_path: Path) -> None:
     for name in (tmp_path / "absent", "nobody/nothing"):
         with pytest.raises(ValueError, match="(?s)adapter_name_or_path=.*cannot be.*Expected"):
