@@ -43,6 +43,7 @@ def _values(spec: dataclasses.Field[object]) -> str:
     if kind is bool:
         return "`true`, `false`"
     words = {str: "text", int: "whole number", float: "number", tuple[str, ...]: "list of text"}
+    words |= {tuple[int, ...]: "list of whole numbers"}
     words |= {int | None: "whole number or `null`", str | None: "text or `null`"}
     words |= {float | None: "number or `null`", bool | None: "`true`, `false` or `null`"}
     words |= {tuple[float, ...]: "list of numbers", Options: "mapping, JSON or `key=value,...`"}

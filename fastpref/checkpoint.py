@@ -1,8 +1,10 @@
 """Checkpoints that are whole or not there: written aside, checked by digest, renamed into place.
 
     <run>/checkpoint-<step>/
-      model.safetensors config.json tokenizer*   what AutoModelForCausalLM.from_pretrained reads
-      reference/                                  the same, of a reference that moves
+      model.safetensors config.json tokenizer*   what AutoModelForCausalLM.from_pretrained reads;
+                                                  with LoRA in place of the first two
+      adapter_model.safetensors adapter_config.json   what PeftModel.from_pretrained reads
+      reference/                                  a whole model, of a reference that moves
       optimizer.safetensors optimizer.json        tensors by parameter number; groups and scalars
       rng.safetensors                             generators of every rank, as tensors
       trainer_state.json                          step, schedule, counters of the loop, log_history
@@ -30,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastpref import __version__, dist
+from fastpref import __version__, dist, lora
 from fastpref.generators import gather_generators, restore_generators
 from fastpref.schedule import Schedule
 
@@ -200,9 +202,9 @@ def remove_checkpoints_after(output_dir: str | os.PathLike[str], step: int) -> N
 
 
 def _write(folder: Path, step: int, state: TrainState, generators: dict[str, Tensor]) -> None:
-    state.module.save_pretrained(folder)  # type: ignore[operator]
+    save_weights(state.module, folder)
     if state.reference is not None:
-        state.reference.save_pretrained(folder / REFERENCE)  # type: ignore[operator]
+        save_weights(state.reference, folder / REFERENCE)
     if state.tokenizer is not None:
         state.tokenizer.save_pretrained(folder)
     tensors, layout = _split_optimizer_state(state.optimizer)
@@ -216,6 +218,14 @@ def _write(folder: Path, step: int, state: TrainState, generators: dict[str, Ten
         "log_history": state.log_history,
     }
     _write_json(folder / "trainer_state.json", saved)
+
+
+def save_weights(module: nn.Module, folder: Path) -> None:
+    """The model in Hugging Face's layout; where it has an adapter, that alone in peft's."""
+    if lora.is_adapted(module):
+        lora.save(module, folder)
+    else:
+        module.save_pretrained(folder)  # type: ignore[operator]
 
 
 def _seal(folder: Path, step: int) -> None:
@@ -286,6 +296,9 @@ def _checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 def _load_model(folder: Path, module: nn.Module) -> None:
     """Copy the saved weights into `module`, by name; tied weights stand in the file once."""
+    if lora.is_adapted(module):
+        lora.load(module, folder)
+        return
     own = module.state_dict()
     filled: set[int] = set()
     with torch.no_grad():

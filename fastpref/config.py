@@ -29,6 +29,7 @@ from fastpref.config_values import ConfigError, Options, check_value, parse_valu
 
 GROUPS = {
     "model": "what is trained, and in which precision",
+    "lora": "which adapters learn, where trainable is lora",
     "data": "which pairs, and how they become tokens",
     "run": "where it is written, and how it goes on",
     "loss": "what is minimised",
@@ -67,7 +68,92 @@ class Config:
         "auto", "model", "Attention backend by name; auto: the fastest one that fits the device."
     )
     device: str = _field("auto", "model", "auto (CUDA if there is one), cpu, cuda or cuda:N.")
-    trainable: str = _field("all", "model", "Which weights learn.", ("all",))
+    trainable: str = _field(
+        "all",
+        "model",
+        "Which weights learn; lora: low-rank adapters on a frozen model (docs/lora.md).",
+        ("all", "lora"),
+    )
+
+    adapter_name_or_path: str | None = _field(
+        None,
+        "lora",
+        "Folder or Hub name of a peft LoRA adapter to go on training; null: a fresh one.",
+    )
+    adapter_reference: str = _field(
+        "initial",
+        "lora",
+        "Reference of a continued adapter: initial: the model with the adapter as it begins; base: "
+        "the model without it.",
+        ("initial", "base"),
+    )
+    lora_r: int = _field(16, "lora", "Rank of the adapters.", within="at least 1")
+    lora_alpha: int = _field(
+        32, "lora", "Adapters are scaled by lora_alpha / lora_r.", within="at least 1"
+    )
+    lora_dropout: float = _field(
+        0.0,
+        "lora",
+        "Dropout of what enters the adapters; above 0 results depend on how batches are cut.",
+        within="fraction",
+    )
+    lora_target_modules: tuple[str, ...] = _field(
+        (),
+        "lora",
+        "Modules with an adapter: names or ends of names, one regular expression, or all-linear; "
+        "empty: all-linear (none if lora_target_parameters is given).",
+    )
+    lora_exclude_modules: tuple[str, ...] = _field(
+        (), "lora", "Modules left out of lora_target_modules, given the same way."
+    )
+    lora_target_parameters: tuple[str, ...] = _field(
+        (), "lora", "Parameters with an adapter, by name or end of name, where no module has them."
+    )
+    lora_layers_to_transform: tuple[int, ...] = _field(
+        (), "lora", "Numbers of the layers with adapters, from 0; empty: all."
+    )
+    lora_layers_pattern: tuple[str, ...] = _field(
+        (),
+        "lora",
+        "Names of the lists that lora_layers_to_transform counts in, such as layers or h.",
+    )
+    lora_rank_pattern: tuple[str, ...] = _field(
+        (),
+        "lora",
+        "Ranks that differ from lora_r: name=rank, by end of name or regular expression.",
+    )
+    lora_alpha_pattern: tuple[str, ...] = _field(
+        (), "lora", "Alphas that differ from lora_alpha: name=alpha, likewise."
+    )
+    lora_modules_to_save: tuple[str, ...] = _field(
+        (),
+        "lora",
+        "Modules trained whole and saved with the adapter, by end of name; not the head.",
+    )
+    lora_train_biases: str = _field(
+        "none",
+        "lora",
+        "Biases of the model that learn too (peft's bias): those of the adapted modules, or all.",
+        ("none", "all", "lora_only"),
+    )
+    lora_bias: bool = _field(False, "lora", "Give every adapter's B a bias.")
+    use_rslora: bool = _field(False, "lora", "Scale by lora_alpha / sqrt(lora_r) instead.")
+    use_dora: bool = _field(
+        False, "lora", "Learn the size of every output row apart from its direction (DoRA)."
+    )
+    init_lora_weights: str = _field(
+        "true",
+        "lora",
+        "First values of a fresh adapter, all of which leave the model as it is: true (A uniform, "
+        "B zero), gaussian (A normal, B zero), orthogonal (B A = 0), mica (A zero, B fixed to the "
+        "weight's smallest singular directions).",
+        ("true", "gaussian", "orthogonal", "mica"),
+    )
+    save_merged: bool = _field(
+        False,
+        "lora",
+        "At the end also write output_dir/merged: the model with the adapter added in.",
+    )
 
     dataset_name: tuple[str, ...] = _field(
         (), "data", "Preference pairs: files, folders, patterns or Hub names, one or several."

@@ -12,6 +12,10 @@ EVALUATION = "set eval_steps: optimizer steps between two evaluations, 0 for non
 IN_STEPS = "an epoch has (training pairs / train_batch_size) steps"
 REDUCED = "sums are over all ranks, whatever their number; remove it"
 DDP = "ranks share gradients by fastpref's own reduction; remove it"
+ADAPTER_REFERENCE = (
+    "a fresh adapter's reference is the model without it, a continued one's (adapter_name_or_path) "
+    "is what adapter_reference says; remove it"
+)
 ELSEWHERE: dict[str, str] = {
     # What people type, and what LLaMA-Factory and axolotl call it.
     "config": "the file stands first, without an option: fastpref train FILE.yaml",
@@ -54,7 +58,17 @@ ELSEWHERE: dict[str, str] = {
     "torch_dtype": DTYPE,
     "gradient_checkpointing": NOT_YET + " and, if memory is short, " + MEMORY,
     "activation_offloading": NOT_YET + " and, if memory is short, " + MEMORY,
-    "use_peft": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
+    "use_peft": "set trainable: lora",
+    "peft_config": "set trainable: lora and the lora_ fields",
+    "lora_task_type": "always CAUSAL_LM; remove it",
+    "lora_fan_in_fan_out": "found from the model; remove it",
+    "lora_rank": "set lora_r",
+    "lora_target": "set lora_target_modules",
+    "lora_init": "set init_lora_weights",
+    "lora_model_dir": "set adapter_name_or_path",
+    "model_adapter_name": ADAPTER_REFERENCE,
+    "ref_adapter_name": ADAPTER_REFERENCE,
+    "force_use_ref_model": ADAPTER_REFERENCE,
     "load_in_4bit": "quantised weights are " + NOT_YET,
     "load_in_8bit": "quantised weights are " + NOT_YET,
     "logging_strategy": "set logging_steps: optimizer steps between two lines; " + IN_STEPS,
@@ -127,9 +141,6 @@ ELSEWHERE: dict[str, str] = {
     "ref_model": "the reference is the model as it stands before the first step; remove it",
 }
 ELSEWHERE_PREFIXES: dict[str, str] = {
-    "lora_": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
-    "use_rslora": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
-    "use_dora": "LoRA is " + NOT_YET + " (trainable: all trains every weight)",
     "bnb_": "quantised weights are " + NOT_YET,
     "fsdp": "sharded training is " + NOT_YET,
     "deepspeed": "sharded training is " + NOT_YET,
@@ -163,9 +174,23 @@ LATER = {
     ("optim", "adamw_torch_4bit"): SMALL_STATE,
     ("optim", "lion_32bit"): SMALL_STATE,
     ("optim", "lion_8bit"): SMALL_STATE,
-    ("trainable", "lora"): "; LoRA is not in this version",
     ("trainable", "head"): "; training the head alone is not in this version",
     ("track", "sketch"): "; sketched norms of the whole model are not in this version",
     ("track", "exact"): "; exact norms of the whole model are not in this version",
+    (
+        "init_lora_weights",
+        "false",
+    ): "; with random A and B the run would not begin at its reference",
+    **{
+        (
+            "init_lora_weights",
+            name,
+        ): "; it changes the model's own weights. Initialise with peft, save "
+        "the changed model and the adapter (its init_lora_weights set to true), and name them as "
+        "model_name_or_path and adapter_name_or_path"
+        for name in ("pissa", "olora", "corda", "lora_ga", "loftq")
+    },
+    ("init_lora_weights", "eva"): "; it needs a pass over the data: initialise with peft's "
+    "initialize_lora_eva_weights, save the adapter and name it as adapter_name_or_path",
     ("dtype", "float16"): "; float16 needs loss scaling, which this version has not",
 }

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastpref.config_lora import check_lora
 from fastpref.config_loss import check_losses
 from fastpref.config_options import LR_SCHEDULER_KWARGS, OPTIM_ARGS, check_options
 from fastpref.config_values import ConfigError
@@ -29,6 +30,7 @@ def check_combinations(config: Any) -> None:
             "has splits) give dataset_split and eval_dataset_split different ones",
         )
     check_losses(config)
+    check_lora(config)
     resume = config.resume_from_checkpoint
     if config.overwrite_output_dir and resume not in ("auto", "none"):
         if Path(os.path.abspath(resume)).is_relative_to(os.path.abspath(config.output_dir)):

@@ -95,15 +95,14 @@ def parse_value(name: str, kind: Any, value: Any) -> Any:
             raise ConfigError(name, error.reason.replace(", got", " or null, got", 1)) from None
     if kind == Options:
         return _parse_options(name, value)
+    parsers: dict[Any, Callable[[str, Any], Any]] = {
+        bool: _parse_bool, int: _parse_int, float: _parse_float, str: _parse_str
+    }  # fmt: skip
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        parse = _parse_float if kind == tuple[float, ...] else _parse_str
-        parsed = tuple(parse(name, item) for item in items)
-        return ALIASES.get((name, parsed), parsed)
-    parser: Callable[[str, Any], Any] = {
-        bool: _parse_bool, int: _parse_int, float: _parse_float, str: _parse_str
-    }[kind]  # fmt: skip
-    parsed = parser(name, value)
+        parsed = tuple(parsers[typing.get_args(kind)[0]](name, item) for item in items)
+    else:
+        parsed = parsers[kind](name, value)
     return ALIASES.get((name, parsed), parsed)
 
 
@@ -192,7 +191,7 @@ def _parse_float(name: str, value: Any) -> float:
 def _parse_str(name: str, value: Any) -> str:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if isinstance(value, bool) and name == "append_eos":
+    if isinstance(value, bool) and name in ("append_eos", "init_lora_weights"):
         return str(value).lower()
     if name == "resume_from_checkpoint" and str(value).lower() in ("true", "false"):
         word = "auto" if str(value).lower() == "true" else "none"

@@ -14,7 +14,7 @@ import torch
 from fastpref_kernels import LinearLogprob, linear_logprob
 from torch import Tensor, nn
 
-from fastpref import attention, base, dist
+from fastpref import attention, base, dist, lora
 from fastpref.batch import PairBatch
 from fastpref.config import Config
 
@@ -47,7 +47,9 @@ class PairModel:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype  # of the products
-    identity: str  # names these very weights, for the reference cache
+    identity: str  # names the reference's very weights, for the reference cache
+    adapter: Any = None  # peft's PeftModel around `module` where LoRA learns
+    reference_off: bool = False  # the reference is `module` without its adapter
 
     @property
     def head(self) -> Head:
@@ -95,6 +97,14 @@ class PairModel:
             norms=norms,
         )
 
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Inside, before training, the module computes as its own reference."""
+        return lora.off(self.adapter) if self.reference_off else nullcontext()
+
+    def dropout(self) -> AbstractContextManager[None]:
+        """Inside, what dropout there is, is on: a training step."""
+        return nullcontext() if self.adapter is None else lora.dropout(self.adapter)
+
     @contextmanager
     def plain_attention(self) -> Iterator[None]:
         """Inside, the module computes as transformers ships it, one sequence a row."""
@@ -110,6 +120,7 @@ def load_tokenizer(config: Config) -> Any:
     """The tokenizer of ``config.model_name_or_path``; ValueError where there is none."""
     from transformers import AutoTokenizer
 
+    lora.refuse_as_model(config.model_name_or_path)
     with _loading(config.model_name_or_path):
         source = _source(config.model_name_or_path)
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -124,6 +135,8 @@ def load_model(config: Config, tokenizer: Any = None) -> PairModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     resolve_attention(config.attn_implementation)
+    if config.trainable == "lora":
+        lora.check_available()
     tokenizer = tokenizer or load_tokenizer(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -147,8 +160,15 @@ def load_model(config: Config, tokenizer: Any = None) -> PairModel:
             f"its files, the first being {absent[0]}. The files are not whole: get them again."
         )
     prepare(module)
+    identity = weights_identity(source, module.config)
+    adapter, reference_off = None, False
+    if config.trainable == "lora":
+        adapter = lora.attach(module, config)
+        reference_off = not config.adapter_name_or_path or config.adapter_reference == "base"
+        if not reference_off:
+            identity += f" adapter:{lora.digest(module)}"
     module.to(device)
-    return PairModel(module, tokenizer, device, dtype, weights_identity(source, module.config))
+    return PairModel(module, tokenizer, device, dtype, identity, adapter, reference_off)
 
 
 def _source(name: str) -> str:

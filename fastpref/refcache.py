@@ -112,9 +112,13 @@ def reference_logp(
     ld_alpha: float | None = None,
     progress: bool = False,
 ) -> np.ndarray:
-    """(N, 2) float32: summed log-probs in nats of chosen and rejected, in ``pairs``' order."""
+    """(N, 2) float32: summed log-probs in nats of chosen and rejected, in ``pairs``' order.
+
+    Of the model as its own reference: before training, an adapter off where that is asked for.
+    """
     out = np.empty((len(pairs), 2), np.float32)
-    with tqdm(total=len(pairs), unit="pair", desc="reference", disable=not progress) as bar:
+    bar = tqdm(total=len(pairs), unit="pair", desc="reference", disable=not progress)
+    with bar, model.as_reference():
         for own in reference_plan(pairs):
             batch = pack_pairs([pairs[i] for i in own]).to(model.device)
             both = torch.stack(sequence_logp(model, batch, ld_alpha), dim=1)

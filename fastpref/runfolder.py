@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from fastpref import dist
-from fastpref.checkpoint import find_checkpoint
+from fastpref import dist, lora
+from fastpref.checkpoint import find_checkpoint, save_weights
 from fastpref.config import Config, load_config
 from fastpref.loggers import STATE_FILE, TENSORBOARD_FOLDER
+from fastpref.model import PairModel
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ MAY_CHANGE = {
     "project",
     "logging_dir",
     "disable_tqdm",
+    "save_merged",
 }
+MERGED = "merged"  # folder of the model with its adapter added in
 FILES = ("metrics.jsonl", "perf.jsonl", STATE_FILE, "report.html", "config.yaml")
 
 
@@ -123,25 +126,43 @@ def _remove_run(run: Path) -> None:
 
 
 def _remove_final(run: Path) -> None:
-    """The weights of a run that ended here: they would be taken for this one's until it ends."""
-    for file in run.glob("model*.safetensors*"):
-        file.unlink()
-    for leftover in run.glob(".tmp-final-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """The weights of a run that ended here: they would be taken for this one's until it ends.
 
-
-def save_final(run: Path, module: Any, tokenizer: Any) -> None:
-    """The trained model at the root of the run, for `AutoModelForCausalLM.from_pretrained(run)`.
-
-    Written aside and moved file by file, each whole.
+    The settings go with them: a model and an adapter side by side are taken for one another's.
     """
-    aside = run / f".tmp-final-{os.getpid()}"
-    module.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
+    settings = [run / name for name in ("config.json", "generation_config.json", lora.SETTINGS)]
+    for file in [*run.glob("model*.safetensors*"), run / lora.WEIGHTS, *settings]:
+        file.unlink(missing_ok=True)
+    for folder in [run / MERGED, *run.glob(".tmp-final-*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_final(run: Path, model: PairModel, merged: bool = False) -> None:
+    """The trained model at the root of the run, for `AutoModelForCausalLM.from_pretrained(run)`;
+    of LoRA the adapter, for `PeftModel.from_pretrained(base, run)`, and where ``merged`` the model
+    with the adapter added in, in a folder of its own, after which ``model`` is of no more use.
+
+    Written aside and moved file by file, each whole; the merged folder as one.
+    """
+    _save_aside(run, model.module, model.tokenizer)
+    for file in sorted(_aside(run).iterdir()):
+        os.replace(file, run / file.name)
+    _aside(run).rmdir()
+    log.info("%s saved to %s", "adapter" if model.adapter else "model", run)
+    if merged and model.adapter:
+        _save_aside(run, lora.merge(model.adapter), model.tokenizer)
+        os.replace(_aside(run), run / MERGED)
+        log.info("merged model saved to %s", run / MERGED)
+
+
+def _aside(run: Path) -> Path:
+    return run / f".tmp-final-{os.getpid()}"
+
+
+def _save_aside(run: Path, module: Any, tokenizer: Any) -> None:
+    save_weights(module, _aside(run))
+    tokenizer.save_pretrained(_aside(run))
     umask = os.umask(0)
     os.umask(umask)
-    for file in sorted(aside.iterdir()):
+    for file in _aside(run).iterdir():
         file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
-        os.replace(file, run / file.name)
-    aside.rmdir()
-    log.info("model saved to %s", run)

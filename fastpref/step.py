@@ -81,7 +81,8 @@ def train_step(
     finite.
     """
     optimizer.zero_grad(set_to_none=True)
-    results = _accumulate(model, batches, loss, config, num_pairs, norms, reference)
+    with model.dropout():
+        results = _accumulate(model, batches, loss, config, num_pairs, norms, reference)
     total = torch.stack([r.loss.double().sum() for r in results]).sum() if results else None
     mean = dist.all_reduce_sum(
         torch.zeros((), dtype=torch.float64, device=model.device) if total is None else total

@@ -151,6 +151,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
         dataset = _with_reference(config, model, dataset, progress)
     reference = copy_reference(model) if config.sync_ref_model else None
 
+    torch.manual_seed(config.seed + dist.rank())  # dropout: every rank draws its own
     checkpoint = runfolder.open_run(config, model.device)
     optimizer = build_optimizer(model.module.named_parameters(), config)
     scheduler = Schedule(optimizer, config, last_step)
@@ -247,7 +248,7 @@ def run_loop(
     if main:
         if config.load_best_model_at_end:
             _load_best(run, state)
-        runfolder.save_final(run, model.module, model.tokenizer)
+        runfolder.save_final(run, model, config.save_merged)
     return run
 
 

@@ -77,7 +77,7 @@ def test_options_become_a_config(fake: types.ModuleType, tmp_path: Path) -> None
     ("words", "part"),
     [
         (["--betta", "0.2"], "--betta: unknown name; did you mean beta?"),
-        (["--lora_r=8"], "--lora_r: LoRA is not in this version"),
+        (["--lora_r=8"], "--lora_r: an option of LoRA, but trainable is 'all'"),
         (["--learning-rate", "1"], "did you mean learning_rate?"),
         (["a.yaml", "b.yaml"], "unexpected argument 'b.yaml'"),
         (["--beta"], "--beta: expected one argument"),

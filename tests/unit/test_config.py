@@ -109,8 +109,15 @@ def test_a_message_names_file_line_expected_and_value(tmp_path: Path) -> None:
         ("save_steps", 0, "1 or more"),
         ("max_length", 1, "2 or more"),
         ("resume_from_checkpoint", True, "set auto"),
-        ("trainable", "lora", "LoRA is not in this version"),
-        ("trainable", "head", "expected all, got 'head'"),
+        ("trainable", "head", "expected all or lora, got 'head'"),
+        ("lora_r", 0, "1 or more"),
+        ("lora_alpha", 0, "1 or more"),
+        ("lora_dropout", 1, "0 <= value < 1"),
+        ("lora_layers_to_transform", ["1", "x"], "whole number, got 'x'"),
+        ("lora_train_biases", "some", "none or all or lora_only"),
+        ("init_lora_weights", False, "would not begin at its reference"),
+        ("init_lora_weights", "pissa", "changes the model's own weights"),
+        ("init_lora_weights", "eva", "initialize_lora_eva_weights"),
         ("track", "sketch", "expected none or head"),
         ("track", "exact", "not in this version"),
         ("dtype", "float16", "loss scaling"),
@@ -252,6 +259,54 @@ def test_combinations_carry_their_fix() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"trainable": "all", "lora_r": 8}, "lora_r: an option of LoRA, but trainable is 'all'"),
+        ({"trainable": "all", "save_merged": True}, "save_merged: an option of LoRA"),
+        ({"adapter_name_or_path": "x", "lora_r": 8}, "lora_r: the adapter that"),
+        ({"adapter_name_or_path": "x", "use_dora": True}, "use_dora: the adapter that"),
+        ({"lora_target_modules": ["q", ".*v"]}, "lora_target_modules: '.*v' cannot stand beside"),
+        ({"lora_target_modules": ["all-linear", "q"]}, "'all-linear' cannot stand beside"),
+        ({"lora_target_modules": "(q"}, "lora_target_modules: '(q' is not a regular expression"),
+        ({"lora_exclude_modules": "*"}, "lora_exclude_modules: '*' is not a regular expression"),
+        ({"lora_modules_to_save": ".*norm"}, "lora_modules_to_save: expected a name"),
+        ({"lora_target_parameters": ".*w"}, "lora_target_parameters: expected a name"),
+        ({"lora_layers_pattern": "h"}, "lora_layers_pattern: has a meaning with"),
+        ({"lora_layers_to_transform": [1, -1]}, "layers count from 0, got -1"),
+        ({"lora_layers_to_transform": 1, "lora_target_modules": ".*q"}, "not with a regular"),
+        ({"lora_rank_pattern": "q"}, "lora_rank_pattern: expected name=number"),
+        ({"lora_rank_pattern": "q=0"}, "number 1 or more, got 'q=0'"),
+        ({"lora_alpha_pattern": "(q=3"}, "lora_alpha_pattern: '(q' is not a regular expression"),
+        ({"lora_target_parameters": "w", "use_dora": True}, "use_dora: peft has no such"),
+        ({"lora_target_parameters": "w", "lora_dropout": 0.1}, "lora_dropout: peft has no"),
+        ({"lora_dropout": 0.1, "loss_type": "aot"}, "lora_dropout: aot sorts"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias: not with use_dora"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias: not with"),
+        ({"init_lora_weights": "mica", "use_dora": True}, "exclude each other"),
+        ({"init_lora_weights": "orthogonal", "lora_r": 3}, "even ranks, got 3"),
+        ({"init_lora_weights": "orthogonal", "lora_rank_pattern": "q=5"}, "even ranks, got 5"),
+    ],
+)
+def test_lora_combinations(values: dict[str, Any], part: str) -> None:
+    text = message(**{"trainable": "lora", **values})
+    assert text.startswith("--") and part in text
+
+
+def test_lora_options_as_they_are_typed(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        "trainable: lora\ninit_lora_weights: true\nlora_layers_to_transform: [0, 2]\n"
+        "lora_rank_pattern: [q_proj=8, layers.0.*v_proj=4]\nlora_target_modules: all-linear\n",
+    )
+    config = load_config(file, {"lora_layers_pattern": "layers"})
+    assert config.lora_layers_to_transform == (0, 2) and config.init_lora_weights == "true"
+    assert config.lora_target_modules == ("all-linear",)
+    again = write(tmp_path, config.to_yaml())
+    assert load_config(again) == config
+    load_config(None, {"trainable": "lora", "adapter_name_or_path": "x", "lora_dropout": "0.1"})
+
+
+@pytest.mark.parametrize(
     ("name", "part"),
     [
         ("betta", "did you mean beta?"),
@@ -269,8 +324,11 @@ def test_combinations_carry_their_fix() -> None:
         ("fp16", "set dtype"),
         ("gradient_checkpointing", "max_tokens_per_microbatch"),
         ("use_peft", "trainable"),
-        ("lora_r", "LoRA"),
-        ("lora_target_modules", "LoRA"),
+        ("lora_rank", "set lora_r"),
+        ("lora_target_module", "did you mean lora_target_modules?"),
+        ("lora_task_type", "always CAUSAL_LM"),
+        ("ref_adapter_name", "adapter_reference"),
+        ("load_in_4bit", "quantised weights are not in this version"),
         ("per_device_eval_batch_size", "max_tokens_per_microbatch"),
         ("dataset_num_proc", "remove it"),
         ("eval_strategy", "set eval_steps"),

@@ -11,6 +11,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FROZEN = """
 model_name_or_path dtype attn_implementation device trainable
+adapter_name_or_path adapter_reference lora_r lora_alpha lora_dropout lora_target_modules
+lora_exclude_modules lora_target_parameters lora_layers_to_transform lora_layers_pattern
+lora_rank_pattern lora_alpha_pattern lora_modules_to_save lora_train_biases lora_bias use_rslora
+use_dora init_lora_weights save_merged
 dataset_name eval_dataset_name dataset_split eval_dataset_split dataset_config_name
 behavior_column flip_behaviors on_bad_rows max_length append_eos
 eval_fraction eval_sample_size
