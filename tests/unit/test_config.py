@@ -388,7 +388,7 @@ def test_to_yaml_round_trips_exactly(tmp_path_factory: Any, **values: Any) -> No
 
 
 def test_examples_load() -> None:
-    for name in ("persona", "hh", "misalign"):
+    for name in ("persona", "hh", "misalign", "lora-persona"):
         config = load_config(ROOT / "examples" / f"{name}.yaml", {"dataset_name": "x"})
         assert config.track == "head" and config.dataset_name == ("x",)
 
