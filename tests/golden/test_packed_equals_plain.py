@@ -13,7 +13,7 @@ from fastpref import model as pair_model
 from fastpref.config import Config
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
-from fastpref.losses import LOSSES, PairLogp
+from fastpref.losses import LOSSES, LossOptions, PairLogp
 from fastpref.model import PairModel
 from fastpref.step import backward
 
@@ -91,7 +91,7 @@ def test_values_and_every_gradient(name: str, tolerance: float, loss_type: str) 
     chosen, rejected = torch.stack([torch.stack(row) for row in rows]).unbind(1)
     lengths = torch.tensor([[len(p.chosen), len(p.rejected)] for p in PAIRS]).unbind(1)
     x = PairLogp(chosen, rejected, *REFERENCE, *lengths)
-    plain_loss = loss.fn(x, BETA, 0.0)
+    plain_loss = loss.fn(x, LossOptions(beta=BETA))
     (plain_loss.sum() / 5).backward()
     expected = {n: p.grad.clone() for n, p in module.named_parameters()}
     with torch.no_grad():
