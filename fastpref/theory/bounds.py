@@ -96,7 +96,7 @@ def gap_radius(
     """(E, P) |m_i(t) - t dm_i/dt(0)| is at most this, in nats (E23): sqrt(2) ||h_i|| g c t^2 / 2.
 
     For one behavior beta^3 lambda_M delta t^2 / 8 times ||h_i||. A pair whose start gap + t x first
-    rate is above it is answered right at t for certain: `linear_certificate`.
+    rate is above it is answered right at t for certain (E31); `guarantee.certified` says more.
     """
     t, g, c = _terms(time, delta, second_moment, beta)
     return np.outer(g * c * t**2 / 2, math.sqrt(2) * np.linalg.norm(pairs.features, axis=1))

@@ -97,8 +97,8 @@ def certified(
     beta: float,
     head: np.ndarray | None = None,
 ) -> Guarantee:
-    """The same, looking at each pair: right for sure where its margin at the mean run's head exceeds
-    sqrt(2) radius ||h_i|| (E30).
+    """The same, looking at each pair: right for sure where its margin at the mean run's head is
+    above sqrt(2) radius ||h_i|| (E30).
 
     Needs the features, and is the sharper of the two where classes have less spread along their
     difference than their concentration allows, or are wide against delta.
@@ -118,9 +118,10 @@ def certified(
 def _guarantee(
     run: Trajectory, of: FrozenPairs, right: np.ndarray, radius: np.ndarray
 ) -> Guarantee:
-    """`right` (E, P): each row's share that is right for sure. Rounding must not make it above 1."""
+    """From each row's share that is right for sure, `right` (E, P), to means."""
     assert run.step is not None
     overall, each = right @ of.weight, behavior_means(of, right)
+    # Rounding must not promise more than 1.
     return Guarantee(run.step, np.minimum(overall, 1.0), np.minimum(each, 1.0), radius)
 
 

@@ -70,7 +70,7 @@ def integrate(
                 wider = step * min(5.0, 0.9 * size**-0.2 if size > 0 else 5.0)
                 # A step cut short by a time to hit says nothing against wide ones.
                 width = max(width, wider) if last else wider
-            else:  # also where it is nan: the step left the range of numbers
-                width = step * (max(0.2, 0.9 * size**-0.2) if np.isfinite(size) else 0.2)
+            else:  # also where it is nan or inf, for which max gives 0.2
+                width = step * max(0.2, 0.9 * size**-0.2)
         states[row] = state
     return states

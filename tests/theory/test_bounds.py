@@ -42,6 +42,8 @@ SETS = {
     "far from the origin": gaussian_pairs(1, (60,), mean=12.0),
     "unbalanced mixture": gaussian_pairs(2, (40, 20), plus=0.6),
     "any tokens": mixed_pairs(3),
+    # Pairs that contradict each other along one line: a loss that is all but quadratic.
+    "at odds": frozen_pairs(np.ones((40, 1)), [YES] * 21 + [NO] * 19, [NO] * 21 + [YES] * 19),
 }
 
 
@@ -224,7 +226,7 @@ def test_real_heads_stay_within_the_radius_and_answers_of_any_tokens_too() -> No
 
 
 def test_guarantee_says_something_in_the_papers_regime() -> None:
-    """lambda = delta^2/40, means far from the origin; beta 0.01, lr 0.1, 100 steps as in the code."""
+    """beta 0.01, lr 0.1, 100 steps as in its code; lambda = delta^2/40, the mean 4 delta away."""
     pairs = gaussian_pairs(11, (200,), delta=10.0, width=32, spread=1.0, mean=40.0)
     (s,) = behavior_statistics(pairs)
     assert 0.01 < s.concentration / s.delta**2 < 0.03
@@ -296,8 +298,37 @@ def test_guarantees_that_cannot_be_given() -> None:
     assert (accuracy_guarantee(same, 3, 0.1, 0.1).accuracy == 0).all()
 
 
-def test_probability_of_the_true_margins_matches() -> None:
-    """The output guarantee counts gaps of the real model, head included."""
+@pytest.mark.parametrize("with_head", [False, True])
+def test_guarantee_is_its_formula_at_the_heads_of_the_run_on_means(with_head: bool) -> None:
+    """(E28) and (E29), once more, from simulated heads; how loose they are no run can tell."""
+    pairs, beta, steps = gaussian_pairs(16, (40, 30), 3.0, 6, 0.4, 4.0, plus=0.6), 0.5, 12
+    moments = class_moments(pairs)
+    rate = 0.3 * max_learning_rate(moments.second_moment, beta)
+    means, start = moments.means, random_head(17, 6)
+    claim = accuracy_guarantee(moments, steps, rate, beta, start if with_head else None)
+    radius, share = 0.0, means.count / means.count.sum()
+    length, width = np.linalg.norm(means.features, axis=1), np.sqrt(moments.concentration)
+    for step, head in enumerate(train(means, [None] * steps, rate, beta, start).heads):
+        moved = head - start
+        pull = moved[means.chosen] - moved[means.rejected]
+        spread = beta * width * np.linalg.norm(pull, axis=1)
+        if with_head:
+            pull = head[means.chosen] - head[means.rejected]
+        mean = (pull * means.features).sum(axis=1) - math.sqrt(2) * radius * length
+        deviation = width * (np.linalg.norm(pull, axis=1) + math.sqrt(2) * radius)
+        sure = np.where(mean > 0, mean**2 / np.maximum(mean**2 + deviation**2, 1e-300), 0)
+        assert claim.radius[step] == pytest.approx(radius, rel=1e-9)
+        assert claim.accuracy[step] == pytest.approx(sure @ share, abs=1e-9)
+        bend = np.minimum(spread**2 / (12 * math.sqrt(3)), spread / 4)
+        force = math.sqrt(2) * beta * (bend * length + spread * width / 4) @ share
+        radius += rate * force
+    assert radius > 0.01
+    x = np.linspace(-4, 4, 80001)
+    bends = np.diff(1 / (1 + np.exp(x)), 2) / (x[1] - x[0]) ** 2
+    assert np.abs(bends).max() == pytest.approx(1 / (6 * math.sqrt(3)), rel=1e-4)
+
+
+def test_guarantee_of_outputs_counts_gaps_of_the_real_model() -> None:
     pairs = gaussian_pairs(14, (60,), spread=0.3, mean=2.0)
     head = 0.3 * random_head(15, 8)
     moments = class_moments(pairs)
