@@ -57,21 +57,21 @@ def class_moments(pairs: FrozenPairs) -> ClassMoments:
     """Means, concentrations and traces of the classes of `pairs`."""
     keys = np.stack([pairs.behavior, pairs.chosen, pairs.rejected], axis=1)
     classes, which = np.unique(keys, axis=0, return_inverse=True)
-    which = which.ravel()
-    count = np.bincount(which, pairs.count)
-    means = np.empty((len(classes), pairs.features.shape[1]))
-    concentration, trace = np.empty(len(classes)), np.empty(len(classes))
-    for c in range(len(classes)):
-        own = which == c
-        features, weight = pairs.features[own], pairs.count[own] / count[c]
-        means[c] = weight @ features
-        centred = np.sqrt(weight)[:, None] * (features - means[c])
-        concentration[c] = largest_eigenvalue(centred)
-        trace[c] = float((centred**2).sum())
-    mean_pairs = frozen_pairs(
-        means, classes[:, 1], classes[:, 2], classes[:, 0], pairs.behaviors, count
+    order = np.argsort(which.ravel(), kind="stable")
+    ends = np.cumsum(np.bincount(which.ravel()))[:-1]
+    sides = [_side(pairs, own) for own in np.split(order, ends)]
+    means = frozen_pairs(
+        np.stack([side.mean for side in sides]),
+        *(classes[:, 1], classes[:, 2], classes[:, 0]),
+        behaviors=pairs.behaviors,
+        count=[side.count for side in sides],
     )
-    return ClassMoments(mean_pairs, concentration, trace, second_moment(pairs))
+    return ClassMoments(
+        means,
+        concentration=np.array([largest_eigenvalue(side.centred) for side in sides]),
+        trace=np.array([(side.centred**2).sum() for side in sides]),
+        second_moment=second_moment(pairs),
+    )
 
 
 def behavior_statistics(
@@ -109,7 +109,7 @@ def behavior_statistics(
 
 @dataclass(frozen=True)
 class _Side:
-    """One class of a behavior with two answers."""
+    """One class."""
 
     count: float
     mean: np.ndarray  # (D,)
@@ -150,8 +150,8 @@ def _side(pairs: FrozenPairs, own: np.ndarray) -> _Side:
 
 
 def _difference(plus: _Side, minus: _Side) -> np.ndarray:
-    """(D,) d = mu+ - mu-, exactly 0 where it is nothing but rounding."""
-    return _without_rounding(plus.mean - minus.mean, max(plus.size, minus.size))
+    """(D,) d = mu+ - mu-."""
+    return without_rounding(plus.mean - minus.mean, max(plus.size, minus.size))
 
 
 _UNDEFINED: dict[str, float] = dict.fromkeys(("n_plus", "n_minus", "positive_token"), -1) | (
@@ -202,7 +202,7 @@ def directions(pairs: FrozenPairs) -> np.ndarray:
     square = np.bincount(pairs.behavior, weight * (pairs.features**2).sum(axis=1))
     return np.stack(
         [
-            _without_rounding(row, float(scale))
+            without_rounding(row, float(scale))
             for row, scale in zip(rows, np.sqrt(square), strict=True)
         ]
     )
@@ -233,5 +233,6 @@ def largest_eigenvalue(rows: np.ndarray) -> float:
     return max(0.0, float(np.linalg.eigvalsh(gram)[-1]))
 
 
-def _without_rounding(vector: np.ndarray, scale: float) -> np.ndarray:
+def without_rounding(vector: np.ndarray, scale: float) -> np.ndarray:
+    """`vector`, a mean of vectors as long as `scale`; exactly 0 where it is only rounding."""
     return vector if np.linalg.norm(vector) > ROUNDING * scale else np.zeros_like(vector)

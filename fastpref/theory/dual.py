@@ -104,14 +104,14 @@ def dual_recursion(
         np.add.at(alpha, np.arange(len(alpha))[index], rate * taught)
         if step % record_every == 0 or step == len(batches):
             record(step)
-    steps, moments, alphas, norm, margin_rows, probe_rows = zip(*kept, strict=True)
+    steps, moments, alphas, norms, margin_rows, probe_rows = zip(*kept, strict=True)
     return Trajectory(
-        np.array(moments),
-        np.stack(alphas),
-        np.stack(margin_rows),
-        np.array(norm),
-        None if probes is None else np.stack([p for p in probe_rows if p is not None]),
-        np.array(steps),
+        time=np.array(moments),
+        alpha=np.stack(alphas),
+        margin=np.stack(margin_rows),
+        head_norm=np.array(norms),
+        probe_margin=None if probes is None else np.stack(probe_rows),
+        step=np.array(steps),
     )
 
 
@@ -147,12 +147,12 @@ def gradient_flow(
     alphas = integrate(slope, np.zeros(len(pairs.features)), times, error)
     states = [head_change(pairs, alpha) for alpha in alphas]
     return Trajectory(
-        np.asarray(times, np.float64),
-        alphas,
-        np.stack([offset + margins(pairs, state) for state in states]),
-        np.array([state.norm for state in states]),
-        None if probes is None else np.stack([_probe(probes, state, start) for state in states]),
-        None,
+        time=np.asarray(times, np.float64),
+        alpha=alphas,
+        margin=np.stack([offset + margins(pairs, state) for state in states]),
+        head_norm=np.array([state.norm for state in states]),
+        probe_margin=np.stack([_probe(probes, s, start) for s in states]) if probes else None,
+        step=None,
     )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastpref.theory.bounds import max_learning_rate
-from fastpref.theory.distinguish import ClassMoments
+from fastpref.theory.distinguish import ROUNDING, ClassMoments
 from fastpref.theory.dual import Trajectory, dual_recursion
 from fastpref.theory.pairs import (
     FrozenPairs,
@@ -145,12 +145,15 @@ def _mean_run(
     along_mean = np.minimum(_BEND / 2 * deviation**2, deviation / 4)
     force = along_mean * np.linalg.norm(means.features, axis=1) + deviation * width / 4
     each = math.sqrt(2) * beta * force @ means.weight
-    return run, learning_rate * np.concatenate([[0.0], np.cumsum(each[:-1])])
+    # What rounding can do to the heads, so that a promise never rests on it.
+    rounding = ROUNDING * beta * run.time * np.linalg.norm(means.features, axis=1).max()
+    return run, learning_rate * np.concatenate([[0.0], np.cumsum(each[:-1])]) + rounding
 
 
 def _lengths(means: FrozenPairs, run: Trajectory, head: np.ndarray | None) -> np.ndarray:
     """(E, C) ||a_c^T (W - W_start)||, or with the start's head ||a_c^T W||."""
-    start = 0.0 if head is None else head[means.chosen] - head[means.rejected]
+    matrix = None if head is None else np.asarray(head, np.float64)
+    start = 0.0 if matrix is None else matrix[means.chosen] - matrix[means.rejected]
     return np.stack(
         [
             np.linalg.norm(start + answer_rows(means, head_change(means, alpha)), axis=1)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastpref.theory.distinguish import ROUNDING
+from fastpref.theory.distinguish import without_rounding
 from fastpref.theory.dual import check_beta, dpo_weight
 from fastpref.theory.pairs import FrozenPairs, behavior_sums
 
@@ -32,9 +32,7 @@ def mixture_direction(directions: np.ndarray, counts: Counts) -> np.ndarray:
     if not np.isfinite(pull).all():
         raise ValueError("directions: expected finite numbers")
     fraction = number / number.sum()
-    mean = np.asarray(fraction @ pull)
-    negligible = ROUNDING * float(fraction @ np.linalg.norm(pull, axis=1))
-    return mean if np.linalg.norm(mean) > negligible else np.zeros_like(mean)
+    return without_rounding(fraction @ pull, float(fraction @ np.linalg.norm(pull, axis=1)))
 
 
 def priority_levels(directions: np.ndarray, counts: Counts) -> np.ndarray:

@@ -8,10 +8,11 @@ they are per step, and the first full-batch step moves the head by exactly that.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fastpref.theory.distinguish import without_rounding
 from fastpref.theory.dual import check_beta
 from fastpref.theory.mixture import Counts, mixture_direction, mixture_shares
 from fastpref.theory.pairs import FrozenPairs, head_change, margins
@@ -62,7 +63,8 @@ def pair_rates(
     """
     check_beta(beta)
     first = head_change(pairs, beta / 2 * pairs.weight)
-    return margins(probes or pairs, first)
+    size = beta / 2 * math.sqrt(2 * float(pairs.weight @ (pairs.features**2).sum(axis=1)))
+    return margins(probes or pairs, replace(first, rows=without_rounding(first.rows, size)))
 
 
 def batch_head_rate(pairs: FrozenPairs, batch_size: int, beta: float) -> float:
