@@ -57,10 +57,13 @@ class Journal:
             self._perf.flush()
             self._loggers.finish(line["step"], {k: v for k, v in line.items() if k != "step"})
 
-    def close(self) -> None:
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close the loggers; what was not flushed is not told."""
         if self.main:
-            self._loggers.close()
+            self._loggers.close(failed=kind is not None)
 
     def log_history(self) -> list[dict[str, Any]]:
         """The lines so far as transformers' trainer_state.json has them: eval_loss, not split.

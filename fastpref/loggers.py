@@ -43,8 +43,8 @@ class Logger(Protocol):
     def flush(self) -> None:
         """Wait until what was logged outlives this process, as far as the service can."""
 
-    def close(self) -> None:
-        """Say goodbye."""
+    def close(self, failed: bool) -> None:
+        """Say goodbye; ``failed``: the run did not come to its end."""
 
     def identity(self) -> str | None:
         """By what the service knows the run again."""
@@ -68,7 +68,13 @@ class Loggers:
             # a larger max_steps changes the learning rates.
             limit = (resume_step or -1) if kind.rewinds else before["step"]
             self.told[name] = min(before["step"], limit)
-            self.loggers[name] = kind(config, self.told[name], before["identity"])
+            try:
+                self.loggers[name] = kind(config, self.told[name], before["identity"])
+            except Exception as error:  # of any kind: no login, no network, a folder not writable
+                raise ValueError(
+                    f"report_to: {name} could not begin a run ({type(error).__name__}: {error}); "
+                    f"mend that, or take {name} out of report_to"
+                ) from error
         self.send(history)
 
     def send(self, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -93,10 +99,10 @@ class Loggers:
         for logger in self.loggers.values():
             logger.finish(step, values)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Close every service."""
         for logger in self.loggers.values():
-            logger.close()
+            logger.close(failed)
 
     def _remember(self) -> None:
         state = {
@@ -169,7 +175,7 @@ class TensorBoard:
     def flush(self) -> None:
         self.writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.writer.close()
 
     def identity(self) -> str | None:
@@ -203,8 +209,8 @@ class Wandb:
     def flush(self) -> None:
         pass  # wandb's own process sends, and outlives this one
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
 
     def identity(self) -> str | None:
         return str(self.run.id)
@@ -235,7 +241,7 @@ class Trackio:
     def flush(self) -> None:
         pass  # it sends in the background
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.run.finish()
 
     def identity(self) -> str | None:

@@ -189,7 +189,7 @@ def run_loop(
         last_step = state.step
 
     bar, clock = Bar(last_step, state.step, progress), Clock()
-    with closing(journal), closing(bar), _asked_to_end() as asked:
+    with journal, closing(bar), _asked_to_end() as asked:
         for plan in loader.plan(state.step + 1, last_step):
             # The step itself.
             began, rate = time.perf_counter(), state.scheduler.learning_rate

@@ -6,13 +6,14 @@ import json
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastpref import config_rules, loggers
 from fastpref.config import Config
+from fastpref.errors import NonFiniteError
 from fastpref.journal import Journal
 from fastpref.loggers import STATE_FILE, Loggers, demand_packages, logged_values
 
@@ -39,8 +40,9 @@ class Service(types.ModuleType):
     def log(self, values: dict[str, float], step: int) -> None:
         self.logged.append((step, values))
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         self.finished += 1
+        self.exit_code = exit_code
 
 
 @pytest.fixture
@@ -106,7 +108,7 @@ def test_names_are_those_of_transformers_integrations() -> None:
 
 def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
     config = Config(output_dir=str(tmp_path), report_to="tensorboard")  # type: ignore[arg-type]
-    with closing(Journal(config, 0)) as journal:
+    with Journal(config, 0) as journal:
         write_steps(journal, 1, 6)
         journal.finish({"step": 6, "train_runtime": 9.0, "train_loss": 0.25})
     found = events(tmp_path / "tensorboard")
@@ -131,7 +133,7 @@ def test_tensorboard_of_a_resumed_run_has_every_point_once(tmp_path: Path, lost:
         report_to=("tensorboard",),
         logging_dir=str(folder),
     )
-    with closing(Journal(config, 0)) as journal:
+    with Journal(config, 0) as journal:
         write_steps(journal, 1, 6)
     if lost == "state":  # killed between telling and noting that it was told
         (tmp_path / STATE_FILE).unlink()
@@ -139,7 +141,7 @@ def test_tensorboard_of_a_resumed_run_has_every_point_once(tmp_path: Path, lost:
         for file in folder.iterdir():
             file.unlink()
         (tmp_path / STATE_FILE).unlink()
-    with closing(Journal(config, 4)) as journal:
+    with Journal(config, 4) as journal:
         write_steps(journal, 5, 8, slope=3.0)
     found = events(folder)
     expected = [(n, 1 / n) for n in range(1, 5)] + [(n, 3 / n) for n in range(5, 9)]
@@ -155,9 +157,9 @@ def test_wandb_and_trackio_are_told_every_step_once(
         report_to=("wandb", "trackio"),
         learning_rate=3e-4,
     )
-    with closing(Journal(config, 0)) as journal:
+    with Journal(config, 0) as journal:
         write_steps(journal, 1, 6)
-    with closing(Journal(config, 4)) as journal:
+    with Journal(config, 4) as journal:
         write_steps(journal, 5, 8)
         journal.finish({"step": 8, "train_runtime": 9.0, "train_loss": 0.25})
     for service in (wandb, trackio):
@@ -179,12 +181,12 @@ def test_wandb_and_trackio_are_told_every_step_once(
 
 def test_a_service_that_joins_later_is_told_the_past(tmp_path: Path, wandb: Service) -> None:
     plain = Config(output_dir=str(tmp_path))
-    with closing(Journal(plain, 0)) as journal:
+    with Journal(plain, 0) as journal:
         write_steps(journal, 1, 6)
     config = Config(
         output_dir=str(tmp_path), report_to=("wandb",), run_name="named", project="mine"
     )
-    with closing(Journal(config, 4)) as journal:
+    with Journal(config, 4) as journal:
         write_steps(journal, 5, 6)
     assert [step for step, _ in wandb.logged] == list(range(1, 7))
     assert wandb.logged[0][1]["perf/pairs_per_second"] == 10.0
@@ -201,41 +203,63 @@ def test_projects_come_from_the_environment_unless_named(
     assert [given["project"] for given in wandb.inits] == ["from-env", "mine"]
 
 
+def test_a_run_that_failed_is_told_to_have(tmp_path: Path, wandb: Service) -> None:
+    config = Config(output_dir=str(tmp_path), report_to=("wandb",))
+    with pytest.raises(NonFiniteError), Journal(config, 0):
+        raise NonFiniteError("step 3")
+    assert wandb.exit_code == 1
+    with Journal(config, 0):
+        pass
+    assert wandb.exit_code == 0
+
+
+def test_a_service_that_cannot_begin_is_bad_input(
+    tmp_path: Path, wandb: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**given: Any) -> None:
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError, match="report_to: wandb could not begin a run.*no API key"):
+        Journal(Config(output_dir=str(tmp_path), report_to=("wandb",)), 0)
+
+
 def test_without_loggers_no_file_is_left(tmp_path: Path) -> None:
-    with closing(Journal(Config(output_dir=str(tmp_path), report_to=("none",)), 0)) as journal:
+    with Journal(Config(output_dir=str(tmp_path), report_to=("none",)), 0) as journal:
         write_steps(journal, 1, 2)
     assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "perf.jsonl"}
 
 
 def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    with closing(Journal(Config(output_dir=str(tmp_path), report_to=("wandb",)), 0)) as journal:
+    with Journal(Config(output_dir=str(tmp_path), report_to=("wandb",)), 0) as journal:
         write_steps(journal, 1, 2)
         journal.finish({"step": 2})
         assert journal.log_history() == []
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+@pytest.mark.parametrize("name", config_rules.LOGGERS)
 def test_a_missing_package_is_told_with_its_remedy(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("torch.utils.tensorboard", "tensorboard", "wandb", "trackio"):
         monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     demand_packages(Config())
+    assert set(config_rules.LOGGERS) == set(loggers.LOGGERS) == set(loggers.PACKAGES)
     with pytest.raises(ValueError, match=f"report_to: {name} needs.*pip install {name}"):
         demand_packages(Config(report_to=(name,)))
 
 
 def test_log_history_is_as_transformers_has_it(tmp_path: Path) -> None:
     config = Config(output_dir=str(tmp_path))
-    with closing(Journal(config, 0)) as journal:
+    with Journal(config, 0) as journal:
         write_steps(journal, 1, 6)
         history = journal.log_history()
     assert history[0] == {"step": 1, "epoch": 0.125, "loss": 1.0}
     assert history[3] == {"step": 3, "epoch": 0.375, "eval_rewards/margins": 1.0,
                           "eval_loss": pytest.approx(1 / 3)}  # fmt: skip
-    with closing(Journal(config, 4)) as journal:
+    with Journal(config, 4) as journal:
         write_steps(journal, 5, 6)
         assert journal.log_history() == history
     json.dumps(history)
