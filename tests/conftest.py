@@ -35,6 +35,16 @@ def hh_file() -> Path:
     return file
 
 
+@pytest.fixture
+def event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads event files by name: second, host, process, and a number that is written
+    without zeros. Two of one second and process, as only tests have them, need as many digits."""
+    from tensorboard.summary.writer import event_file_writer
+
+    counter = event_file_writer.AtomicCounter(100)
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter)
+
+
 def _sentences() -> list[str]:
     who = ["I", "People", "My friends", "The teachers", "Most assistants", "Children"]
     verbs = ["like", "value", "avoid", "remember", "explain", "question", "enjoy"]

@@ -122,7 +122,11 @@ def preempted(config: Config, folder: Path, step: int, monkeypatch: pytest.Monke
 
 
 def test_stopped_in_the_middle_it_ends_the_same(
-    stopped: Path, early: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Path,
+    early: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    event_files_in_order: None,
 ) -> None:
     """Resumed twice: before the best evaluation, and while the patience runs out."""
     folder = tmp_path / "run"
@@ -148,6 +152,27 @@ def test_ended_early_it_does_not_go_on_unless_it_has_patience(
     assert files(folder) == before
     run(early, folder, early_stopping_patience=5)
     assert max(held_out(folder)) > max(held_out(stopped))
+
+
+def test_the_best_adapter_is_the_final_one(base: Config, tmp_path: Path) -> None:
+    """Margins grow, and smaller ones are asked for: the first evaluation is the best."""
+    pytest.importorskip("peft")
+    folder = run(
+        base,
+        tmp_path / "run",
+        trainable="lora",
+        learning_rate=1e-3,
+        max_steps=4,
+        eval_steps=2,
+        metric_for_best_model="rewards/margins",
+        greater_is_better=False,
+        load_best_model_at_end=True,
+    )
+    final, best, last = (
+        (place / "adapter_model.safetensors").read_bytes()
+        for place in (folder, folder / "checkpoint-2", folder / "checkpoint-4")
+    )
+    assert final == best != last
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:

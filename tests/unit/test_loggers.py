@@ -125,7 +125,9 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", ["nothing", "state", "events"])
-def test_tensorboard_of_a_resumed_run_has_every_point_once(tmp_path: Path, lost: str) -> None:
+def test_tensorboard_of_a_resumed_run_has_every_point_once(
+    tmp_path: Path, lost: str, event_files_in_order: None
+) -> None:
     """Killed after step 6, resumed from a checkpoint of step 4, with other numbers from there."""
     folder = tmp_path / "elsewhere"
     config = Config(
