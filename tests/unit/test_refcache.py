@@ -341,6 +341,23 @@ def test_a_killed_pass_goes_on_where_it_stood(
     assert list((tmp_path / "cut").iterdir()) == [again.path]
 
 
+def test_ranks_share_the_pass(
+    model: PairModel, pairs: list[TokenPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank computes its own batches, together all of them, and not a bit changes."""
+    monkeypatch.setattr(refcache, "PLAN_TOKENS", 200)
+    whole = reference_logp(model, pairs)
+    shares: list[np.ndarray] = []
+    monkeypatch.setattr(refcache, "_summed", lambda values, device: shares.append(values) or values)
+    monkeypatch.setattr(refcache, "_demand_finite", lambda *_: None)
+    monkeypatch.setattr(refcache.dist, "world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(refcache.dist, "rank", lambda rank=rank: rank)
+        reference_logp(model, pairs, partial=tmp_path / "x.parquet")
+    assert np.array_equal(sum(shares), whole)
+    assert [0 < (share != 0).any(axis=1).sum() < len(pairs) for share in shares] == [True] * 3
+
+
 def test_killed_while_writing_leaves_nothing_that_counts(
     model: PairModel, pairs: list[TokenPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
