@@ -17,7 +17,9 @@ dense blocks. Only attention sees the padding of a block; the rest of the body s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +33,8 @@ NAME = "fastpref_pair"
 # against the padding's share of attention, itself a small part of the arithmetic.
 MAX_PADDING = 1.25
 PREFIX, CHOSEN, REJECTED, PAD = range(4)
+# Terms of the scores that transformers' models may hand to an attention function, not known here.
+UNKNOWN_TERMS = ("position_bias", "alibi", "sinks", "attention_bias")
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,9 @@ def _block_mask(block: Block, window: int | None, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~visible, -torch.inf)[:, None]
 
 
+_ambient: ContextVar[PairLayout | None] = ContextVar("pair_layout", default=None)
+
+
 class _ToSlots(torch.autograd.Function):
     """(T, ...) -> (N, ...). Each token has one slot, so both directions are gathers, no scatter."""
 
@@ -167,6 +174,7 @@ def pair_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,  # (heads,) attention sinks
     pair_layout: PairLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # (1, T, heads, d)
@@ -174,14 +182,19 @@ def pair_attention(
 
     Raises ValueError when called without `pair_layout`, or with a term that it does not honour.
     """
+    pair_layout = pair_layout or _ambient.get()
     if pair_layout is None:
         raise ValueError(
             f"attn_implementation {NAME!r} needs the keyword pair_layout, which "
-            f"{type(module).__name__} did not receive: its model does not hand keywords through."
+            f"{type(module).__name__} did not receive: call the model through fastpref's PairModel."
         )
-    for term in ("s_aux", "position_bias", "alibi"):
+    for term in UNKNOWN_TERMS:
         if kwargs.get(term) is not None:
             raise ValueError(f"{type(module).__name__} passes {term}, which {NAME!r} lacks.")
+    if not (getattr(module, "is_causal", True) and kwargs.get("is_causal", True)):
+        raise ValueError(
+            f"{type(module).__name__} attends to later tokens too; it is no causal LM."
+        )
     if attention_mask is not None:
         raise ValueError(
             f"{type(module).__name__} passes an attention mask of its own to {NAME!r}."
@@ -199,7 +212,7 @@ def pair_attention(
     for block, mask, qkv in zip(pair_layout.blocks, masks, of_blocks, strict=True):
         grid = (block.pairs, block.length)
         block_q, block_k, block_v = (x.unflatten(0, grid).transpose(1, 2) for x in qkv)
-        attended = _attend(block_q, block_k, block_v, mask, scaling, dropout, softcap)
+        attended = _attend(block_q, block_k, block_v, mask, scaling, dropout, softcap, s_aux)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if pair_layout.gather is not None:
@@ -215,18 +228,37 @@ def _attend(
     scaling: float | None,
     dropout: float,
     softcap: float | None,
+    sinks: Tensor | None,  # (heads,)
 ) -> Tensor:  # (pairs, heads, length, d)
     grouped = q.shape[1] // k.shape[1]
-    if softcap is None:
+    if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped > 1
         )
-    # scaled_dot_product_attention has no soft cap: written out, softmax in float32 as models do.
+    # scaled_dot_product_attention has neither: written out, softmax in float32 as models do.
     k, v = (x.repeat_interleave(grouped, dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.tanh(scores / softcap) * softcap + mask
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + mask
+    if sinks is not None:  # one more key per head, which takes weight and gives nothing
+        scores = torch.cat([scores, sinks.view(-1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
+    return F.dropout(weights[..., : k.shape[2]], dropout) @ v
+
+
+@contextmanager
+def ambient(layout: PairLayout) -> Iterator[None]:
+    """Inside, attention finds ``layout`` where the model drops the keyword on its way there.
+
+    Some layers (StableLM, Nemotron) take no keywords. The keyword goes first: it is bound to its
+    call, whatever runs the layer again.
+    """
+    token = _ambient.set(layout)
+    try:
+        yield
+    finally:
+        _ambient.reset(token)
 
 
 def register() -> None:

@@ -58,6 +58,17 @@ class Config:
         "model",
         "Folder or Hub name of a causal LM; fastpref-tiny is a 5M Llama built once and cached.",
     )
+    model_revision: str | None = _field(
+        None, "model", "Branch, tag or commit on the Hub; null: the newest."
+    )
+    ref_model_name_or_path: str | None = _field(
+        None,
+        "model",
+        "Another model as the reference, with the same tokenizer; null: the model as it begins.",
+    )
+    ref_model_revision: str | None = _field(
+        None, "model", "Branch, tag or commit of ref_model_name_or_path on the Hub."
+    )
     dtype: str = _field(
         "auto",
         "model",

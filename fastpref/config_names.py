@@ -124,7 +124,6 @@ ELSEWHERE: dict[str, str] = {
         "it is about the inside of transformers' Trainer and has no counterpart here; remove it",
     ),
     "parallelism_config": "sharded training is " + NOT_YET,
-    "model_revision": "set model_name_or_path to a folder that holds that revision",
     "router_aux_loss_coef": "the auxiliary loss of routers is " + NOT_YET,
     "model_init_kwargs": "set dtype and attn_implementation",
     "pad_token": "there is no padding; remove it",
@@ -138,7 +137,10 @@ ELSEWHERE: dict[str, str] = {
     "use_liger_kernel": "the fused head is always on; remove it",
     "use_cpu": "set device: cpu",
     "torch_compile": NOT_YET,
-    "ref_model": "the reference is the model as it stands before the first step; remove it",
+    "ref_model": "set ref_model_name_or_path; without it the reference is the model as it stands "
+    "before the first step",
+    "ref_model_path": "set ref_model_name_or_path",
+    "revision": "set model_revision",
 }
 ELSEWHERE_PREFIXES: dict[str, str] = {
     "bnb_": "quantised weights are " + NOT_YET,

@@ -10,6 +10,7 @@ from fastpref.config_lora import check_lora
 from fastpref.config_loss import check_losses
 from fastpref.config_options import LR_SCHEDULER_KWARGS, OPTIM_ARGS, check_options
 from fastpref.config_values import ConfigError
+from fastpref.loss_table import TABLE
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
 
@@ -31,6 +32,7 @@ def check_combinations(config: Any) -> None:
         )
     check_losses(config)
     check_lora(config)
+    _check_reference(config)
     resume = config.resume_from_checkpoint
     if config.overwrite_output_dir and resume not in ("auto", "none"):
         if Path(os.path.abspath(resume)).is_relative_to(os.path.abspath(config.output_dir)):
@@ -49,6 +51,33 @@ def check_combinations(config: Any) -> None:
                 f"expected {', '.join(LOGGERS)} (one or several) or none alone, got {name!r}; "
                 + (apart if "," in name else "metrics.jsonl in output_dir is written in any case"),
             )
+
+
+def _check_reference(config: Any) -> None:
+    named, revision = config.ref_model_name_or_path, config.ref_model_revision
+    if named is None:
+        if revision is not None:
+            raise ConfigError(
+                "ref_model_revision",
+                f"{revision!r} is one of ref_model_name_or_path, which is not set",
+            )
+        return
+    if not any(TABLE[name].needs_reference for name in config.loss_type):
+        raise ConfigError(
+            "ref_model_name_or_path",
+            f"loss_type {', '.join(config.loss_type)} has no reference; remove it",
+        )
+    if config.sync_ref_model:
+        raise ConfigError(
+            "ref_model_name_or_path",
+            "sync_ref_model moves the model as it begins towards the one that is trained, and has "
+            "no place for another; remove one of the two",
+        )
+    if config.adapter_reference != "initial":
+        raise ConfigError(
+            "adapter_reference",
+            f"{config.adapter_reference} contradicts ref_model_name_or_path; remove one of the two",
+        )
 
 
 def _check_optimizer(config: Any) -> None:

@@ -205,8 +205,9 @@ def _say(module: nn.Module, targeted: Sequence[str], config: Config) -> None:
     reference = "the model without it"
     if config.adapter_name_or_path and config.adapter_reference == "initial":
         reference = f"the model with {config.adapter_name_or_path} as it is now"
+    reference = config.ref_model_name_or_path or reference
     log.info(
-        "LoRA on %d modules (%s)%s: %d weights learn, %d stay; the adapter's reference is %s",
+        "LoRA on %d modules (%s)%s: %d weights learn, %d stay; the reference is %s",
         len(targeted),
         ", ".join(sorted({name.rpartition(".")[2] for name in targeted})),
         _whole(module),

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from fastpref_kernels import LinearLogprob, linear_logprob
 from torch import Tensor, nn
 
-from fastpref import attention, base, dist, lora
+from fastpref import attention, lora
+from fastpref.architecture import NO_INTERFACE, logit_transform
 from fastpref.batch import PairBatch
 from fastpref.config import Config
+from fastpref.weights import Source, read_tokenizer, read_weights
 
 log = logging.getLogger(__name__)
-
-SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
-# Their rotary frequencies depend on the longest position of the call: packing would change them.
-LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic", "su"}
 
 
 @dataclass(frozen=True)
@@ -54,11 +50,9 @@ class PairModel:
     @property
     def head(self) -> Head:
         """The head, read from the module each time, because a wrapper may replace its tensors."""
-        layer, config = self.module.get_output_embeddings(), self.module.config  # type: ignore[operator]
-        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies,
-        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
+        layer = self.module.get_output_embeddings()  # type: ignore[operator]
+        transform = logit_transform(self.module.config)
+        return Head(layer.weight, getattr(layer, "bias", None), *transform)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model computes."""
@@ -69,7 +63,7 @@ class PairModel:
     def hidden(self, batch: PairBatch) -> Tensor:
         """(T, D) final hidden states of the packed tokens, after the last norm."""
         layout = attention.build_layout(batch.lengths, self.device)
-        with self.autocast():
+        with self.autocast(), attention.ambient(layout):
             out = self.module.base_model(  # type: ignore[operator]
                 input_ids=batch.tokens[None],
                 position_ids=batch.positions[None],
@@ -118,81 +112,73 @@ class PairModel:
 
 def load_tokenizer(config: Config) -> Any:
     """The tokenizer of ``config.model_name_or_path``; ValueError where there is none."""
-    from transformers import AutoTokenizer
-
     lora.refuse_as_model(config.model_name_or_path)
-    with _loading(config.model_name_or_path):
-        source = _source(config.model_name_or_path)
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return read_tokenizer(_policy(config))
 
 
 def load_model(config: Config, tokenizer: Any = None) -> PairModel:
     """Load the weights of ``config.model_name_or_path`` and prepare them for packing.
 
-    Raises ValueError for an architecture that packing would get wrong, and for weights that are
-    not safetensors: pickled weights and remote code can run anything.
+    Raises ValueError as `read_weights` does: for what packing would get wrong, for weights that are
+    not safetensors or not all there.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     resolve_attention(config.attn_implementation)
     if config.trainable == "lora":
         lora.check_available()
     tokenizer = tokenizer or load_tokenizer(config)
+    model = _load(config, _policy(config), tokenizer)
+    if config.trainable == "lora":
+        model = _adapted(model, config)
+    return _placed(model)
+
+
+def load_reference(config: Config) -> PairModel:
+    """The model of ``config.ref_model_name_or_path`` with its tokenizer, frozen; as `load_model`.
+
+    Whether it reads the same tokens is for the caller to see.
+    """
+    assert config.ref_model_name_or_path
+    source = Source(
+        "ref_model_name_or_path", config.ref_model_name_or_path, config.ref_model_revision
+    )
+    reference = _load(config, source, read_tokenizer(source))
+    reference.module.requires_grad_(False)
+    return _placed(reference)
+
+
+def _policy(config: Config) -> Source:
+    return Source("model_name_or_path", config.model_name_or_path, config.model_revision)
+
+
+def _load(config: Config, source: Source, tokenizer: Any) -> PairModel:
+    """Still on the CPU."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    source = _source(config.model_name_or_path)
-    with _loading(config.model_name_or_path):
-        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    check_architecture(model_config, config.max_length)
-    with _loading(config.model_name_or_path):
-        module, found = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float64 if dtype is torch.float64 else torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    # transformers fills what is not in the files with random numbers and goes on.
-    absent = sorted([*found["missing_keys"], *map(str, found.get("mismatched_keys", ()))])
-    if absent:
-        raise ValueError(
-            f"model_name_or_path={config.model_name_or_path!r}: {len(absent)} weights are not in "
-            f"its files, the first being {absent[0]}. The files are not whole: get them again."
-        )
+    kept = torch.float64 if dtype is torch.float64 else torch.float32
+    module, identity = read_weights(source, kept, config.max_length, device)
     prepare(module)
-    identity = weights_identity(source, module.config)
-    adapter, reference_off = None, False
-    if config.trainable == "lora":
-        adapter = lora.attach(module, config)
-        reference_off = not config.adapter_name_or_path or config.adapter_reference == "base"
-        if not reference_off:
-            identity += f" adapter:{lora.digest(module)}"
-    module.to(device)
-    return PairModel(module, tokenizer, device, dtype, identity, adapter, reference_off)
+    return PairModel(module, tokenizer, device, dtype, identity)
 
 
-def _source(name: str) -> str:
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()  # a bar per checkpoint would break up the run's own
-    if not base.is_base_name(name):
-        return name
-    if dist.is_main():
-        base.base_dir()  # made by one rank, found by the others
-    dist.barrier()
-    return str(base.base_dir())
+def _adapted(model: PairModel, config: Config) -> PairModel:
+    adapter = lora.attach(model.module, config)
+    reference_off = not config.adapter_name_or_path or config.adapter_reference == "base"
+    identity = model.identity
+    if not reference_off:
+        identity += f" adapter:{lora.digest(model.module)}"
+    return replace(model, adapter=adapter, reference_off=reference_off, identity=identity)
 
 
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """transformers' and safetensors' many ways of saying that something is wrong, as one."""
+def _placed(model: PairModel) -> PairModel:
     try:
-        yield
-    except Exception as error:
+        model.module.to(model.device)
+    except torch.OutOfMemoryError as error:
+        size = sum(p.numel() * p.element_size() for p in model.module.parameters())
         raise ValueError(
-            f"model_name_or_path={name!r} cannot be loaded: {error}\nExpected: a folder with "
-            f"config.json, model.safetensors and a tokenizer, a Hub name, or {base.BASE_NAME!r}."
+            f"{size / 2**30:.1f} GiB of weights ({type(model.module).__name__}) do not fit on "
+            f"{model.device}: {error}"
         ) from error
+    return model
 
 
 def prepare(module: nn.Module) -> None:
@@ -200,46 +186,22 @@ def prepare(module: nn.Module) -> None:
     attention.register()
     module.set_attn_implementation(attention.NAME)  # type: ignore[operator]
     if module.config._attn_implementation != attention.NAME:  # type: ignore[union-attr]
-        raise ValueError(
-            f"{type(module).__name__} does not call transformers' AttentionInterface, so prefix "
-            "sharing would give wrong numbers silently. It is not supported."
-        )
-    for layer in module.modules():
+        raise ValueError(f"{type(module).__name__} {NO_INTERFACE}. Not supported.")
+    # The sampled routing and the noise of some mixtures of experts end with the training mode too.
+    module.eval()
+    for layer in module.modules():  # for those that are put into training mode again
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
         if isinstance(getattr(layer, "attention_dropout", None), float):
             layer.attention_dropout = 0.0  # type: ignore[assignment]
+    if next(module.parameters()).dtype is torch.float64:
+        _experts_one_by_one(module)
 
 
-def check_architecture(model_config: Any, max_length: int) -> None:
-    """Refuse by name what packing cannot compute exactly; see also `fastpref.selfcheck`."""
-    name = model_config.model_type
-    odd = set(getattr(model_config, "layer_types", None) or ()) - SUPPORTED_LAYERS
-    if odd:
-        raise ValueError(
-            f"{name} has layers of type {', '.join(sorted(odd))}; packed pairs need "
-            f"{' or '.join(sorted(SUPPORTED_LAYERS))}."
-        )
-    for rope in _rope_types(getattr(model_config, "rope_parameters", None)):
-        if rope in LENGTH_DEPENDENT_ROPE:
-            raise ValueError(
-                f"{name} scales its rotary frequencies by the length of the call (rope_type "
-                f"{rope!r}); in a packed batch no sequence has that length. Not supported."
-            )
-    limit = getattr(model_config, "max_position_embeddings", None)
-    if limit and max_length > limit:
-        raise ValueError(
-            f"max_length={max_length} is more than the {limit} positions of {name} "
-            f"(max_position_embeddings). Set max_length to at most {limit}."
-        )
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    if not isinstance(parameters, dict):
-        return set()
-    own = parameters.get("rope_type") or parameters.get("type")
-    nested = (_rope_types(p) for p in parameters.values() if isinstance(p, dict))
-    return ({own} if isinstance(own, str) else set()).union(*nested)
+def _experts_one_by_one(module: Any) -> None:
+    """torch has grouped products of experts in single and half precision only."""
+    if module._can_set_experts_implementation():
+        module.set_experts_implementation("eager")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -271,20 +233,3 @@ def resolve_attention(name: str) -> str:
             f"attn_implementation={name!r} is not in this version: set it to auto or sdpa."
         )
     return "sdpa"
-
-
-def weights_identity(source: str, model_config: Any) -> str:
-    """Names the very weights: the Hub's commit, or the digests of the local safetensors files."""
-    folder = Path(source)
-    if not folder.is_dir():
-        commit = getattr(model_config, "_commit_hash", None)
-        if not commit:
-            raise ValueError(f"{source}: the Hub did not say which commit these weights are.")
-        return f"{source}@{commit}"
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
-        with path.open("rb") as file:
-            digest.update(
-                f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
-            )
-    return f"sha256:{digest.hexdigest()}"

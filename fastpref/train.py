@@ -48,8 +48,9 @@ from fastpref.model import (
 from fastpref.observe import Window, pair_columns, record_step
 from fastpref.optim import build_optimizer
 from fastpref.progress import Bar, Clock
-from fastpref.refcache import cache_key, demand_no_given, with_reference
+from fastpref.refcache import cache_key, demand_no_given
 from fastpref.reference import copy_reference, is_live, sync_reference
+from fastpref.refmodel import find_reference
 from fastpref.schedule import WARMUP_RATIO, Schedule, rate_factor
 from fastpref.selfcheck import check_model
 from fastpref.step import StepResult, train_step
@@ -66,7 +67,7 @@ class State:
     scheduler: Schedule
     window: Window  # sums since the last line of metrics.jsonl
     best: Best  # what the evaluations said so far
-    key: str  # digest of the initial weights and the data: what a resumed run must share
+    key: str  # names the initial weights, the data and the reference: a resumed run shares them
     reference: PairModel | None = None  # the one that follows the policy (sync_ref_model)
     step: int = 0  # finished optimizer steps
     num_tokens: int = 0  # of both sequences of every pair so far, as TRL counts
@@ -99,12 +100,13 @@ class State:
         return self.reference if is_live(config, self.step) else None
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue from ``checkpoint``, bit for bit; ValueError if data or base model changed."""
+        """Continue from ``checkpoint``, bit for bit; ValueError if data or models changed."""
         counters = load_checkpoint(checkpoint, self.saved([]), verify=False)
         if counters["key"] != self.key:
             raise ValueError(
-                f"{checkpoint}: the data, the tokenizer or the model that training began from "
-                "changed since this run began. Restore them, or choose another output_dir."
+                f"{checkpoint}: the data, the tokenizer, the model that training began from or the "
+                "reference changed since this run began. Restore them, or choose another "
+                "output_dir."
             )
         self.step, self.num_tokens = counters["step"], counters["num_tokens"]
         self.loss_sum, self.window.sums = counters["loss_sum"], counters["window"]
@@ -145,10 +147,11 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     rate_factor(config, last_step)
     best = Best(config)
     best.demand_known(evaluation_names(dataset))
-    worst = check_model(model, dataset.train)
+    worst = check_model(model, dataset.train, config.max_tokens_per_microbatch)
     log.info("self-check: packed equals separate sequences to %.1e", worst)
     if loss.needs_reference:
-        dataset = _with_reference(config, model, dataset, progress)
+        dataset, named = _with_reference(config, model, dataset, progress)
+        key = f"{key} {named}"
     reference = copy_reference(model) if config.sync_ref_model else None
 
     torch.manual_seed(config.seed + dist.rank())  # dropout: every rank draws its own
@@ -334,21 +337,17 @@ def _loader(config: Config, dataset: Dataset) -> Loader:
     )
 
 
-def _with_reference(config: Config, model: PairModel, dataset: Dataset, progress: bool) -> Dataset:
+def _with_reference(
+    config: Config, model: PairModel, dataset: Dataset, progress: bool
+) -> tuple[Dataset, str]:
     pairs = dataset.train + dataset.held_out
     if config.sync_ref_model:
         demand_no_given(pairs, "sync_ref_model moves the reference, which must be a model")
-    both = with_reference(
-        model,
-        pairs,
-        cache_dir=config.ref_cache_dir,
-        check_pairs=config.ref_check_pairs,
-        seed=config.seed,
-        ld_alpha=config.ld_alpha,
-        progress=progress,
-    )
+    found, named = find_reference(config, model, model.tokenizer, pairs, progress)
     count = len(dataset.train)
-    return dataclasses.replace(dataset, train=both[:count], held_out=both[count:])
+    return dataclasses.replace(
+        dataset, train=found.pairs[:count], held_out=found.pairs[count:]
+    ), named
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

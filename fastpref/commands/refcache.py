@@ -15,26 +15,27 @@ add_arguments = add_config_options
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fill the cache that a training run with the same data and model reads."""
+    """Fill the cache that a training run with the same data and model reads; say where it is."""
     config = config_from_options(args)
     show_log()
     from fastpref.data.dataset import load_dataset
+    from fastpref.data.pack import demand_vocabulary
     from fastpref.losses import get_loss
-    from fastpref.model import load_model
-    from fastpref.refcache import with_reference
+    from fastpref.model import load_model, load_tokenizer
+    from fastpref.refmodel import find_reference
+    from fastpref.selfcheck import check_model
 
     if not get_loss(config.loss_type).needs_reference:
         print(f"loss_type {', '.join(config.loss_type)} has no reference; nothing to compute.")
         return 0
-    model = load_model(config)
-    dataset = load_dataset(config, model.tokenizer)
-    pairs = with_reference(
-        model,
-        dataset.train + dataset.held_out,
-        cache_dir=config.ref_cache_dir,
-        check_pairs=config.ref_check_pairs,
-        seed=config.seed,
-        ld_alpha=config.ld_alpha,
-    )
-    print(f"{len(pairs)} pairs have their reference log-probs.")
+    tokenizer = load_tokenizer(config)
+    dataset = load_dataset(config, tokenizer)
+    pairs = dataset.train + dataset.held_out
+    model = None
+    if not config.ref_model_name_or_path:
+        model = load_model(config, tokenizer)
+        demand_vocabulary(pairs, len(model.head.weight))
+        check_model(model, pairs, config.max_tokens_per_microbatch)
+    found, _ = find_reference(config, model, tokenizer, pairs)
+    print(found)
     return 0

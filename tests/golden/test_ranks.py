@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 
 from fastpref.config import Config
@@ -58,7 +59,10 @@ def test_two_ranks_equal_one(tiny_model_dir: Path, tiny_data: Path, tmp_path: Pa
     }
     one, two = tmp_path / "one", tmp_path / "two"
     train(Config(**{**options, "output_dir": str(one)}), progress=False)  # type: ignore[arg-type]
-    run_on_two(options, two)
+    run_on_two({**options, "ref_cache_dir": str(tmp_path / "reference of two")}, two)
+    (kept,) = (tmp_path / "reference").iterdir()
+    (of_two,) = (tmp_path / "reference of two").iterdir()
+    assert of_two.name == kept.name and read_table(of_two).equals(read_table(kept))
 
     bests = [
         json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["counters"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastpref.attention import build_layout, pair_attention
+from fastpref.attention import ambient, build_layout, pair_attention
 
 LENGTHS = [(5, 2, 1), (9, 0, 3), (14, 2, 5), (6, 1, 1), (1, 0, 0), (0, 2, 1), (40, 3, 9)]
 
@@ -32,28 +32,36 @@ def whole_mask(window: int | None) -> Tensor:
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_blocks_equal_one_mask_over_all_tokens(window: int | None, softcap: float | None) -> None:
+@pytest.mark.parametrize("sinks", [False, True])
+def test_blocks_equal_one_mask_over_all_tokens(
+    window: int | None, softcap: float | None, sinks: bool
+) -> None:
     torch.manual_seed(0)
     count = sum(map(sum, LENGTHS))
     layout = build_layout(LENGTHS, "cpu")
     assert len(layout.blocks) > 1 and layout.padding is not None
     q = torch.randn(1, 4, count, 8, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(1, 2, count, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    sink = torch.randn(4, dtype=torch.float64, requires_grad=True)
     out, _ = pair_attention(
         nn.Identity(), q, k, v, None, scaling=0.4, sliding_window=window, softcap=softcap,
-        pair_layout=layout,
+        s_aux=sink if sinks else None, pair_layout=layout,
     )  # fmt: skip
 
     scores = 0.4 * q @ k.repeat_interleave(2, 1).transpose(2, 3)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~whole_mask(window), -torch.inf).softmax(-1)
+    total = scores.masked_fill(~whole_mask(window), -torch.inf).logsumexp(-1, keepdim=True)
+    if sinks:
+        total = torch.logaddexp(total, sink[:, None, None])
+    weights = (scores - total).exp() * whole_mask(window)
     expected = (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)
     torch.testing.assert_close(out, expected)
 
     probe = torch.randn_like(out)
-    ours = torch.autograd.grad((out * probe).sum(), (q, k, v))
-    theirs = torch.autograd.grad((expected * probe).sum(), (q, k, v))
+    leaves = (q, k, v, sink) if sinks else (q, k, v)
+    ours = torch.autograd.grad((out * probe).sum(), leaves)
+    theirs = torch.autograd.grad((expected * probe).sum(), leaves)
     for mine, plain in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, plain)
 
@@ -68,7 +76,25 @@ def test_what_it_does_not_know_is_refused() -> None:
     layout = build_layout([(8, 0, 0)], "cpu")
     with pytest.raises(ValueError, match="pair_layout"):
         pair_attention(nn.Identity(), x, x, x, None)
-    with pytest.raises(ValueError, match="s_aux"):
-        pair_attention(nn.Identity(), x, x, x, None, pair_layout=layout, s_aux=torch.zeros(2))
+    with pytest.raises(ValueError, match="position_bias"):
+        pair_attention(nn.Identity(), x, x, x, None, pair_layout=layout, position_bias=x)
     with pytest.raises(ValueError, match="mask of its own"):
         pair_attention(nn.Identity(), x, x, x, torch.zeros(1, 1, 8, 8), pair_layout=layout)
+    with pytest.raises(ValueError, match="later tokens"):
+        pair_attention(nn.Identity(), x, x, x, None, pair_layout=layout, is_causal=False)
+    encoder = nn.Identity()
+    encoder.is_causal = False  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="later tokens"):
+        pair_attention(encoder, x, x, x, None, pair_layout=layout)
+
+
+def test_a_layout_that_the_model_dropped_is_found_but_the_keyword_goes_first() -> None:
+    x = torch.randn(1, 2, 8, 4)
+    whole, halves = build_layout([(8, 0, 0)], "cpu"), build_layout([(4, 0, 0)] * 2, "cpu")
+    by_keyword, _ = pair_attention(nn.Identity(), x, x, x, None, pair_layout=whole)
+    with ambient(whole):
+        dropped, _ = pair_attention(nn.Identity(), x, x, x, None)
+        both, _ = pair_attention(nn.Identity(), x, x, x, None, pair_layout=halves)
+    assert torch.equal(dropped, by_keyword) and not torch.allclose(both, by_keyword)
+    with pytest.raises(ValueError, match="pair_layout"):
+        pair_attention(nn.Identity(), x, x, x, None)

@@ -292,6 +292,28 @@ def test_lora_combinations(values: dict[str, Any], part: str) -> None:
     assert text.startswith("--") and part in text
 
 
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"ref_model_revision": "v2"}, "ref_model_revision: 'v2' is one of ref_model_name_or_path"),
+        ({"ref_model_name_or_path": "x", "loss_type": "simpo"}, "loss_type simpo has no reference"),
+        ({"ref_model_name_or_path": "x", "sync_ref_model": True}, "no place for another"),
+        (
+            {
+                "ref_model_name_or_path": "x",
+                "trainable": "lora",
+                "adapter_name_or_path": "y",
+                "adapter_reference": "base",
+            },
+            "adapter_reference: base contradicts ref_model_name_or_path",
+        ),
+    ],
+)
+def test_another_reference(values: dict[str, Any], part: str) -> None:
+    text = message(**values)
+    assert text.startswith("--") and part in text
+
+
 def test_lora_options_as_they_are_typed(tmp_path: Path) -> None:
     file = write(
         tmp_path,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastpref import attention
+from fastpref import attention, selfcheck
 from fastpref.config import Config
 from fastpref.data.tokenize import TokenPair
-from fastpref.model import PairModel, check_architecture, load_model, prepare
+from fastpref.model import PairModel, load_model, prepare
 from fastpref.selfcheck import TOLERANCE, check_model
 
 
@@ -77,21 +77,69 @@ def test_a_model_without_the_interface_is_refused() -> None:
     import transformers as hf
 
     config = hf.BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=4)
-    with pytest.raises(ValueError, match="Bloom"):
+    with pytest.raises(ValueError, match="Bloom.*AttentionInterface"):
         check_model(wrap(hf.BloomForCausalLM(config)), some_pairs())
 
 
-def test_refused_by_their_config() -> None:
-    import transformers as hf
+def test_bfloat16_is_checked_in_float32_so_that_a_small_mistake_shows() -> None:
+    """A head that is 3 % off: less than what rounding to bfloat16 may do to a gradient."""
+    module = llama()
+    head = module.lm_head.forward
+    module.lm_head.forward = lambda x: head(x) * 1.03
+    with pytest.raises(ValueError, match="torch.float32 explains"):
+        check_model(wrap(module, torch.bfloat16), some_pairs())
 
-    with pytest.raises(ValueError, match="linear_attention"):
-        check_architecture(hf.Qwen3NextConfig(), max_length=64)
-    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    with pytest.raises(ValueError, match="'dynamic'"):
-        check_architecture(hf.LlamaConfig(rope_parameters=scaled), max_length=64)
-    with pytest.raises(ValueError, match="at most 64"):
-        check_architecture(hf.GPT2Config(n_positions=64), max_length=65)
-    check_architecture(hf.LlamaConfig(), max_length=64)
+
+def test_not_finite_in_bfloat16_alone() -> None:
+    module = llama()
+    forward = module.model.norm.forward
+
+    def narrow(x: torch.Tensor) -> torch.Tensor:
+        return forward(x) * (torch.inf if torch.is_autocast_enabled("cpu") else 1.0)
+
+    module.model.norm.forward = narrow
+    with pytest.raises(ValueError, match="not finite in torch.bfloat16.*dtype: float32"):
+        check_model(wrap(module, torch.bfloat16), some_pairs())
+
+
+def test_a_model_that_fails_by_itself_is_not_called_unsupported() -> None:
+    module = llama()
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise KeyError("some weight")
+
+    module.model.norm.forward = broken
+    with pytest.raises(ValueError, match="cannot compute in torch.float32: 'some weight'") as error:
+        check_model(wrap(module), some_pairs())
+    assert "not supported" not in str(error.value)
+
+
+def test_no_memory_is_not_called_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap(llama())
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 8 GiB.")
+
+    monkeypatch.setattr(selfcheck, "_packed", full)
+    with pytest.raises(ValueError, match="8 GiB. Set max_tokens_per_microbatch") as error:
+        check_model(model, some_pairs())
+    assert "not supported" not in str(error.value)
+
+
+def test_the_comparison_stays_within_the_runs_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 + 5, 10, 7 fed tokens are the longest and the others: 16 + 7 fit into 25, 33 do not."""
+    seen: list[list[int]] = []
+
+    def noted(model: PairModel, pairs: list[TokenPair]) -> Any:
+        seen.append([len(p.prompt) for p in pairs])
+        return packed(model, pairs)
+
+    packed = selfcheck._packed
+    monkeypatch.setattr(selfcheck, "_packed", noted)
+    model = wrap(llama())
+    for budget, prompts in ((None, [12, 3, 9, 5]), (25, [12, 3]), (1, [12])):
+        check_model(model, some_pairs(), budget)
+        assert seen.pop() == prompts
 
 
 def test_weights_that_are_not_there_or_not_safetensors(
