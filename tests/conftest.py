@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def hh_file() -> Path:
     if not file.is_file():
         pytest.skip(f"no HH-RLHF data at {file}; FASTPREF_DATA names the folder above its folder")
     return file
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test finds token ids of an earlier session, nor leaves any."""
+    folder = tmp_path_factory.mktemp("tokens")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastpref.data.tokencache.default_folder", lambda: folder)
+        yield
 
 
 def _sentences() -> list[str]:
