@@ -99,3 +99,37 @@ def test_what_a_resumed_run_may_change(config: Config, tmp_path: Path) -> None:
     for change in ({"dataset_weights": (1, 1)}, {"truncation_mode": "keep_completion"}):
         with pytest.raises(ValueError, match=f"other settings .{next(iter(change))}"):
             run(config, tmp_path / "run", max_steps=4, **change)
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '\\n' + m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\nassistant:' }}{% endif %}"
+)
+
+
+def test_a_run_on_conversations(config: Config, tiny_data: Path, tmp_path: Path) -> None:
+    """The same steps as on the strings that the template makes of them; the template is saved."""
+    from transformers import AutoTokenizer
+
+    texts, chats = [], []
+    for line in (tiny_data / "polite.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        question = row["prompt"].removeprefix("Human: ").removesuffix("\n\nAssistant:")
+        answers = {name: row[name].strip() for name in ("chosen", "rejected")}
+        asked = [{"role": "user", "content": question}]
+        said = {n: [{"role": "assistant", "content": a}] for n, a in answers.items()}
+        chats.append({"prompt": asked, **said})
+        prompt = f"\nuser: {question}<|end|>\nassistant:"
+        texts.append({"prompt": prompt, **{n: f" {a}" for n, a in answers.items()}})
+    runs = []
+    for name, rows in (("texts", texts), ("chats", chats)):
+        for n, row in enumerate(rows):
+            row["id"] = str(n)  # so that both are split and ordered alike
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        changes = {"dataset_name": (str(file),), "dataset_weights": (), "eval_dataset_name": ()}
+        changes |= {"max_steps": 3, "chat_template": TEMPLATE if name == "chats" else None}
+        runs.append(run(config, tmp_path / name, **changes))
+    one, other = (load_file(folder / "model.safetensors") for folder in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert AutoTokenizer.from_pretrained(runs[1]).chat_template == TEMPLATE

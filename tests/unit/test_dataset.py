@@ -12,9 +12,7 @@ import pytest
 
 from fastpref.config import Config
 from fastpref.config_rules import eval_set
-from fastpref.data import dataset as module
 from fastpref.data.dataset import load_dataset
-from fastpref.data.formats import Pair
 from fastpref.data.loader import Loader
 
 
@@ -63,8 +61,11 @@ def test_a_held_out_pair_that_is_trained_on_is_refused(tmp_path: Path, tiny_toke
         ValueError, match=r"b.jsonl:2: this held-out pair is also training pair .*a.jsonl:2"
     ):
         load_dataset(config, tiny_tokenizer)
+    same = dataclasses.replace(config, eval_dataset_name=(f"x={train}",))
+    with pytest.raises(ValueError, match="would be trained on and held out"):
+        load_dataset(same, tiny_tokenizer)
     with pytest.raises(ValueError, match="is in dataset_name too"):
-        dataclasses.replace(config, eval_dataset_name=(f"x={train}",))
+        dataclasses.replace(same, eval_dataset_split="train")
 
 
 def test_weights_belong_to_entries(tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -91,21 +92,22 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def chats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`read_pairs` gives conversations, whatever the file."""
-    texts = (("user", "I like {n}"), ("assistant", "Yes, the rain"), ("assistant", "No art."))
-    pairs = [
-        Pair(
-            *(({"role": role, "content": text.format(n=n)},) for role, text in texts),
-            *("", "b", "", False, "f.jsonl", n + 1, n),  # type: ignore[arg-type]
-        )
-        for n in range(6)
-    ]
-    monkeypatch.setattr(module, "read_pairs", lambda *_, **__: (pairs, []))
+def chats(tmp_path: Path) -> str:
+    """A file of conversations."""
+    file = tmp_path / "chats.jsonl"
+    texts = {"prompt": "I like {n}", "chosen": "Yes, the rain", "rejected": "No art."}
+    with file.open("w") as out:
+        for n in range(6):
+            turn = {
+                name: [{"role": "user" if name == "prompt" else "assistant", "content": text}]
+                for name, text in texts.items()
+            }
+            out.write(json.dumps(turn).replace("{n}", str(n)) + "\n")
+    return str(file)
 
 
 def test_template_and_date_come_from_the_configuration(
-    chats: None, tmp_path: Path, tiny_tokenizer: Any
+    chats: str, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     from transformers import PreTrainedTokenizerFast
 
@@ -113,10 +115,10 @@ def test_template_and_date_come_from_the_configuration(
         tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<|end|>"
     )
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
-        load_dataset(Config(dataset_name=("f",)), tokenizer)
+        load_dataset(Config(dataset_name=(chats,)), tokenizer)
     file = tmp_path / "chat.jinja"
     file.write_text(TEMPLATE)
-    config = Config(dataset_name=("f",), chat_template=str(file), template_date="2024-02-29")
+    config = Config(dataset_name=(chats,), chat_template=str(file), template_date="2024-02-29")
     pair = load_dataset(config, tokenizer).train[0]
     assert tokenizer.decode(pair.prompt).startswith("29 Feb 2024\nuser: I like")
     assert tokenizer.decode(pair.chosen) == " Yes, the rain"

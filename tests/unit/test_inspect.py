@@ -127,7 +127,6 @@ def test_conversations(
     options = (*options, "--chat_template", str(template))
     text = report(capsys, "chats.jsonl", *options)
     assert "line 2: the chat template fails on the prompt (got TemplateError: no robots)" in text
-    assert "chats.jsonl:1  conversation, 3 messages before the completions, 1 tools" in text
     shown = [line.strip() for line in text[text.index("One packed batch") :].splitlines()]
     assert (
         r"\nuser: I like the rain.<|end|>\nassistant: Yes<|end|>\nuser: And art?<|end|>\na:[ Yes]"
