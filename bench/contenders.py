@@ -144,7 +144,7 @@ class Fastpref:
         """See `Contender`."""
         pairs = self._pairs(first, steps)
         config = dataclasses.replace(self.config, logging_steps=1) if observe else self.config
-        dataset = Dataset(pairs, [], self.behaviors, [], [], 0)
+        dataset = Dataset(pairs, [], self.behaviors, [], [])
         loader = self._loader(pairs)
         self.state.step = 0
         run = Path(self.config.output_dir)

@@ -169,8 +169,18 @@ class Config:
     dataset_name: tuple[str, ...] = _field(
         (), "data", "Preference pairs: files, folders, patterns or Hub names, one or several."
     )
+    dataset_weights: tuple[float, ...] = _field(
+        (),
+        "data",
+        "For each entry of dataset_name, times that each of its pairs is taken per epoch; empty: "
+        "once.",
+        within="positive",
+    )
     eval_dataset_name: tuple[str, ...] = _field(
-        (), "data", "Held-out pairs; empty: eval_fraction of dataset_name is held out."
+        (),
+        "data",
+        "Held-out pairs, each entry optionally as name=path for metrics of its own; empty: "
+        "eval_fraction of dataset_name is held out.",
     )
     dataset_split: str = _field(
         "train", "data", "Split of dataset_name, of Hub and Arrow data sets that have splits."
@@ -194,14 +204,41 @@ class Config:
         ("error", "drop"),
     )
     max_length: int = _field(
-        1024, "data", "Tokens of a prompt with one completion; longer ones lose their end.",
+        1024, "data", "Tokens of a prompt with one completion; truncation_mode says what longer "
+        "ones lose.",
         within="length",
     )  # fmt: skip
+    truncation_mode: str = _field(
+        "keep_start",
+        "data",
+        "keep_start: longer ones lose their end; keep_completion: first the start of the prompt.",
+        ("keep_start", "keep_completion"),
+    )
+    chat_template: str | None = _field(
+        None,
+        "data",
+        "Jinja file, or the template itself, for conversations; null: the tokenizer's.",
+    )
+    template_date: str | None = _field(
+        None,
+        "data",
+        "Day (YYYY-MM-DD) for chat templates that write today's date; null: the day a run begins.",
+        within="date",
+    )
     append_eos: str = _field(
         "auto",
         "data",
         "End completions with the EOS token; auto: string data yes, conversations no.",
         ("auto", "true", "false"),
+    )
+    dataset_num_proc: int | None = _field(
+        None,
+        "data",
+        "Processes that tokenise; results do not depend on it. null: as many as are worth it.",
+        within="at least 1",
+    )
+    token_cache_dir: str | None = _field(
+        None, "data", "Token ids, kept for other runs; null: the user's cache folder."
     )
     eval_fraction: float = _field(
         0.1,

@@ -45,10 +45,11 @@ ELSEWHERE: dict[str, str] = {
     "padding_free": "always on: batches are packed without padding; remove it",
     "packing": "always on: batches are packed without padding; remove it",
     "pad_to_multiple_of": "there is no padding; remove it",
-    "max_prompt_length": "removed (in TRL too): max_length bounds prompt and completion together",
+    "max_prompt_length": "removed (in TRL too): max_length bounds prompt and completion together; "
+    "with truncation_mode: keep_completion long prompts lose their start first",
     "max_completion_length": "removed (in TRL too): max_length bounds prompt and completion "
-    "together",
-    "truncation_mode": "the end is cut (TRL's keep_start); set max_length",
+    "together; truncation_mode says which of them gives way",
+    "chat_template_path": "set chat_template: a Jinja file, or the template's text",
     "reference_free": "set loss_type to a loss without a reference: simpo, orpo, cpo or sft",
     "gamma_beta_ratio": "set simpo_gamma: beta x gamma_beta_ratio",
     "alpha": "AlphaPO's reward is " + NOT_YET,
@@ -81,7 +82,6 @@ ELSEWHERE: dict[str, str] = {
     "load_best_model_at_end saves at every better evaluation as well",
     "save_only_model": "checkpoints are whole, so that a run can go on; the final model stands in "
     "output_dir without optimizer state; remove it",
-    "dataset_num_proc": "reading and tokenising need no workers; remove it",
     "dataloader_num_workers": "batches are built in the training process; remove it",
     "dataset_train_split": "set dataset_split",
     "dataset_test_split": "set eval_dataset_split (and eval_dataset_name)",
@@ -194,5 +194,7 @@ LATER = {
     },
     ("init_lora_weights", "eva"): "; it needs a pass over the data: initialise with peft's "
     "initialize_lora_eva_weights, save the adapter and name it as adapter_name_or_path",
+    ("truncation_mode", "keep_end"): "; keep_completion is what replaces it: the prompt loses its "
+    "start, the same for both completions",
     ("dtype", "float16"): "; float16 needs loss scaling, which this version has not",
 }

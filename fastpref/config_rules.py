@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,16 @@ from fastpref.config_values import ConfigError
 from fastpref.loss_table import TABLE
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
+EVAL_SET = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
+
+
+def eval_set(entry: str) -> tuple[str, str]:
+    """Name and path of an entry of `eval_dataset_name`, ``name=path``; a bare path has name ""."""
+    match = EVAL_SET.fullmatch(entry)
+    # A folder may be called split=test: what exists is a path.
+    if match and not os.path.exists(os.path.expanduser(entry)):
+        return match[1], match[2]
+    return "", entry
 
 
 def check_combinations(config: Any) -> None:
@@ -21,7 +32,15 @@ def check_combinations(config: Any) -> None:
     if device not in ("auto", "cpu", "cuda"):
         if not (device.startswith("cuda:") and device[5:].isdecimal()):
             raise ConfigError("device", f"expected auto, cpu, cuda or cuda:N, got {device!r}")
-    both = sorted(set(config.dataset_name) & set(config.eval_dataset_name))
+    weights, names = config.dataset_weights, config.dataset_name
+    if weights and len(weights) != len(names):
+        raise ConfigError(
+            "dataset_weights",
+            f"expected one number for each of the {len(names)} entries of dataset_name, in their "
+            f"order, got {len(weights)}",
+        )
+    held_out = {eval_set(entry)[1] for entry in config.eval_dataset_name}
+    both = sorted(set(config.dataset_name) & held_out)
     # With different splits it may be a data set that has them; reading tells.
     if both and config.dataset_split == config.eval_dataset_split:
         raise ConfigError(

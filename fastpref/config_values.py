@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import json
 import math
@@ -40,7 +41,15 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "length": ("2 or more (one prompt and one completion token)", lambda v: v >= 2),
     "seed": ("0 <= value < 2**63", lambda v: 0 <= v < 2**63),
+    "date": ("a day as YYYY-MM-DD", lambda v: _is_date(v)),
 }
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 class ConfigError(ValueError):
@@ -196,6 +205,8 @@ def _parse_str(name: str, value: Any) -> str:
     if name == "resume_from_checkpoint" and str(value).lower() in ("true", "false"):
         word = "auto" if str(value).lower() == "true" else "none"
         raise ConfigError(name, f"set {word} or a folder, got {value}")
+    if isinstance(value, datetime.date) and name == "template_date":
+        return value.isoformat()  # YAML reads a day without quotes as a date
     if isinstance(value, list | tuple):
         raise ConfigError(name, f"expected one value, got a list of {len(value)}: {value!r}")
     if not isinstance(value, str):
@@ -214,5 +225,6 @@ def check_value(spec: dataclasses.Field[Any], value: Any) -> None:
         raise ConfigError(spec.name, f"expected {listed}, got {value!r}{later}")
     if within and value is not None:
         text, holds = RANGES[within]
-        if not holds(value):
-            raise ConfigError(spec.name, f"expected {text}, got {value!r}")
+        for item in value if isinstance(value, tuple) else (value,):
+            if not holds(item):
+                raise ConfigError(spec.name, f"expected {text}, got {item!r}")

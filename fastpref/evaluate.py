@@ -28,19 +28,28 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Scores the same pairs at every call; packed once, in batches that the data alone decides."""
+    """Scores the same pairs at every call; packed once, in batches that the data alone decides.
+
+    Held-out pairs of several named sets are sampled set by set. Split "eval" is all of them, and
+    each set has a line of metrics of its own besides.
+    """
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         self.config, self.behaviors = config, dataset.behaviors
-        self.batches: dict[str, list[PairBatch]] = {
-            split: self._pack(sample_pairs(pairs, config.eval_sample_size, config.seed))
-            for split, pairs in _sides(dataset).items()
-        }
+        self.batches: dict[str, list[PairBatch]] = {TRAIN_SAMPLE: self._sampled(dataset.train)}
+        self.batches[HELD_OUT] = []
+        self.sets: dict[str, slice] = {}  # of a named set, its batches among the held-out ones
+        for name, pairs in dataset.held_out_sets().items():
+            first = len(self.batches[HELD_OUT])
+            self.batches[HELD_OUT] += self._sampled(pairs)
+            if name:
+                self.sets[name] = slice(first, len(self.batches[HELD_OUT]))
 
-    def _pack(self, pairs: Sequence[TokenPair]) -> list[PairBatch]:
+    def _sampled(self, pairs: Sequence[TokenPair]) -> list[PairBatch]:
+        sample = sample_pairs(pairs, self.config.eval_sample_size, self.config.seed)
         budget = self.config.max_tokens_per_microbatch
-        plan = plan_microbatches(fed_tokens(pairs), np.arange(len(pairs)), budget)
-        return [pack_pairs([pairs[i] for i in own]) for own in plan]
+        plan = plan_microbatches(fed_tokens(sample), np.arange(len(sample)), budget)
+        return [pack_pairs([sample[i] for i in own]) for own in plan]
 
     def results(
         self, model: PairModel, loss: Loss, split: str, reference: PairModel | None = None
@@ -62,7 +71,8 @@ class Evaluator:
     ) -> dict[str, dict[str, float | None]]:
         """Evaluate both splits after ``step``; a line of metrics, one of clocks, and records each.
 
-        Returns split -> metrics under TRL's names, a behavior's as ``behavior/<name>/...``.
+        Returns split -> metrics under TRL's names, a behavior's as ``behavior/<name>/...``; of
+        named sets of held-out pairs, `eval_<name>` -> metrics, which are no records of their own.
         """
         if step == 0:
             count = sum(b.num_pairs for own in self.batches.values() for b in own)
@@ -83,8 +93,12 @@ class Evaluator:
             margins = _reward_margins(results, len(self.behaviors))
             for row in rows:
                 line |= _behavior_metrics(row, margins[self.behaviors.index(row["behavior"])])
-            journal.metrics({"step": step, "epoch": epoch, "split": split, **line})
             found[split] = line
+            if split == HELD_OUT:
+                for name, own in self.sets.items():
+                    found[f"{split}_{name}"] = {**result_metrics(results[own])}
+        for split, line in found.items():
+            journal.metrics({"step": step, "epoch": epoch, "split": split, **line})
         return found
 
 
@@ -95,6 +109,8 @@ def evaluation_names(dataset: Dataset) -> list[str]:
         present = [dataset.behaviors[k] for k in sorted({pair.behavior for pair in pairs})]
         of_behaviors = [f"behavior/{name}/{m}" for name in present for m in BEHAVIOR_METRICS]
         names += [f"{split}_{name}" for name in (*metric_names(), *of_behaviors) if pairs]
+    for own in filter(None, dataset.held_out_sets()):
+        names += [f"{HELD_OUT}_{own}_{name}" for name in metric_names()]
     return names
 
 

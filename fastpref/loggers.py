@@ -129,8 +129,9 @@ def demand_packages(config: Config) -> None:
 def logged_values(line: Mapping[str, Any]) -> dict[str, float]:
     """Numbers of a line of metrics.jsonl or perf.jsonl under the names that services show.
 
-    train/loss, eval/loss, train_sample/loss; behavior/<name>/... of the held-out pairs as it is;
-    eval/runtime for eval_runtime; perf/tokens_per_second. The epoch is always train/epoch.
+    train/loss, eval/loss, train_sample/loss, eval/<name>_loss of a named set; behavior/<name>/...
+    of the held-out pairs as it is; eval/runtime for eval_runtime; perf/tokens_per_second. The epoch
+    is always train/epoch.
     """
     split = line.get("split")
     values = {}
@@ -145,6 +146,8 @@ def logged_values(line: Mapping[str, Any]) -> dict[str, float]:
             name = key
         elif split == TRAIN:
             name = f"{TRAIN}/{key}"
+        elif split.startswith(f"{HELD_OUT}_"):
+            name = f"{HELD_OUT}/{split.removeprefix(f'{HELD_OUT}_')}_{key}"
         else:
             name = f"{split}/{key.removeprefix(f'{split}_')}"
         values[name] = value

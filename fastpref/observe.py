@@ -61,7 +61,7 @@ def record_step(
     plan: StepPlan,
     result: StepResult,
     columns: Sequence[Columns],  # one per micro-batch of this rank
-    truncated: np.ndarray,  # pair_ids whose completions max_length cut
+    truncated: np.ndarray,  # pair_ids of which max_length cut a part
     learning_rate: float,
     beta: float,
 ) -> None:

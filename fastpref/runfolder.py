@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import logging
 import os
 import shutil
@@ -38,6 +39,9 @@ MAY_CHANGE = {
     "logging_dir",
     "disable_tqdm",
     "save_merged",
+    "dataset_num_proc",
+    "token_cache_dir",
+    "template_date",  # another day that matters changes the token ids, and those are compared
 }
 MERGED = "merged"  # folder of the model with its adapter added in
 FILES = ("metrics.jsonl", "perf.jsonl", STATE_FILE, "report.html", "config.yaml")
@@ -75,6 +79,14 @@ def check(config: Config) -> None:
             "resume_from_checkpoint to auto to go on with it, or choose another output_dir."
         )
     _demand_same(config, load_config(run / "config.yaml"), run)
+
+
+def template_date(config: Config) -> str:
+    """The day that chat templates get: as configured, that of the run to go on with, or today."""
+    before = Path(config.output_dir) / "config.yaml"
+    if config.template_date is None and before.exists() and not config.overwrite_output_dir:
+        return load_config(before).template_date or datetime.date.today().isoformat()
+    return config.template_date or datetime.date.today().isoformat()
 
 
 def open_run(config: Config, device: torch.device) -> Path | None:

@@ -135,7 +135,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     runfolder.check(config)
     demand_packages(config)
     tokenizer = load_tokenizer(config)
-    dataset = load_dataset(config, tokenizer)
+    dataset = load_dataset(config, tokenizer, progress)
     torch.manual_seed(config.seed)
     model = load_model(config, tokenizer)
     key = cache_key(model, dataset.train + dataset.held_out)
@@ -314,9 +314,10 @@ def _resolved(config: Config) -> Config:
     """With what is chosen automatically in the place of `auto`: what config.yaml keeps."""
     device = resolve_device(config.device)
     no_warmup = config.warmup_ratio is None and config.warmup_steps is None
+    config = dataclasses.replace(config, output_dir=str(Path(config.output_dir).expanduser()))
     return dataclasses.replace(
         config,
-        output_dir=str(Path(config.output_dir).expanduser()),
+        template_date=runfolder.template_date(config),
         device=device.type if config.device == "auto" else config.device,
         dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
         attn_implementation=resolve_attention(config.attn_implementation),
@@ -332,6 +333,7 @@ def _loader(config: Config, dataset: Dataset) -> Loader:
         max_tokens=config.max_tokens_per_microbatch,
         shuffle=config.shuffle,
         stratify=config.stratify,
+        weights=config.dataset_weights,
         rank=dist.rank(),
         world=dist.world_size(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ def event_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
     counter = event_file_writer.AtomicCounter(100)
     monkeypatch.setattr(event_file_writer, "_global_uid", counter)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test finds token ids of an earlier session, nor leaves any."""
+    folder = tmp_path_factory.mktemp("tokens")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastpref.data.tokencache.default_folder", lambda: folder)
+        yield
 
 
 def _sentences() -> list[str]:

@@ -16,6 +16,8 @@ import numpy as np
 from fastpref.batch import GROUP, PairBatch
 from fastpref.commands import show_log
 from fastpref.data.badrows import BadRow
+from fastpref.data.chat import read_template
+from fastpref.data.dataset import truncation_lines
 from fastpref.data.formats import Pair, read_pairs
 from fastpref.data.messages import canonical
 from fastpref.data.pack import pack_pairs, parts
@@ -28,7 +30,8 @@ from fastpref.data.show import (
     pair_lines,
     pieces,
 )
-from fastpref.data.tokenize import Tokenized, TokenPair, tokenize_pairs
+from fastpref.data.tokencache import cache_folder
+from fastpref.data.tokenize import TRUNCATION_MODES, Tokenized, TokenPair, tokenize_pairs
 
 NAME_WIDTH = 58  # of a behavior in the table; longer names lose their middle
 SCORED_SHOWN = 24  # scored tokens shown of a part
@@ -49,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--behavior_column", help="column that names the behavior")
     parser.add_argument("--flip_behaviors", nargs="+", default=(), help="exchange their answers")
     parser.add_argument("--max_length", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--truncation_mode", default="keep_start", choices=TRUNCATION_MODES)
+    parser.add_argument("--chat_template", help="Jinja file or text, in place of the tokenizer's")
     parser.add_argument("--append_eos", default="auto", choices=("auto", "true", "false"))
+    parser.add_argument("--dataset_num_proc", type=int, help="processes that tokenise")
+    parser.add_argument("--token_cache_dir", help="default: the user's cache folder")
     parser.add_argument("--train_batch_size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
     parser.add_argument(
@@ -83,12 +90,18 @@ def run(args: argparse.Namespace) -> int:
     _show_behaviors(pairs)
     _show_read(pairs, args.show_pairs)
     tokenizer = _load_tokenizer(args.model_name_or_path)
+    if args.chat_template:
+        tokenizer.chat_template = read_template(args.chat_template)
     tokenized = tokenize_pairs(
         pairs,
         tokenizer,
         max_length=args.max_length,
         append_eos=args.append_eos,
+        truncation_mode=args.truncation_mode,
         on_bad_rows="drop",
+        num_proc=args.dataset_num_proc,
+        cache_dir=cache_folder(args.token_cache_dir),
+        progress=True,
     )
     _show_tokens(tokenized, args.model_name_or_path, args.max_length)
     _show_bad(bad + tokenized.bad, args.list_bad)
@@ -188,9 +201,11 @@ def _show_tokens(tokenized: Tokenized, tokenizer_name: str, max_length: int) -> 
         n = np.array([len(getattr(pair, part)) for pair in tokenized.pairs])
         p50, p95 = np.percentile(n, [50, 95], method="lower")
         print(f"{part:<10} {p50:>8,} {p95:>8,} {n.max():>8,} {n.sum():>14,}")
-    print(f"{tokenized.truncated:,} pairs lose the end of a completion to max_length")
+    cut = truncation_lines(tokenized.truncated, max_length)
+    print("\n".join(cut or [f"0 pairs lost anything to max_length ({max_length} tokens)"]))
     print(
-        f"{tokenized.retokenized:,} pairs have a prompt whose last tokens merge with a completion"
+        f"{tokenized.retokenized:,} pairs have a prompt that does not stand whole before its "
+        "completions:\n  what differs, its last tokens most often, counts as theirs"
     )
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastpref.config import Config
+from fastpref.config_rules import eval_set
 from fastpref.data.badrows import BadRow
+from fastpref.data.chat import read_template
 from fastpref.data.formats import Pair, read_pairs
-from fastpref.data.messages import canonical
-from fastpref.data.split import split_pairs
-from fastpref.data.tokenize import TokenPair, tokenize_pairs
+from fastpref.data.split import same_texts, split_pairs
+from fastpref.data.tokencache import cache_folder
+from fastpref.data.tokenize import Tokenized, TokenPair, tokenize_pairs
 
 log = logging.getLogger(__name__)
 
@@ -30,21 +33,33 @@ class Dataset:
     behaviors: list[str]
     index: list[dict[str, object]]  # rows of the `index` records table
     dropped: list[BadRow]
-    truncated: int
+    eval_sets: dict[int, str] = field(default_factory=dict)  # `TokenPair.origin` -> its name
+
+    def held_out_sets(self) -> dict[str, list[TokenPair]]:
+        """The held-out pairs by the name of their set; "" for those without one."""
+        found: dict[str, list[TokenPair]] = defaultdict(list)
+        for pair in self.held_out:
+            found[self.eval_sets.get(pair.origin, "")].append(pair)
+        return dict(sorted(found.items()))
 
 
-def load_dataset(config: Config, tokenizer: Any) -> Dataset:
+def load_dataset(config: Config, tokenizer: Any, progress: bool = False) -> Dataset:
     """Read, split and tokenise ``config.dataset_name`` (and ``eval_dataset_name``).
 
-    Raises ValueError for bad rows unless ``on_bad_rows`` is "drop", for an unknown behavior in
-    ``flip_behaviors``, and for held-out pairs that also stand in the training data.
+    Where `chat_template` is configured, it becomes the tokenizer's own, so that it is saved with
+    the trained model. Raises ValueError for bad rows unless ``on_bad_rows`` is "drop", for an
+    unknown behavior in ``flip_behaviors``, and for held-out pairs that also stand in the training
+    data.
     """
     if not config.dataset_name:
         raise ValueError("dataset_name is empty. Set it to files or folders of preference pairs.")
+    if config.chat_template:
+        tokenizer.chat_template = read_template(config.chat_template)
     # One reading of both, so that ids are unique over them and a flipped behavior may stand in one.
+    eval_sets = [eval_set(entry) for entry in config.eval_dataset_name]
     pairs, dropped = read_pairs(
         config.dataset_name,
-        eval_dataset_name=config.eval_dataset_name,
+        eval_dataset_name=[path for _, path in eval_sets],
         dataset_split=config.dataset_split,
         eval_dataset_split=config.eval_dataset_split,
         dataset_config_name=config.dataset_config_name,
@@ -53,22 +68,23 @@ def load_dataset(config: Config, tokenizer: Any) -> Dataset:
         on_bad_rows=config.on_bad_rows,
     )
     log.info("%d pairs read", len(pairs))
-    if config.eval_dataset_name:
-        named = len(config.dataset_name)
-        held_out = {i for i, pair in enumerate(pairs) if pair.origin >= named}
+    if eval_sets:
+        held_out = {i for i, p in enumerate(pairs) if p.origin >= len(config.dataset_name)}
         _demand_apart(pairs, held_out)
     else:
         held_out = set(split_pairs(pairs, config.eval_fraction, config.seed)[1])
-        twins = len(_trained_too(pairs, held_out))
-        if twins:
-            log.warning("%d held-out pairs have the same texts as a training pair", twins)
 
     tokenized = tokenize_pairs(
         pairs,
         tokenizer,
         max_length=config.max_length,
         append_eos=config.append_eos,
+        truncation_mode=config.truncation_mode,
         on_bad_rows=config.on_bad_rows,
+        day=_day(config.template_date),
+        num_proc=config.dataset_num_proc,
+        cache_dir=cache_folder(config.token_cache_dir),
+        progress=progress,
     )
     dropped = dropped + tokenized.bad
     sides: tuple[list[TokenPair], list[TokenPair]] = ([], [])
@@ -76,9 +92,18 @@ def load_dataset(config: Config, tokenizer: Any) -> Dataset:
         sides[source in held_out].append(token_pair)
     if not sides[0]:
         raise ValueError(f"{', '.join(config.dataset_name)}: no training pair is left.")
-    _report(sides, tokenized.behaviors, dropped, tokenized.truncated, config.max_length)
-    index = [_index_row(pairs[s], "eval" if s in held_out else "train") for s in tokenized.sources]
-    return Dataset(*sides, tokenized.behaviors, index, dropped, tokenized.truncated)
+    _report(sides, tokenized, dropped, config.max_length)
+    return Dataset(
+        *sides,
+        tokenized.behaviors,
+        [_index_row(pairs[s], "eval" if s in held_out else "train") for s in tokenized.sources],
+        dropped,
+        {n: name for n, (name, _) in enumerate(eval_sets, len(config.dataset_name)) if name},
+    )
+
+
+def _day(template_date: str | None) -> datetime.date:
+    return datetime.date.fromisoformat(template_date) if template_date else datetime.date.today()
 
 
 def sample_pairs(pairs: Sequence[TokenPair], per_behavior: int, seed: int) -> list[TokenPair]:
@@ -99,23 +124,16 @@ def sample_pairs(pairs: Sequence[TokenPair], per_behavior: int, seed: int) -> li
     ]
 
 
-def _trained_too(pairs: Sequence[Pair], held_out: set[int]) -> list[tuple[Pair, Pair]]:
-    """(held-out pair, training pair) of the same texts, whichever is chosen."""
-    texts = [
-        (canonical(pair.prompt), frozenset((canonical(pair.chosen), canonical(pair.rejected))))
-        for pair in pairs
-    ]
-    train = {text: i for i, text in enumerate(texts) if i not in held_out}
-    return [(pairs[i], pairs[train[texts[i]]]) for i in sorted(held_out) if texts[i] in train]
-
-
 def _demand_apart(pairs: Sequence[Pair], held_out: set[int]) -> None:
     """A held-out pair that is trained on would measure memory."""
-    for pair, twin in _trained_too(pairs, held_out)[:1]:
-        raise ValueError(
-            f"{pair.source}:{pair.line}: this held-out pair is also training pair "
-            f"{twin.source}:{twin.line}. Take it out of one of them."
-        )
+    for members in same_texts(pairs):
+        trained = [pairs[i] for i in members if i not in held_out]
+        kept = [pairs[i] for i in members if i in held_out]
+        if trained and kept:
+            raise ValueError(
+                f"{kept[0].source}:{kept[0].line}: this held-out pair is also training pair "
+                f"{trained[0].source}:{trained[0].line}. Take it out of one of them."
+            )
 
 
 def _index_row(pair: Pair, split: str) -> dict[str, object]:
@@ -133,15 +151,22 @@ def _index_row(pair: Pair, split: str) -> dict[str, object]:
 
 def _report(
     sides: tuple[list[TokenPair], list[TokenPair]],
-    behaviors: Sequence[str],
+    tokenized: Tokenized,
     dropped: Sequence[BadRow],
-    truncated: int,
     max_length: int,
 ) -> None:
     train, held_out = map(len, sides)
-    log.info("%d training and %d held-out pairs, %d behaviors", train, held_out, len(behaviors))
-    if truncated:
-        log.warning("%d pairs lost their end at max_length=%d tokens", truncated, max_length)
+    count = len(tokenized.behaviors)
+    log.info("%d training and %d held-out pairs, %d behaviors", train, held_out, count)
+    for line in truncation_lines(tokenized.truncated, max_length):
+        log.warning("%s", line)
+    if tokenized.retokenized:
+        log.warning(
+            "%s with a prompt that does not stand whole before its completions: its last tokens "
+            "merge with theirs, or the chat template renders it differently by itself. That end of "
+            "it counts as the completions', as in TRL",
+            _pairs(tokenized.retokenized),
+        )
     if dropped:
         reasons = Counter(row.reason for row in dropped).most_common()
         counts = ", ".join(f"{count} x {reason}" for reason, count in reasons)
@@ -151,3 +176,21 @@ def _report(
         if len(dropped) > LISTED_BAD_ROWS:
             more = len(dropped) - LISTED_BAD_ROWS
             log.warning("  ... and %d more; fastpref inspect --list_bad lists all", more)
+
+
+def truncation_lines(truncated: Counter[str], max_length: int) -> list[str]:
+    """What `max_length` took from how many pairs, a sentence for each kind."""
+    what = {
+        "prompt": "the start of the prompt",
+        "chosen": "the end of the chosen completion",
+        "rejected": "the end of the rejected completion",
+    }
+    return [
+        f"{_pairs(truncated[kind])} lost {part} to max_length ({max_length} tokens)"
+        for kind, part in what.items()
+        if truncated[kind]
+    ]
+
+
+def _pairs(count: int) -> str:
+    return "1 pair" if count == 1 else f"{count:,} pairs"

@@ -5,6 +5,7 @@ Nothing here has state, so a resumed run needs no more than the number of its ne
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,14 @@ class StepPlan:
 class Loader:
     """Plans the optimizer steps of a run over ``pairs``.
 
+    ``weights`` holds, for each source (`TokenPair.origin`), the times that each of its pairs is
+    taken per epoch; none: once. What is left over a whole number is a part of the source's pairs:
+    each epoch takes the next stretch of them, in the order of a hash and round again, so that all
+    come equally often (two epochs at 0.5 take every pair once).
+
     The last step of an epoch holds what is left and may be smaller. Raises ValueError when there
-    is nothing to train on, or when a pair is larger than the token budget.
+    is nothing to train on, when a weight leaves no pair of its source, or when a pair is larger
+    than the token budget.
     """
 
     def __init__(
@@ -42,12 +49,14 @@ class Loader:
         max_tokens: int,
         shuffle: bool = True,
         stratify: bool = False,
+        weights: Sequence[float] = (),
         rank: int = 0,
         world: int = 1,
     ) -> None:
         if not pairs:
             raise ValueError("there are no training pairs.")
-        self.num_pairs, self.batch_size = len(pairs), batch_size
+        self.sources = _sources(pairs, weights, seed)
+        self.num_pairs, self.batch_size = sum(s.per_epoch for s in self.sources), batch_size
         self.seed, self.shuffle, self.max_tokens = seed, shuffle, max_tokens
         self.rank, self.world = rank, world
         self.fed = fed_tokens(pairs)
@@ -58,13 +67,16 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the pairs."""
+        """Optimizer steps of one epoch, which is the same number in all."""
         return math.ceil(self.num_pairs / self.batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
-        """(N,) the pairs in the order of ``epoch`` (0-based)."""
+        """(M,) indices of pairs in the order of ``epoch`` (0-based); without weights each once."""
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(self.num_pairs) if self.shuffle else np.arange(self.num_pairs)
+        taken = np.concatenate([source.taken(epoch) for source in self.sources])
+        # First each pair's first time, in the files' order, then each one's second time, ...
+        taken = taken[np.lexsort((taken[:, 1], taken[:, 0])), 1]
+        order = taken[rng.permutation(len(taken))] if self.shuffle else taken
         return order if self.stratum is None else _spread(order, self.stratum, rng)
 
     def plan(self, first_step: int, last_step: int) -> Iterator[StepPlan]:
@@ -85,6 +97,51 @@ class Loader:
         by_length = indices[np.lexsort((indices, -self.fed[indices]))]
         turn = np.arange(len(indices)) % (2 * self.world)
         return by_length[np.minimum(turn, 2 * self.world - 1 - turn) == self.rank]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The pairs of one source, and how many are taken in an epoch."""
+
+    ranked: np.ndarray  # (n,) indices into the training pairs, in the order of a hash
+    whole: int  # times that every pair is taken
+    part: int  # pairs that are taken once more
+
+    @property
+    def per_epoch(self) -> int:
+        return self.whole * len(self.ranked) + self.part
+
+    def taken(self, epoch: int) -> np.ndarray:
+        """(per_epoch, 2): the how-manieth time in the epoch, index of the pair."""
+        count = len(self.ranked)
+        again = self.ranked[(epoch * self.part + np.arange(self.part)) % count]
+        indices = np.concatenate([np.tile(self.ranked, self.whole), again])
+        times = np.arange(self.per_epoch) // count
+        return np.stack([times, indices], axis=1)
+
+
+def _sources(pairs: Sequence[TokenPair], weights: Sequence[float], seed: int) -> list[_Source]:
+    if not weights:
+        return [_Source(np.arange(len(pairs)), 1, 0)]
+    origin = np.array([pair.origin for pair in pairs])
+    found = []
+    for number, weight in enumerate(weights):
+        mine = np.flatnonzero(origin == number).tolist()
+        mine.sort(key=lambda i: _rank(seed, pairs[i].pair_id))
+        whole = math.floor(weight)
+        part = math.floor((weight - whole) * len(mine) + 0.5)
+        source = _Source(np.array(mine, np.int64), whole, part)
+        if mine and not source.per_epoch:
+            raise ValueError(
+                f"dataset_weights: {weight} of the {len(mine)} training pairs of entry "
+                f"{number + 1} is not one pair. Give it a larger weight, or leave the entry out."
+            )
+        found.append(source)
+    return found
+
+
+def _rank(seed: int, pair_id: int) -> bytes:
+    return hashlib.sha256(f"weight {seed} {pair_id}".encode()).digest()
 
 
 def sequence_tokens(pair: TokenPair) -> int:

@@ -1,24 +1,39 @@
 """`Pair`s -> token ids by the rules of TRL's DPOTrainer, so that numbers can be compared.
 
 The rules (trl 1.16, trainer/dpo_trainer.py, `_prepare_dataset` and `DataCollatorForPreference`):
-EOS is appended to the completions as text unless they end with it; prompt, prompt + chosen and
-prompt + rejected are tokenised as whole texts; the prompt is the tokens that all three start with;
-``max_length`` cuts the end of prompt + completion. Position 0 of a sequence is never scored.
+EOS is appended to string completions as text unless they end with it; prompt, prompt + chosen and
+prompt + rejected are tokenised as whole texts (`chat` makes texts of conversations); the prompt is
+the tokens that all three start with; ``max_length`` cuts the end of prompt + completion. Position 0
+of a sequence is never scored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from fastpref.data.badrows import BadRow, check_bad_rows
+from fastpref import dist
+from fastpref.data.badrows import BadRow, Unusable, Words, check_bad_rows
+from fastpref.data.coder import CHUNK, Coder, Ids, row_of
 from fastpref.data.formats import Pair
-from fastpref.data.shapes import Side
+from fastpref.data.tokencache import cached_ids
+from fastpref.data.workers import Workers
 
-CHUNK = 2048  # pairs per call of the tokenizer: bounds the memory of its Python lists
+log = logging.getLogger(__name__)
+
+TRUNCATION_MODES = ("keep_start", "keep_completion")
+WORTH_WORKERS = 15.0  # seconds of work left that are worth the start of processes, about 3 s
+MOST_WORKERS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +46,10 @@ class TokenPair:
     prompt: np.ndarray  # (prompt,) int32
     chosen: np.ndarray  # (completion,) int32
     rejected: np.ndarray  # (completion,) int32
-    truncated: bool  # max_length cut a completion
+    truncated: tuple[str, ...]  # which of "prompt", "chosen", "rejected" max_length cut
     ref_chosen: float | None = None
     ref_rejected: float | None = None
+    origin: int = 0  # the entry of dataset_name, or after those of eval_dataset_name, it came from
 
 
 @dataclass
@@ -44,8 +60,8 @@ class Tokenized:
     sources: list[int]  # of each token pair, the index of its pair in the input
     behaviors: list[str]  # sorted; of every input pair, the dropped ones included
     bad: list[BadRow]
-    truncated: int  # token pairs with a completion cut by max_length
-    retokenized: int  # token pairs whose prompt's last tokens merged with a completion
+    truncated: Counter[str]  # of each kind of `TokenPair.truncated`, the token pairs that have it
+    retokenized: int  # token pairs whose prompt does not stand whole before its completions
 
 
 def tokenize_pairs(
@@ -54,112 +70,205 @@ def tokenize_pairs(
     *,
     max_length: int,
     append_eos: str = "auto",
+    truncation_mode: str = "keep_start",
     on_bad_rows: str = "error",
+    day: datetime.date | None = None,
+    num_proc: int | None = 1,
+    cache_dir: Path | None = None,
+    progress: bool = False,
 ) -> Tokenized:
-    """Tokenise ``pairs`` with a Hugging Face ``tokenizer`` (a fast one: whole lists at a time).
+    """Tokenise ``pairs`` with a Hugging Face ``tokenizer``.
 
-    ``max_length`` is in tokens and bounds prompt + completion. ``append_eos``: "auto" and "true"
-    append the tokenizer's EOS text where a completion does not end with it ("auto" is TRL's rule,
-    which for string data, all that is read so far, always appends), "false" appends nothing.
+    Args:
+        max_length: tokens of prompt + completion. "keep_start" (TRL's) cuts the end of what is
+            longer. "keep_completion" first takes from the start of the prompt, for both sequences
+            alike, what the longer completion needs; all but one token if need be, a BOS last. Then
+            it cuts completions at their end.
+        append_eos: "auto" ends string completions with the tokenizer's EOS text, if they do not end
+            with it, and leaves conversations to their template (TRL's rule); "true" does so with
+            both, "false" with neither.
+        day: the date for chat templates that ask for today's; None: today.
+        num_proc: processes; None: as many as are worth their start. Results are the same.
+        cache_dir: folder that keeps token ids for other runs; None: they are not kept.
 
-    A pair is a bad row when its prompt alone has ``max_length`` tokens or more, when a completion
-    has no token to score, or when chosen and rejected are the same tokens, from the start or after
-    truncation. Raises ValueError for bad rows unless ``on_bad_rows="drop"``, when all are bad, and
-    when EOS is wanted from a tokenizer without one.
+    A pair is a bad row when its chat template fails on it, when its prompt alone has ``max_length``
+    tokens or more (keep_start), when a completion has no token to score, or when chosen and
+    rejected are the same tokens, from the start or after truncation. Raises ValueError for bad rows
+    unless ``on_bad_rows="drop"``, when all are bad, and for a tokenizer that lacks an EOS or a chat
+    template where it is needed.
     """
     if max_length < 2:
         raise ValueError(f"max_length is at least 2 (a context and a completion), got {max_length}")
-    for pair in pairs:
-        assert isinstance(pair.prompt, str), "conversations have no tokens yet"
-    eos = _eos_text(tokenizer, append_eos)
+    if truncation_mode not in TRUNCATION_MODES:
+        expected = " or ".join(TRUNCATION_MODES)
+        raise ValueError(f"truncation_mode is {expected}, got {truncation_mode!r}")
+    kinds = {isinstance(pair.prompt, str) for pair in pairs}
+    coder = Coder(
+        tokenizer,
+        append_eos,
+        day or datetime.date.today(),
+        strings=True in kinds,
+        conversations=False in kinds,
+    )
+    ids, rows, exchanged = _ids(pairs, coder, num_proc, cache_dir, progress)
     behaviors = sorted({pair.behavior for pair in pairs})
     number = {name: k for k, name in enumerate(behaviors)}
-    done = Tokenized([], [], behaviors, [], 0, 0)
-    for start in range(0, len(pairs), CHUNK):
-        chunk = pairs[start : start + CHUNK]
-        prompts = _encode(tokenizer, [_text(pair.prompt) for pair in chunk])
-        chosen = _encode(tokenizer, [_text(p.prompt) + _ended(_text(p.chosen), eos) for p in chunk])
-        rejected = _encode(
-            tokenizer, [_text(p.prompt) + _ended(_text(p.rejected), eos) for p in chunk]
-        )
-        for i, (pair, *ids) in enumerate(zip(chunk, prompts, chosen, rejected, strict=True)):
-            prompt_len = min(_common(ids[0], ids[1]), _common(ids[0], ids[2]))
-            fault = _fault(ids[1], ids[2], prompt_len, max_length)
-            if fault:
-                done.bad.append(BadRow(pair.source, pair.line, *fault))
-                continue
-            truncated = max(len(ids[1]), len(ids[2])) > max_length
-            done.pairs.append(
-                TokenPair(
-                    pair_id=pair.pair_id,
-                    behavior=number[pair.behavior],
-                    label=pair.label,
-                    prompt=np.array(ids[0][:prompt_len], np.int32),
-                    chosen=np.array(ids[1][prompt_len:max_length], np.int32),
-                    rejected=np.array(ids[2][prompt_len:max_length], np.int32),
-                    truncated=truncated,
-                    ref_chosen=pair.ref_chosen,
-                    ref_rejected=pair.ref_rejected,
-                )
+    done = Tokenized([], [], behaviors, [], Counter(), 0)
+    limit = Limit(max_length, truncation_mode, getattr(tokenizer, "bos_token_id", None))
+    ends, lengths, alone = ids.ends().tolist(), ids.lengths.tolist(), ids.alone.tolist()
+    for source, (pair, row) in enumerate(zip(pairs, rows, strict=True)):
+        prompt_len, first, second = lengths[row]
+        own = ids.values[ends[row] - prompt_len - first - second : ends[row]]
+        prompt, both = own[:prompt_len], own[prompt_len:]
+        chosen, rejected = both[:first], both[first:]
+        if exchanged[source]:
+            chosen, rejected = rejected, chosen
+        try:
+            if row in ids.faults:
+                raise Unusable(ids.faults[row][0], Words(ids.faults[row][1]))
+            prompt, chosen, rejected, truncated = limit.fitted(prompt, chosen, rejected)
+        except Unusable as why:
+            done.bad.append(BadRow(pair.source, pair.line, why.reason, why.value))
+            continue
+        done.pairs.append(
+            TokenPair(
+                pair_id=pair.pair_id,
+                behavior=number[pair.behavior],
+                label=pair.label,
+                prompt=prompt,
+                chosen=chosen,
+                rejected=rejected,
+                truncated=truncated,
+                ref_chosen=pair.ref_chosen,
+                ref_rejected=pair.ref_rejected,
+                origin=pair.origin,
             )
-            done.sources.append(start + i)
-            done.truncated += truncated
-            done.retokenized += prompt_len < len(ids[0])
+        )
+        done.sources.append(source)
+        done.truncated.update(truncated)
+        done.retokenized += prompt_len < alone[row]
     check_bad_rows(done.bad, len(pairs), on_bad_rows)
     return done
 
 
-def _fault(
-    chosen: list[int], rejected: list[int], prompt_len: int, max_length: int
-) -> tuple[str, str] | None:
-    """Reason and value of a bad row, from prompt + completion ids; None for a good one."""
-    if prompt_len >= max_length:
-        return "the prompt fills max_length", f"{prompt_len} tokens, max_length {max_length}"
-    # TRL trains on pairs like the following ones in silence; they carry no signal.
-    first_scored = max(prompt_len, 1)  # nothing precedes position 0 that could predict it
-    for name, ids in (("chosen", chosen), ("rejected", rejected)):
-        if len(ids) <= first_scored:
-            count = f"{len(ids) - prompt_len} completion tokens after {prompt_len} prompt tokens"
-            return f"the {name} completion has no token to score", count
-    if chosen == rejected:
-        return "chosen and rejected are the same tokens", f"{len(chosen) - prompt_len} tokens"
-    if chosen[:max_length] == rejected[:max_length]:
-        return (
-            "chosen and rejected are the same tokens once truncated",
-            f"{len(chosen)} and {len(rejected)} tokens with the prompt, max_length {max_length}",
-        )
-    return None
+@dataclass(frozen=True)
+class Limit:
+    """What becomes of a pair that is longer than ``max_length`` tokens."""
+
+    max_length: int
+    mode: str  # of TRUNCATION_MODES
+    bos: int | None  # a first token that stays when the prompt loses its start
+
+    def fitted(
+        self, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+        """The three parts, and the names of those that were cut; Unusable for a bad row."""
+        count = len(prompt)
+        if self.mode == "keep_start" and count >= self.max_length:
+            value = f"{count} tokens, max_length {self.max_length}"
+            raise Unusable("the prompt fills max_length", Words(value))
+        # TRL trains on pairs like the following ones in silence; they carry no signal.
+        needed = 1 if count else 2  # nothing precedes position 0 that could predict it
+        for name, ids in (("chosen", chosen), ("rejected", rejected)):
+            if len(ids) < needed:
+                value = f"{len(ids)} completion tokens after {count} prompt tokens"
+                raise Unusable(f"the {name} completion has no token to score", Words(value))
+        if np.array_equal(chosen, rejected):
+            value = f"{len(chosen)} tokens"
+            raise Unusable("chosen and rejected are the same tokens", Words(value))
+        if count + max(len(chosen), len(rejected)) <= self.max_length:
+            return prompt, chosen, rejected, ()
+        if self.mode == "keep_completion":
+            prompt = self._end_of(prompt, max(len(chosen), len(rejected)))
+        room = self.max_length - len(prompt)
+        if np.array_equal(chosen[:room], rejected[:room]):
+            lengths = f"{count + len(chosen)} and {count + len(rejected)} tokens with the prompt"
+            raise Unusable(
+                "chosen and rejected are the same tokens once truncated",
+                Words(f"{lengths}, max_length {self.max_length}"),
+            )
+        lost = {
+            "prompt": count - len(prompt),
+            "chosen": len(chosen) - room,
+            "rejected": len(rejected) - room,
+        }
+        cut = tuple(name for name, tokens in lost.items() if tokens > 0)
+        return prompt, chosen[:room], rejected[:room], cut
+
+    def _end_of(self, prompt: np.ndarray, longest: int) -> np.ndarray:
+        """What fits beside ``longest`` completion tokens; at least one token of ``prompt``."""
+        kept = max(self.max_length - longest, 1)
+        if len(prompt) <= kept:
+            return prompt
+        if prompt[0] == self.bos:
+            return np.concatenate([prompt[:1], prompt[len(prompt) - kept + 1 :]])
+        return prompt[len(prompt) - kept :]
 
 
-def _eos_text(tokenizer: Any, append_eos: str) -> str:
-    if append_eos not in ("auto", "true", "false"):
-        raise ValueError(f"append_eos is 'auto', 'true' or 'false', got {append_eos!r}")
-    if append_eos == "false":
-        return ""
-    if not tokenizer.eos_token:
-        raise ValueError(
-            f"append_eos is {append_eos!r}, but the tokenizer has no eos_token. Set one on the "
-            "tokenizer, or append_eos to false."
-        )
-    return str(tokenizer.eos_token)
+def _ids(
+    pairs: Sequence[Pair],
+    coder: Coder,
+    num_proc: int | None,
+    cache_dir: Path | None,
+    progress: bool,
+) -> tuple[Ids, list[int], list[bool]]:
+    """Ids, and of each pair its row in them and whether its rejected completion is the first."""
+    rows: dict[str, int] = {}
+    places, exchanged = [], []
+    for pair in pairs:
+        row, other_way = row_of(pair)
+        places.append(rows.setdefault(row, len(rows)))
+        exchanged.append(other_way)
+    unique = list(rows)
+
+    def make(rows: Sequence[str]) -> Ids:
+        return make_ids(coder, rows, num_proc, progress)
+
+    if cache_dir is None:
+        return make(unique), places, exchanged
+    # One process of a machine does the work, the others find it done.
+    if dist.local_rank() == 0:
+        ids, at = cached_ids(cache_dir, coder, unique, make)
+    dist.barrier()
+    if dist.local_rank() != 0:
+        ids, at = cached_ids(cache_dir, coder, unique, make)
+    return ids, at[places].tolist(), exchanged
 
 
-def _text(side: Side) -> str:
-    assert isinstance(side, str), "conversations have no tokens yet"
-    return side
+def make_ids(coder: Coder, rows: Sequence[str], num_proc: int | None, progress: bool) -> Ids:
+    """Ids of ``rows``, tokenised by ``num_proc`` processes (None: chosen by the time it takes)."""
+    if not coder.portable:
+        if num_proc is not None and num_proc > 1:
+            log.info("this tokenizer is not a fast one: dataset_num_proc has no effect")
+        num_proc = 1
+    parts: list[Ids] = []
+    with tqdm(
+        total=len(rows), desc="tokenising", unit="pair", delay=0.5, disable=not progress
+    ) as bar:
+        for part in _parts(coder, rows, num_proc):
+            parts.append(part)
+            bar.update(len(part.alone))
+    return Ids.join(parts)
 
 
-def _ended(completion: str, eos: str) -> str:
-    return completion if completion.endswith(eos) else completion + eos
+def _parts(coder: Coder, rows: Sequence[str], num_proc: int | None) -> Iterator[Ids]:
+    jobs = [rows[at : at + CHUNK] for at in range(0, len(rows), CHUNK)]
+    began, done = time.perf_counter(), 0
+    count = num_proc or 1
+    while done < len(jobs) and count == 1:
+        yield coder.ids(jobs[done])
+        done += 1
+        passed = time.perf_counter() - began
+        if num_proc is None and passed > 1.0:  # the first rows are the slow ones
+            left = passed / done * (len(jobs) - done)
+            if left > WORTH_WORKERS:
+                count = min(_cpus(), MOST_WORKERS, int(left / WORTH_WORKERS * 4))
+    if done < len(jobs):
+        count = min(count, len(jobs) - done)
+        log.info("tokenising in %d processes", count)
+        with Workers(coder, count) as workers:
+            yield from workers.map(jobs[done:])
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts)["input_ids"]
-    return ids
-
-
-def _common(prompt: list[int], whole: list[int]) -> int:
-    """Length of the common start; most often all of ``prompt``."""
-    if whole[: len(prompt)] == prompt:
-        return len(prompt)
-    return next(n for n, token in enumerate(prompt) if n >= len(whole) or token != whole[n])
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

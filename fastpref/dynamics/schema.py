@@ -79,7 +79,7 @@ _PAIRS = Table(
         Column("chosen_len", _I32, "token", "scored tokens of the chosen completion"),
         Column("rejected_len", _I32, "token", "scored tokens of the rejected completion"),
         Column("shared_len", _I32, "token", "tokens of the completions' common start"),
-        Column("truncated", _BOOL, "-", "a completion was cut at max_length"),
+        Column("truncated", _BOOL, "-", "max_length cut a completion or the prompt"),
         Column("logp_chosen", _F32, "nat", "log pi(chosen given prompt), summed over its tokens"),
         Column("logp_rejected", _F32, "nat", "log pi(rejected given prompt), summed"),
         Column("ref_logp_chosen", _F32, "nat", "log pi_ref(chosen given prompt), summed"),

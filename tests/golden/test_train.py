@@ -93,7 +93,7 @@ def test_columns_and_metrics_agree_with_the_data(
     trained = [r for r in rows if r["split"] == "train"]
     for r in trained:
         pair = known[r["pair_id"]]
-        assert (r["prompt_len"], r["truncated"]) == (len(pair.prompt), pair.truncated)
+        assert (r["prompt_len"], r["truncated"]) == (len(pair.prompt), bool(pair.truncated))
         assert r["chosen_len"] == len(pair.chosen) and r["rejected_len"] == len(pair.rejected)
         assert r["shared_len"] == parts(pair).common
         ratios = [r[f"logp_{s}"] - r[f"ref_logp_{s}"] for s in ("chosen", "rejected")]

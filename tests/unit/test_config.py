@@ -103,6 +103,12 @@ def test_a_message_names_file_line_expected_and_value(tmp_path: Path) -> None:
         ("loss_weights", [1, "much"], "finite number"),
         ("optim", ["sgd", "adamw_torch"], "a list of 2"),
         ("dataset_name", ["a", 3], "expected text"),
+        ("dataset_weights", ["1", "many"], "finite number, got 'many'"),
+        ("dataset_weights", ["1", "0"], "more than 0, got 0.0"),
+        ("truncation_mode", "keep_end", "keep_completion is what replaces it"),
+        ("template_date", "1 May 2024", "YYYY-MM-DD"),
+        ("template_date", "20240501", "YYYY-MM-DD"),
+        ("dataset_num_proc", 0, "1 or more"),
         ("on_bad_rows", "skip", "error or drop"),
         ("label_smoothing", 0.5, "nothing to learn"),
         ("device", "gpu", "cuda:N"),
@@ -248,7 +254,18 @@ def test_every_name_of_trl_is_a_field_or_has_an_answer() -> None:
     assert unanswered == []
 
 
+def test_numbers_in_lists_and_days(tmp_path: Path) -> None:
+    file = write(tmp_path, "dataset_name: [a, b]\ndataset_weights: [1, 2e-1]\n")
+    file.write_text(file.read_text() + "template_date: 2024-05-01\n")  # a date to YAML
+    config = load_config(file)
+    assert config.dataset_weights == (1.0, 0.2) and config.template_date == "2024-05-01"
+    assert load_config(file, {"dataset_weights": ["3", "4"]}).dataset_weights == (3.0, 4.0)
+    file.write_text(config.to_yaml())
+    assert load_config(file) == config
+
+
 def test_combinations_carry_their_fix() -> None:
+    assert "one number for each of the 2" in message(dataset_name=["a", "b"], dataset_weights="1")
     splits = {"dataset_split": "train", "eval_dataset_split": "train"}
     same = message(dataset_name=["a", "b"], eval_dataset_name="b", **splits)
     assert "'b' is in dataset_name too" in same and "eval_fraction" in same
@@ -352,13 +369,14 @@ def test_lora_options_as_they_are_typed(tmp_path: Path) -> None:
         ("ref_adapter_name", "adapter_reference"),
         ("load_in_4bit", "quantised weights are not in this version"),
         ("per_device_eval_batch_size", "max_tokens_per_microbatch"),
-        ("dataset_num_proc", "remove it"),
         ("eval_strategy", "set eval_steps"),
         ("save_strategy", "set save_steps"),
         ("logging_nan_inf_filter", "stops the run"),
         ("ddp_find_unused_parameters", "own reduction"),
         ("torch_compile_mode", "not in this version"),
         ("trackio_space_id", "environment"),
+        ("dataloader_num_workers", "remove it"),
+        ("chat_template_path", "set chat_template"),
     ],
 )
 def test_unknown_names(tmp_path: Path, name: str, part: str) -> None:

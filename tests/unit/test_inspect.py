@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fastpref.commands import inspect
+from fastpref.data.formats import Pair
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +93,54 @@ def test_bad_input_is_a_value_error(tmp_path: Path, capsys: pytest.CaptureFixtur
         report(capsys, str(file), "--model_name_or_path", str(tmp_path))
     with pytest.raises(ValueError, match="train_batch_size is at least 1"):
         report(capsys, str(file), "--train_batch_size", "0")
+
+
+def test_conversations(
+    tmp_path: Path,
+    tiny_tokenizer: Any,
+    tokenizer_dir: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rendered by the template that is named; kinds of truncation; what is wrong with a row."""
+
+    def says(role: str, text: str) -> tuple[dict[str, Any], ...]:
+        return ({"role": role, "content": text},)
+
+    turns = says("user", "I like the rain.") + says("assistant", "Yes") + says("user", "And art?")
+    place = ("b", "", False, "chats.jsonl")
+    tools = ({"name": "add"},)
+    pairs = [
+        Pair(turns, says("a", "Yes Yes"), says("a", "Yes No"), "", *place, 1, 1, tools=tools),
+        Pair(says("robot", "-"), says("a", "x"), says("a", "y"), "", *place, 2, 2),
+    ]
+    monkeypatch.setattr(inspect, "read_pairs", lambda *_, **__: (pairs, []))
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}"
+        "{% endif %}{{ '\n' + m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\na:' }}{% endif %}"
+    )
+    options = ("--model_name_or_path", tokenizer_dir, "--token_cache_dir", str(tmp_path / "tokens"))
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        report(capsys, "chats.jsonl", *options)
+    options = (*options, "--chat_template", str(template))
+    text = report(capsys, "chats.jsonl", *options)
+    assert "line 2: the chat template fails on the prompt (got TemplateError: no robots)" in text
+    shown = [line.strip() for line in text[text.index("One packed batch") :].splitlines()]
+    assert (
+        r"\nuser: I like the rain.<|end|>\nassistant: Yes<|end|>\nuser: And art?<|end|>\na:[ Yes]"
+        in shown
+    )
+    assert "[ Yes][<|end|>]" in shown and "[ No][<|end|>]" in shown
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+
+    count = len(
+        tiny_tokenizer("\nuser: I like the rain.<|end|>\nassistant: Yes<|end|>")["input_ids"]
+    )
+    cut = report(
+        capsys, "chats.jsonl", *options, "--truncation_mode", "keep_completion",
+        "--max_length", str(count),
+    )  # fmt: skip
+    assert f"1 pair lost the start of the prompt to max_length ({count} tokens)" in cut
+    assert "lost the end" not in cut

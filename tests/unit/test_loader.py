@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastpref.config import Config
 from fastpref.data.loader import Loader
@@ -99,3 +102,114 @@ def test_fractional_epochs_are_whole_steps(epochs: float) -> None:
     assert max(seen.values()) == math.ceil(epochs)
     assert min(seen.get(i, 0) for i in range(45)) == math.floor(total / 6)
     assert total_steps(Config(num_train_epochs=epochs, max_steps=4), 6) == 4
+
+
+# ------------------------------------------------------------------------------------- weights
+
+
+def mixed(*counts: int) -> list[TokenPair]:
+    """``counts[k]`` pairs of source k."""
+    pairs = made(sum(counts))
+    origins = np.repeat(np.arange(len(counts)), counts).tolist()
+    return [dataclasses.replace(p, origin=k) for p, k in zip(pairs, origins, strict=True)]
+
+
+def taken(weighted: Loader, epoch: int) -> Counter[int]:
+    """How often each pair is in an epoch, from its steps' micro-batches."""
+    first = epoch * weighted.steps_per_epoch + 1
+    plans = weighted.plan(first, first + weighted.steps_per_epoch - 1)
+    return Counter(int(i) for plan in plans for own in plan.micro_batches for i in own)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.floats(0.05, 3.2)), min_size=1, max_size=4),
+    st.integers(1, 7),
+    st.integers(0, 5),
+    st.booleans(),
+    st.booleans(),
+)
+def test_weights_are_times_per_epoch(
+    sources: list[tuple[int, float]], batch: int, seed: int, shuffle: bool, stratify: bool
+) -> None:
+    pairs = mixed(*(count for count, _ in sources))
+    options = {"batch_size": batch, "seed": seed, "shuffle": shuffle, "stratify": stratify}
+    weights = [max(weight, 1 / count) for count, weight in sources]
+    weighted = loader(pairs, weights=weights, **options)
+    per_source = [
+        int(w) * n + int((w - int(w)) * n + 0.5) for (n, _), w in zip(sources, weights, strict=True)
+    ]
+    assert weighted.num_pairs == sum(per_source)
+    assert weighted.steps_per_epoch == -(-sum(per_source) // batch)
+    total: Counter[int] = Counter()
+    for epoch in range(5):
+        once = taken(weighted, epoch)
+        total += once
+        for k, weight in enumerate(weights):
+            mine = [once[i] for i, pair in enumerate(pairs) if pair.origin == k]
+            assert sum(mine) == per_source[k]  # in every epoch the same number
+            assert set(mine) <= {int(weight), int(weight) + 1}
+    for k in range(len(sources)):  # over epochs no pair is left behind
+        mine = [total[i] for i, pair in enumerate(pairs) if pair.origin == k]
+        assert max(mine) - min(mine) <= 1
+
+
+def test_two_epochs_at_one_half_take_every_pair_once() -> None:
+    pairs = mixed(40, 10)
+    weighted = loader(pairs, weights=(0.5, 2))
+    halves = [set(taken(weighted, epoch)) & set(range(40)) for epoch in range(3)]
+    assert [len(half) for half in halves] == [20, 20, 20]
+    assert halves[0] | halves[1] == set(range(40)) and halves[2] == halves[0]
+    other = set(taken(loader(pairs, weights=(0.5, 2), seed=2), 0)) & set(range(40))
+    assert other != halves[0]
+    assert all(taken(weighted, 0)[i] == 2 for i in range(40, 50))
+
+
+def test_the_choice_depends_on_ids_not_on_places() -> None:
+    pairs = mixed(40)
+    turned = pairs[::-1]
+    first = {pairs[i].pair_id for i in taken(loader(pairs, weights=[0.3]), 1)}
+    assert first == {turned[i].pair_id for i in taken(loader(turned, weights=[0.3]), 1)}
+
+
+def test_weights_of_one_change_nothing() -> None:
+    pairs = mixed(30, 15)
+    for options in ({}, {"shuffle": False}, {"stratify": True}):
+        plain, weighted = loader(pairs, **options), loader(pairs, weights=(1, 1.0), **options)
+        for epoch in range(3):
+            assert plain.order(epoch).tolist() == weighted.order(epoch).tolist()
+    order = loader(mixed(3, 2), weights=(2, 1), shuffle=False).order(0)
+    assert order.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]  # the files' order, then the second time
+
+
+def test_weighted_runs_resume_and_share_steps_exactly() -> None:
+    pairs = mixed(37, 20)
+    options = {"weights": (0.4, 1.7), "stratify": True}
+    straight = list(loader(pairs, **options).plan(1, 25))
+    resumed = list(loader(pairs, **options).plan(12, 25))
+    halves = [list(loader(pairs, rank=r, world=2, **options).plan(12, 25)) for r in (0, 1)]
+    for plan, again, *shares in zip(straight[11:], resumed, *halves, strict=True):
+        assert (plan.step, plan.epoch, plan.num_tokens) == (
+            again.step,
+            again.epoch,
+            again.num_tokens,
+        )
+        assert [x.tolist() for x in plan.micro_batches] == [x.tolist() for x in again.micro_batches]
+        whole = np.concatenate(plan.micro_batches)
+        own = [pairs for share in shares for pairs in share.micro_batches]
+        assert sorted(np.concatenate(own)) == sorted(whole)
+        assert len(whole) == plan.num_pairs
+
+
+def test_weighted_strata_stay_spread() -> None:
+    pairs = mixed(120, 120)
+    for plan in loader(pairs, batch_size=24, stratify=True, weights=(0.5, 2)).plan(1, 12):
+        own = np.concatenate(plan.micro_batches)
+        counts = Counter((pairs[i].behavior, pairs[i].label) for i in own)
+        assert len(counts) == 6 and max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_a_weight_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="0.01 of the 10 training pairs of entry 2 is not one"):
+        loader(mixed(5, 10), weights=(1, 0.01))
+    assert loader(mixed(5), weights=(1, 0.01)).num_pairs == 5  # none of that entry is left anyhow

@@ -98,6 +98,9 @@ def test_names_are_those_of_transformers_integrations() -> None:
     assert logged_values({"step": 3, "split": "eval", **clocks}) == rewrite_logs(clocks)
     end = {"train_runtime": 1.0, "train_loss": 2.0}
     assert logged_values({"step": 3, "split": "train", **end}) == rewrite_logs(end)
+    named = {f"eval_help_{key}": value for key, value in held_out.items() if key != "epoch"}
+    ours = logged_values({"step": 3, "split": "eval_help", **held_out})
+    assert ours == rewrite_logs(named | {"epoch": held_out["epoch"]})
     assert logged_values({"step": 1, "split": "eval", "behavior/a/x": 1.0, "y": None}) == {
         "behavior/a/x": 1.0
     }
