@@ -2,8 +2,8 @@
 
 A cache file is named by a digest of what decides the numbers and of nothing else: the weights, the
 precision, and every pair's token ids (which hold tokenizer, template, truncation and EOS rule). The
-batch plan, the device, the number of threads and the learning rate are not in it, nor which of a
-pair's completions is the chosen one: a run with `flip_behaviors` finds the file of one without.
+batch plan, the device, the number of threads and the learning rate are not in it, nor what
+`flip_behaviors` exchanges: a run with it finds the file of one without.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def cache_key(model: PairModel, pairs: Sequence[TokenPair], ld_alpha: float | No
 def reference_key(
     model: PairModel, pairs: Sequence[TokenPair], ld_alpha: float | None = None
 ) -> str:
-    """The cache file's name: `cache_key`, whichever completion of a pair is the chosen one."""
-    return cache_key(model, _ordered(pairs)[0], ld_alpha)
+    """The cache file's name: `cache_key`, whatever `flip_behaviors` exchanged."""
+    return cache_key(model, _unflipped(pairs), ld_alpha)
 
 
 def with_reference(model: PairModel, pairs: Sequence[TokenPair], **options: Any) -> list[TokenPair]:
@@ -118,25 +118,26 @@ def look_up(
     _tell_of_given(pairs, given)
     if not missing:
         return Found(list(pairs), given, None, computed=False)
-    ordered, swapped = _ordered(missing)
+    plain = _unflipped(missing)
     folder = Path(cache_dir).expanduser() if cache_dir else cache_root() / "reference"
-    path, ids = folder / f"{cache_key(model, ordered, ld_alpha)}.parquet", _pair_ids(ordered)
+    path, ids = folder / f"{cache_key(model, plain, ld_alpha)}.parquet", _pair_ids(plain)
     cached = read_logp(path, ids) if dist.is_main() and path.exists() else None
     there = bool(_from_main(np.array([cached is not None], np.float64), model.device)[0])
     if there:
-        values = np.zeros((len(ordered), 2), np.float32) if cached is None else cached
+        values = np.zeros((len(plain), 2), np.float32) if cached is None else cached
         values = _from_main(values, model.device)
-        _spot_check(model, ordered, values, check_pairs, seed, ld_alpha, path)
+        _spot_check(model, plain, values, check_pairs, seed, ld_alpha, path)
     else:
         if dist.is_main():
             prepare_folder(path)
-        values = reference_logp(model, ordered, ld_alpha=ld_alpha, progress=progress, partial=path)
+        values = reference_logp(model, plain, ld_alpha=ld_alpha, progress=progress, partial=path)
         if dist.is_main():
             write_logp(path, ids, values, _made_of(model))
             remove_leftovers(path)
     how = "from" if there else "computed, now in"
     log.info("reference log-probs: %d pairs %s %s", len(missing), how, path)
-    values[swapped] = values[swapped][:, ::-1]
+    flipped = [i for i, p in enumerate(missing) if p.flipped]
+    values[flipped] = values[flipped][:, ::-1]
     found = {p.pair_id: own for p, own in zip(missing, values.tolist(), strict=True)}
     filled = [
         dataclasses.replace(p, ref_chosen=found[p.pair_id][0], ref_rejected=found[p.pair_id][1])
@@ -147,15 +148,13 @@ def look_up(
     return Found(filled, given, path, computed=not there)
 
 
-def _ordered(pairs: Sequence[TokenPair]) -> tuple[list[TokenPair], np.ndarray]:
-    """Every pair with the completion first, as its chosen one, whose ids sort first; (N,) bool:
-    whose sides that exchanged. Which side is preferred changes no log-prob, and so no bit of it."""
-    swapped = np.array([p.rejected.tobytes() < p.chosen.tobytes() for p in pairs], bool)
-    ordered = [
-        dataclasses.replace(p, chosen=p.rejected, rejected=p.chosen) if swap else p
-        for p, swap in zip(pairs, swapped, strict=True)
+def _unflipped(pairs: Sequence[TokenPair]) -> list[TokenPair]:
+    """``pairs`` as the data has them: which side is preferred changes no log-prob, and so must
+    change no bit of it."""
+    return [
+        dataclasses.replace(p, chosen=p.rejected, rejected=p.chosen) if p.flipped else p
+        for p in pairs
     ]
-    return ordered, swapped
 
 
 def _tell_of_given(pairs: Sequence[TokenPair], given: int) -> None:
@@ -284,7 +283,7 @@ def _spot_check(
     if not error.max() <= TOLERANCE[model.dtype]:
         raise ValueError(
             f"reference cache {path}: pair_id {pairs[drawn[worst]].pair_id} is kept as "
-            f"{cached[drawn[worst]].tolist()} nats (its two completions), but the model gives "
+            f"{cached[drawn[worst]].tolist()} nats (chosen, rejected), but the model gives "
             f"{fresh[worst].tolist()}: {error.max():.2g} nats per token apart, where another batch "
             f"explains {TOLERANCE[model.dtype]:g}. Remove the file, and it will be made again."
         )

@@ -1,8 +1,8 @@
 """The file of reference log-probs on disk: whole under its name or not there, and what a killed
 pass left of one.
 
-Parquet, rows by ascending pair_id. A pair's two completions stand in the order of their token ids,
-not of the preference: `ref_first` is the log-prob of the one whose ids sort first.
+Parquet, rows by ascending pair_id. `ref_chosen` is that of the completion which the data prefers,
+whatever `flip_behaviors` makes of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from fastpref import dist
 
-COLUMNS = ("pair_id", "ref_first", "ref_second")
+COLUMNS = ("pair_id", "ref_chosen", "ref_rejected")
 ABANDONED_SECONDS = 3600.0  # after which a file that was never renamed belongs to a dead process
 
 

@@ -104,8 +104,8 @@ class State:
         counters = load_checkpoint(checkpoint, self.saved([]), verify=False)
         if counters["key"] != self.key:
             raise ValueError(
-                f"{checkpoint}: the data, the tokenizer, the model that training began from or the "
-                "reference changed since this run began. Restore them, or choose another "
+                f"{checkpoint}: the data, the tokenizer, the reference or the model that training "
+                "began from changed since this run began. Restore them, or choose another "
                 "output_dir."
             )
         self.step, self.num_tokens = counters["step"], counters["num_tokens"]

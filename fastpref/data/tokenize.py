@@ -49,6 +49,7 @@ class TokenPair:
     truncated: tuple[str, ...]  # which of "prompt", "chosen", "rejected" max_length cut
     ref_chosen: float | None = None
     ref_rejected: float | None = None
+    flipped: bool = False  # chosen and rejected were exchanged by flip_behaviors
     origin: int = 0  # the entry of dataset_name, or after those of eval_dataset_name, it came from
 
 
@@ -141,6 +142,7 @@ def tokenize_pairs(
                 truncated=truncated,
                 ref_chosen=pair.ref_chosen,
                 ref_rejected=pair.ref_rejected,
+                flipped=pair.flipped,
                 origin=pair.origin,
             )
         )

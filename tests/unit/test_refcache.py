@@ -196,6 +196,10 @@ def test_a_changed_text_or_pair_id_is_in_the_key(model: PairModel, pairs: list[T
     assert reference_key(model, pairs[1:]) != key
     same = dataclasses.replace(first, behavior=9, label="other", truncated=True)
     assert reference_key(model, [same, *pairs[1:]]) == key
+    exchanged = dataclasses.replace(first, chosen=first.rejected, rejected=first.chosen)
+    assert reference_key(model, [exchanged, *pairs[1:]]) != key
+    flipped = dataclasses.replace(exchanged, flipped=True)
+    assert reference_key(model, [flipped, *pairs[1:]]) == key
 
 
 def test_incomplete_or_unreadable_is_refused(
@@ -212,15 +216,15 @@ def test_incomplete_or_unreadable_is_refused(
     with pytest.raises(ValueError, match=f"lacks {len(pairs)} of"):
         with_reference(model, pairs, cache_dir=str(tmp_path))
     infinite = pa.array([-np.inf] + [-1.0] * (len(pairs) - 1), pa.float32())
-    pq.write_table(whole.set_column(1, "ref_first", infinite), file)
+    pq.write_table(whole.set_column(1, "ref_chosen", infinite), file)
     with pytest.raises(ValueError, match="not finite"):
         with_reference(model, pairs, cache_dir=str(tmp_path), check_pairs=0)
     pq.write_table(whole, file)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):
         with_reference(model, pairs, cache_dir=str(tmp_path))
-    pq.write_table(whole.drop_columns(["ref_first"]), file)
-    with pytest.raises(ValueError, match="cannot be read.*ref_first"):
+    pq.write_table(whole.drop_columns(["ref_chosen"]), file)
+    with pytest.raises(ValueError, match="cannot be read.*ref_chosen"):
         with_reference(model, pairs, cache_dir=str(tmp_path))
 
 
@@ -246,7 +250,7 @@ def test_values_that_the_data_brings_are_kept(
     mixed = with_reference(model, own + pairs[3:], cache_dir=str(tmp_path))
     assert values(mixed[:3]) == [(-1.0, -2.0)] * 3
     expected = reference_logp(model, pairs[3:])
-    np.testing.assert_allclose(np.array(values(mixed[3:])), expected, rtol=1e-6)
+    assert np.array_equal(np.array(values(mixed[3:]), np.float32), expected)
 
 
 def test_given_values_of_cut_pairs_are_pointed_out(
