@@ -13,7 +13,7 @@ import torch
 from fastpref.batch import PairBatch
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset, sample_pairs
-from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
+from fastpref.data.pack import plan_microbatches
 from fastpref.data.tokenize import TokenPair
 from fastpref.dynamics.groups import behavior_rows
 from fastpref.dynamics.recorder import Recorder
@@ -21,7 +21,14 @@ from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
 from fastpref.journal import Journal
 from fastpref.losses import Loss
 from fastpref.model import PairModel
-from fastpref.observe import Columns, concatenate, metric_names, pair_columns, result_metrics
+from fastpref.observe import (
+    Columns,
+    concatenate,
+    metric_names,
+    norm_method,
+    pair_columns,
+    result_metrics,
+)
 from fastpref.step import PairResult, evaluate
 
 log = logging.getLogger(__name__)
@@ -32,6 +39,7 @@ class Evaluator:
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         self.config, self.behaviors = config, dataset.behaviors
+        self.sizes, self.pack = dataset.sizes, dataset.pack
         self.batches: dict[str, list[PairBatch]] = {
             split: self._pack(sample_pairs(pairs, config.eval_sample_size, config.seed))
             for split, pairs in _sides(dataset).items()
@@ -39,8 +47,8 @@ class Evaluator:
 
     def _pack(self, pairs: Sequence[TokenPair]) -> list[PairBatch]:
         budget = self.config.max_tokens_per_microbatch
-        plan = plan_microbatches(fed_tokens(pairs), np.arange(len(pairs)), budget)
-        return [pack_pairs([pairs[i] for i in own]) for own in plan]
+        plan = plan_microbatches(self.sizes(pairs), np.arange(len(pairs)), budget)
+        return [self.pack([pairs[i] for i in own]) for own in plan]
 
     def results(
         self, model: PairModel, loss: Loss, split: str, reference: PairModel | None = None
@@ -73,11 +81,11 @@ class Evaluator:
                 continue
             began = time.perf_counter()
             results = self.results(model, loss, split, reference)
-            columns = concatenate(pair_columns(result) for result in results)
+            columns = concatenate(pair_columns(result, model.head_is_all) for result in results)
             journal.perf(_clocks(step, split, batches, time.perf_counter() - began))
             rows = behavior_rows(self.behaviors, columns["behavior"], **_measured(columns))
             if recorder:
-                recorder.pairs(step, split, epoch, **columns)
+                recorder.pairs(step, split, epoch, norm_method=norm_method(columns), **columns)
                 rows = recorder.behaviors(step, split, rows)
             line: dict[str, float | None] = {**result_metrics(results)}
             margins = _reward_margins(results, len(self.behaviors))
@@ -125,6 +133,7 @@ def _measured(columns: Columns) -> Columns:
         "ref_logp_chosen",
         "reward_accuracy",
         "head_gnorm_m",
+        "gnorm_m",
     )
     return {name: columns[name] for name in names if name in columns}
 

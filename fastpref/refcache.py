@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 from fastpref import dist
 from fastpref.base import cache_root
-from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
+from fastpref.data.pack import Packer, fed_tokens, pack_pairs, plan_microbatches
 from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel
 from fastpref.reference import sequence_logp
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the file and of the key; raise it when either changes
+FORMAT = 2  # of the file and of the key; raise it when either changes
 # Packed tokens per forward. A constant, and the plan a function of the data alone, so that a cache
 # made again holds the same bits; it is not the run's max_tokens_per_microbatch.
 PLAN_TOKENS = 8192
@@ -60,9 +60,11 @@ def with_reference(
     seed: int = 0,
     ld_alpha: float | None = None,
     progress: bool = True,
+    pack: Packer = pack_pairs,
 ) -> list[TokenPair]:
     """``pairs`` with ``ref_chosen``, ``ref_rejected`` filled in from the cache, which is made first
-    where it is missing. `model` must hold the reference weights.
+    where it is missing. `model` must hold the reference weights. A ``pack`` that brings the body's
+    states along (`fastpref.features`) spares the pass of the body and gives the same bits.
 
     Values that the data brought (columns ``ref_chosen_logps``, ``ref_rejected_logps``) are kept;
     under ``ld_alpha`` they are refused, because sums cannot be weighted any more. Raises ValueError
@@ -76,16 +78,12 @@ def with_reference(
     folder = Path(cache_dir).expanduser() if cache_dir else cache_root() / "reference"
     path = folder / f"{cache_key(model, missing, ld_alpha)}.parquet"
     if dist.is_main() and not path.exists():
-        _write(
-            path,
-            missing,
-            reference_logp(model, missing, ld_alpha=ld_alpha, progress=progress),
-            model,
-        )
+        logp = reference_logp(model, missing, ld_alpha=ld_alpha, pack=pack, progress=progress)
+        _write(path, missing, logp, model)
     dist.barrier()
     cached = _read(path, missing)
     log.info("reference log-probs: %d pairs from %s", len(missing), path)
-    _spot_check(model, missing, cached, check_pairs, seed, ld_alpha, path)
+    _spot_check(model, missing, cached, check_pairs, seed, ld_alpha, path, pack)
     found = {p.pair_id: values for p, values in zip(missing, cached.tolist(), strict=True)}
     return [
         dataclasses.replace(p, ref_chosen=found[p.pair_id][0], ref_rejected=found[p.pair_id][1])
@@ -110,19 +108,21 @@ def reference_logp(
     pairs: Sequence[TokenPair],
     *,
     ld_alpha: float | None = None,
+    pack: Packer = pack_pairs,
     progress: bool = False,
 ) -> np.ndarray:
-    """(N, 2) float32: summed log-probs in nats of chosen and rejected, in ``pairs``' order.
+    """(N, 2) summed log-probs in nats of chosen and rejected, in ``pairs``' order; float32, of a
+    float64 model float64.
 
     Of the model as its own reference: before training, an adapter off where that is asked for.
     """
-    out = np.empty((len(pairs), 2), np.float32)
+    out = np.empty((len(pairs), 2), np.float64 if model.dtype is torch.float64 else np.float32)
     bar = tqdm(total=len(pairs), unit="pair", desc="reference", disable=not progress)
     with bar, model.as_reference():
         for own in reference_plan(pairs):
-            batch = pack_pairs([pairs[i] for i in own]).to(model.device)
+            batch = pack([pairs[i] for i in own]).to(model.device)
             both = torch.stack(sequence_logp(model, batch, ld_alpha), dim=1)
-            out[own] = both.float().cpu().numpy()
+            out[own] = both.cpu().numpy()
             bar.update(len(own))
     return out
 
@@ -163,7 +163,7 @@ def _write(path: Path, pairs: Sequence[TokenPair], logp: np.ndarray, model: Pair
 
 
 def _read(path: Path, pairs: Sequence[TokenPair]) -> np.ndarray:
-    """(N, 2) float32 in the order of ``pairs``; ValueError unless every pair is there."""
+    """(N, 2) in the order of ``pairs``; ValueError unless every pair is there."""
     remedy = "Remove the file, and it will be made again."
     try:
         table = pq.read_table(path, columns=["pair_id", "ref_chosen", "ref_rejected"])
@@ -179,7 +179,7 @@ def _read(path: Path, pairs: Sequence[TokenPair]) -> np.ndarray:
             f"being pair_id {int(wanted[~there][0])}. {remedy}"
         )
     both = [table[name].to_numpy()[at] for name in ("ref_chosen", "ref_rejected")]
-    logp = np.stack(both, axis=1).astype(np.float32)
+    logp = np.stack(both, axis=1)
     if not np.isfinite(logp).all():
         raise ValueError(f"reference cache {path} holds numbers that are not finite. {remedy}")
     return logp
@@ -193,13 +193,14 @@ def _spot_check(
     seed: int,
     ld_alpha: float | None,
     path: Path,
+    pack: Packer,
 ) -> None:
     """Compute a few random pairs again: a cache of other weights must not steer a run."""
     count = min(count, len(pairs))
     if not count:
         return
     drawn = np.random.default_rng(seed).choice(len(pairs), count, replace=False)
-    fresh = reference_logp(model, [pairs[i] for i in drawn], ld_alpha=ld_alpha)
+    fresh = reference_logp(model, [pairs[i] for i in drawn], ld_alpha=ld_alpha, pack=pack)
     scored = np.array([(len(pairs[i].chosen), len(pairs[i].rejected)) for i in drawn])
     error = np.abs(fresh - cached[drawn]) / scored
     worst = int(error.max(axis=1).argmax())

@@ -15,10 +15,12 @@ add_arguments = add_config_options
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fill the cache that a training run with the same data and model reads."""
+    """Fill the caches that a training run with the same data and model reads: reference log-probs,
+    and with `trainable: head` the body's states, from which the log-probs then come."""
     config = config_from_options(args)
     show_log()
     from fastpref.data.dataset import load_dataset
+    from fastpref.features import with_states
     from fastpref.losses import get_loss
     from fastpref.model import load_model
     from fastpref.refcache import with_reference
@@ -28,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     model = load_model(config)
     dataset = load_dataset(config, model.tokenizer)
+    if config.trainable == "head":
+        dataset = with_states(config, model, dataset, progress=True)
     pairs = with_reference(
         model,
         dataset.train + dataset.held_out,
@@ -35,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         check_pairs=config.ref_check_pairs,
         seed=config.seed,
         ld_alpha=config.ld_alpha,
+        pack=dataset.pack,
     )
     print(f"{len(pairs)} pairs have their reference log-probs.")
     return 0

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from fastpref.config import Config
 from fastpref.data.badrows import BadRow
 from fastpref.data.formats import Pair, read_pairs
 from fastpref.data.messages import canonical
+from fastpref.data.pack import Packer, fed_tokens, pack_pairs, scored_rows
 from fastpref.data.split import split_pairs
 from fastpref.data.tokenize import TokenPair, tokenize_pairs
 
@@ -31,6 +34,9 @@ class Dataset:
     index: list[dict[str, object]]  # rows of the `index` records table
     dropped: list[BadRow]
     truncated: int
+    # What a pair takes of max_tokens_per_microbatch, and how pairs become a micro-batch.
+    sizes: Callable[[Sequence[TokenPair]], np.ndarray] = fed_tokens
+    pack: Packer = pack_pairs
 
 
 def load_dataset(config: Config, tokenizer: Any) -> Dataset:
@@ -78,7 +84,8 @@ def load_dataset(config: Config, tokenizer: Any) -> Dataset:
         raise ValueError(f"{', '.join(config.dataset_name)}: no training pair is left.")
     _report(sides, tokenized.behaviors, dropped, tokenized.truncated, config.max_length)
     index = [_index_row(pairs[s], "eval" if s in held_out else "train") for s in tokenized.sources]
-    return Dataset(*sides, tokenized.behaviors, index, dropped, tokenized.truncated)
+    sizes = scored_rows if config.trainable == "head" else fed_tokens
+    return Dataset(*sides, tokenized.behaviors, index, dropped, tokenized.truncated, sizes)
 
 
 def sample_pairs(pairs: Sequence[TokenPair], per_behavior: int, seed: int) -> list[TokenPair]:
