@@ -8,7 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-CASES = {"train": "bench.train"}  # name -> module with `add_arguments` and `run`
+CASES = {
+    "train": "bench.train",
+    "head": "bench.head",
+}  # name -> module with `add_arguments` and `run`
 PLANNED = ("kernels", "aot", "roofline", "track", "dropin", "faults", "gpu")
 
 

@@ -27,9 +27,17 @@ from fastpref.config import Config
 from fastpref.data.dataset import Dataset
 from fastpref.data.formats import Pair
 from fastpref.data.loader import Loader, StepPlan
-from fastpref.data.pack import pack_pairs, parts, plan_microbatches
+from fastpref.data.pack import (
+    fed_tokens,
+    pack_pairs,
+    parts,
+    plan_microbatches,
+    scored_rows,
+)
 from fastpref.data.tokenize import TokenPair, tokenize_pairs
 from fastpref.dynamics.recorder import read_jsonl
+from fastpref.features import with_features
+from fastpref.head import freeze_body
 from fastpref.losses import get_loss
 from fastpref.model import load_model
 from fastpref.observe import Window
@@ -52,6 +60,7 @@ class Job:
     learning_rate: float = 1e-4
     beta: float = 0.1
     max_length: int = 1024
+    append_eos: str = "auto"
 
     @property
     def batches(self) -> int:
@@ -104,12 +113,18 @@ class _TimedLoader(Loader):
 
 
 class Fastpref:
-    """`fastpref.train`'s loop with its defaults: records and head norms on; references in hand."""
+    """`fastpref.train`'s loop with its defaults: records and head norms on; references in hand.
+
+    ``trainable`` as in the configuration; "head" with its hidden states in hand, or, ``body=True``,
+    with a frozen body that computes them in every step, which is what they must agree with.
+    """
 
     name = "fastpref"
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(
+        self, job: Job, *, name: str = name, trainable: str = "all", body: bool = False
+    ) -> None:
+        self.job, self.name = job, name
         self.config = Config(
             model_name_or_path=job.model,
             device="cpu",
@@ -117,7 +132,9 @@ class Fastpref:
             dataset_name=("bench",),
             eval_steps=0,
             max_length=job.max_length,
-            output_dir=str(job.scratch / "fastpref"),
+            output_dir=str(job.scratch / name),
+            trainable=trainable,
+            append_eos=job.append_eos,
             beta=job.beta,
             learning_rate=job.learning_rate,
             lr_scheduler_type="constant",
@@ -127,10 +144,24 @@ class Fastpref:
         )
         self.model = load_model(self.config)
         self.shape = Shape.of(self.model.module.config)
-        tokenized = tokenize_pairs(job.pairs, self.model.tokenizer, max_length=job.max_length)
+        tokenized = tokenize_pairs(
+            job.pairs,
+            self.model.tokenizer,
+            max_length=job.max_length,
+            append_eos=job.append_eos,
+        )
         assert tokenized.sources == list(range(len(job.pairs)))
         self.behaviors = tokenized.behaviors
-        reference = reference_logp(self.model, tokenized.pairs).tolist()
+        head = trainable == "head"
+        self.sizes, self.pack = scored_rows if head else fed_tokens, pack_pairs
+        if head:
+            self.model = freeze_body(self.model)
+        if head and not body:
+            folder = str(job.scratch / f"{name}-features")
+            features = with_features(self.model, tokenized.pairs, cache_dir=folder, progress=False)
+            self.pack = features.pack
+        self.computes_body = not head or body
+        reference = reference_logp(self.model, tokenized.pairs, pack=self.pack).tolist()
         self.tokens = [
             dataclasses.replace(pair, ref_chosen=chosen, ref_rejected=rejected)
             for pair, (chosen, rejected) in zip(tokenized.pairs, reference, strict=True)
@@ -139,12 +170,14 @@ class Fastpref:
         scheduler = Schedule(optimizer, self.config, 10**6)
         window, best = Window(self.model.device), Best(self.config)
         self.state = State(self.model, optimizer, scheduler, window, best, key="")
+        if head:
+            self.state.head_start = self.model.head.weight.detach().clone()
 
     def run(self, first: int, steps: int, observe: bool = False) -> Slice:
         """See `Contender`."""
         pairs = self._pairs(first, steps)
         config = dataclasses.replace(self.config, logging_steps=1) if observe else self.config
-        dataset = Dataset(pairs, [], self.behaviors, [], [])
+        dataset = Dataset(pairs, [], self.behaviors, [], [], sizes=self.sizes, pack=self.pack)
         loader = self._loader(pairs)
         self.state.step = 0
         run = Path(self.config.output_dir)
@@ -182,11 +215,15 @@ class Fastpref:
     def _loader(self, pairs: Sequence[TokenPair]) -> _TimedLoader:
         budget = self.config.max_tokens_per_microbatch
         return _TimedLoader(
-            pairs, seed=0, batch_size=self.job.batch, max_tokens=budget, shuffle=False
+            pairs,
+            seed=0,
+            batch_size=self.job.batch,
+            max_tokens=budget,
+            sizes=self.sizes(pairs),
+            shuffle=False,
         )
 
-    @staticmethod
-    def _sum(micro_batches: Any) -> Work:
+    def _sum(self, micro_batches: Any) -> Work:
         tokens = scores = rows = gram = 0
         for batch in map(pack_pairs, micro_batches):
             layout = build_layout(batch.lengths, "cpu")
@@ -194,7 +231,9 @@ class Fastpref:
             scores += sum(block.pairs * block.length**2 for block in layout.blocks)
             rows += batch.rows.numel()
             gram += int(torch.bincount(batch.segment_id // 3).square().sum())
-        return Work(tokens, scores, rows, gram, 1, 1, 0, head_products=3)
+        if self.computes_body:
+            return Work(tokens, scores, rows, gram, 1, 1, 0, head_products=3)
+        return Work(0, 0, rows, gram, 0, 0, 0, head_products=2)
 
 
 class Trl:

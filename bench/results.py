@@ -133,6 +133,23 @@ def _newest(record: Record) -> list[str]:
     ]
 
 
+def ratio_lines(
+    values: Mapping[str, Mapping[str, float] | None], checks: Sequence[Verdict]
+) -> list[str]:
+    """What was measured, a line a value: median, spread, what arithmetic alone gives, target."""
+    verdicts, lines = {check.name: check for check in checks}, []
+    for name, value in values.items():
+        check = verdicts.get(name)
+        target = f"target {check.target}: {'met' if check.met else 'MISSED'}" if check else ""
+        if value is None:
+            lines.append(f"{name:24} not measured                               {target}")
+            continue
+        spread = f"({value['q20']:.2f} to {value['q80']:.2f})" if "q20" in value else ""
+        bound = f"arithmetic alone {value['bound']:.2f}" if "bound" in value else ""
+        lines.append(f"{name:24}{value['value']:6.2f} {spread:16} {bound:24} {target}")
+    return lines
+
+
 def losses(record: Record) -> list[str]:
     """What a record shows to fastpref's disadvantage: targets missed, and ratios worse than 1."""
     found = [

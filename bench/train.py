@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print, record; 1 where contenders disagree or `--check` finds a target missed."""
     if min(arguments.pairs_per_step, arguments.repeats, arguments.steps) < 1:
         raise SystemExit("bench train: --pairs_per_step, --repeats and --steps are at least 1")
-    with _quiet(), tempfile.TemporaryDirectory(prefix="fastpref-bench-") as scratch:
+    with quiet(), tempfile.TemporaryDirectory(prefix="fastpref-bench-") as scratch:
         if arguments.peak_of:
             print(json.dumps(_own_peak(arguments, Path(scratch))))
             return 0
@@ -127,7 +127,16 @@ def _compare(arguments: argparse.Namespace, scratch: Path) -> int:
 
 
 def _job(arguments: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
-    """What to train, and where its pairs are from; shuffled, as a file holds one behavior."""
+    wanted = GATE_STEPS + (arguments.steps + 1) * arguments.repeats
+    least = max(GATE_STEPS, arguments.steps + 1, PEAK_STEPS)
+    return find_job(arguments, scratch, max(wanted, WARM_STEPS + PEAK_STEPS), least)
+
+
+def find_job(
+    arguments: argparse.Namespace, scratch: Path, batches: int, least: int
+) -> tuple[Any, str]:
+    """What to train, and where its pairs are from; shuffled, as a file holds one behavior. At most
+    ``batches`` of them; SystemExit where there are not even ``least``."""
     from bench.contenders import Job
     from fastpref import base
     from fastpref.data.formats import read_pairs
@@ -135,16 +144,12 @@ def _job(arguments: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
     names, source = _dataset(arguments, scratch)
     pairs, _ = read_pairs(names, on_bad_rows="drop")
     random.Random(arguments.seed).shuffle(pairs)
-    wanted = arguments.pairs_per_step * max(
-        GATE_STEPS + (arguments.steps + 1) * arguments.repeats, WARM_STEPS + PEAK_STEPS
-    )
-    least = arguments.pairs_per_step * max(GATE_STEPS, arguments.steps + 1, PEAK_STEPS)
-    if len(pairs) < least:
-        raise SystemExit(f"bench train: {source} holds {len(pairs)} pairs; {least} are needed")
+    batch, length = arguments.pairs_per_step, arguments.max_length
+    if len(pairs) < batch * least:
+        raise SystemExit(f"bench: {source} holds {len(pairs)} pairs; {batch * least} are needed")
     name = arguments.model_name_or_path
     model = str(base.base_dir()) if base.is_base_name(name) else name
-    batch, length = arguments.pairs_per_step, arguments.max_length
-    return Job(pairs[:wanted], batch, model, scratch, max_length=length), source
+    return Job(pairs[: batch * batches], batch, model, scratch, max_length=length), source
 
 
 def _dataset(arguments: argparse.Namespace, scratch: Path) -> tuple[list[str], str]:
@@ -293,22 +298,11 @@ def _table(
             f"{LABELS[name]:36}{times}{facts['gflop']:10.1f}{facts['gflop_per_second']:10.1f}"
             f"{facts['tokens_per_pass']:10.0f}{facts['passes']:10.0f}{facts['useful']:10.0%}{peak:>10}"
         )
-    verdicts = {check.name: check for check in checks}
-    lines.append("")
-    for name, value in values.items():
-        check = verdicts.get(name)
-        target = f"target {check.target}: {'met' if check.met else 'MISSED'}" if check else ""
-        if value is None:
-            lines.append(f"{name:24} not measured                               {target}")
-            continue
-        spread = f"({value['q20']:.2f} to {value['q80']:.2f})" if "q20" in value else ""
-        bound = f"arithmetic alone {value['bound']:.2f}" if "bound" in value else ""
-        lines.append(f"{name:24}{value['value']:6.2f} {spread:16} {bound:24} {target}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *results.ratio_lines(values, checks)])
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what libraries print about themselves."""
     import logging
     import warnings

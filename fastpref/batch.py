@@ -26,10 +26,13 @@ class PairBatch:
     token of a prefix may stand in ``rows`` twice, once for each completion's first own token.
     Segment 3p holds the rows that both completions of pair p share, 3p+1 the chosen one's own,
     3p+2 the rejected one's own; `with_tails` cuts the latter two in two.
+
+    With `hidden`, the states that the body would give are there already (`trainable: head`), those
+    of scored positions alone: T counts them, and there are no tokens and positions.
     """
 
-    tokens: Tensor  # (T,) int64
-    positions: Tensor  # (T,) int64; the rejected rest restarts at prefix_len
+    tokens: Tensor  # (T,) int64; (0,) with hidden
+    positions: Tensor  # (T,) int64; the rejected rest restarts at prefix_len; (0,) with hidden
     rows: Tensor  # (R,) int64, indices into T
     target: Tensor  # (R,) int64
     segment_id: Tensor  # (R,) int32, non-decreasing
@@ -41,10 +44,11 @@ class PairBatch:
     rejected_scored: Tensor  # (P,) int64
     pair_id: Tensor  # (P,) int64
     behavior: Tensor  # (P,) int64, index into the run's list of behaviors
-    ref_chosen: Tensor  # (P,) float32, reference log-prob in nats; nan = not known
-    ref_rejected: Tensor  # (P,) float32
+    ref_chosen: Tensor  # (P,) float64, reference log-prob in nats; nan = not known
+    ref_rejected: Tensor  # (P,) float64
     lengths: tuple[tuple[int, int, int], ...]  # host copy of (prefix, chosen, rejected) lengths
     group: int = GROUP  # segments of a pair
+    hidden: Tensor | None = None  # (T, D) final hidden states, in place of tokens
 
     @property
     def num_pairs(self) -> int:
@@ -53,7 +57,7 @@ class PairBatch:
 
     @property
     def num_tokens(self) -> int:
-        """T, the tokens that the body computes."""
+        """Tokens that the body computes: T, or none with `hidden`."""
         return self.tokens.numel()
 
     @property
@@ -97,8 +101,14 @@ class PairBatch:
 
     def check(self, vocab_size: int | None = None) -> None:
         """Raise ValueError where the batch breaks its own layout (waits for the device)."""
-        fed = int((self.prefix_len + self.chosen_len + self.rejected_len).sum())
-        _demand(fed == self.num_tokens, f"part lengths sum to {fed}, but T = {self.num_tokens}")
+        count = self.pair_of_token.numel()
+        if self.hidden is None:
+            fed = int((self.prefix_len + self.chosen_len + self.rejected_len).sum())
+            _demand(fed == count, f"part lengths sum to {fed}, but T = {count}")
+            _demand(self.num_tokens == count, f"{self.num_tokens} tokens, but T = {count}")
+        else:
+            _demand(len(self.hidden) == count, f"{len(self.hidden)} states, but T = {count}")
+            _demand(self.num_tokens == 0, "there are hidden states, so there must be no tokens")
         _demand(self.positions.shape == self.tokens.shape, "positions and tokens differ in shape")
         host = torch.tensor(self.lengths, device=self.tokens.device)
         parts = torch.stack([self.prefix_len, self.chosen_len, self.rejected_len], dim=1)
@@ -111,8 +121,8 @@ class PairBatch:
                 f"segment_id outside 0..{self.num_segments - 1}",
             )
             _demand(
-                0 <= int(self.rows.min()) and int(self.rows.max()) < self.num_tokens,
-                f"rows outside 0..{self.num_tokens - 1}",
+                0 <= int(self.rows.min()) and int(self.rows.max()) < count,
+                f"rows outside 0..{count - 1}",
             )
         _demand(
             torch.equal(self.pair_of_token[self.rows], segment // self.group),

@@ -82,8 +82,9 @@ class Config:
     trainable: str = _field(
         "all",
         "model",
-        "Which weights learn; lora: low-rank adapters on a frozen model (docs/lora.md).",
-        ("all", "lora"),
+        "Which weights learn; lora: low-rank adapters on a frozen model (docs/lora.md); head: the "
+        "output head alone, over hidden states computed once (docs/head.md).",
+        ("all", "lora", "head"),
     )
 
     adapter_name_or_path: str | None = _field(
@@ -355,7 +356,10 @@ class Config:
         32, "batch", "Pairs per optimizer step, over all ranks together.", within="at least 1"
     )
     max_tokens_per_microbatch: int = _field(
-        16384, "batch", "Packed tokens per forward: the memory dial; results do not depend on it.",
+        16384,
+        "batch",
+        "Packed tokens per forward, with trainable: head scored rows: the memory dial; results do "
+        "not depend on it.",
         within="at least 1",
     )  # fmt: skip
     stratify: bool = _field(
@@ -448,10 +452,13 @@ class Config:
     ref_cache_dir: str | None = _field(
         None, "dynamics", "Reference log-probs; null: the user's cache folder."
     )
+    feature_cache_dir: str | None = _field(
+        None, "dynamics", "Hidden states of trainable: head; null: the user's cache folder."
+    )
     ref_check_pairs: int = _field(
         8,
         "dynamics",
-        "Cached reference log-probs that are computed again at the start and compared.",
+        "Pairs whose cached log-probs, or states, are computed again at the start and compared.",
         within="at least 0",
     )
     on_nonfinite: str = _field("stop", "dynamics", "At a loss that is not finite.", ("stop",))

@@ -176,7 +176,6 @@ LATER = {
     ("optim", "adamw_torch_4bit"): SMALL_STATE,
     ("optim", "lion_32bit"): SMALL_STATE,
     ("optim", "lion_8bit"): SMALL_STATE,
-    ("trainable", "head"): "; training the head alone is not in this version",
     ("track", "sketch"): "; sketched norms of the whole model are not in this version",
     ("track", "exact"): "; exact norms of the whole model are not in this version",
     (

@@ -13,7 +13,7 @@ import torch
 from fastpref.batch import PairBatch
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset, sample_pairs
-from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
+from fastpref.data.pack import plan_microbatches
 from fastpref.data.tokenize import TokenPair
 from fastpref.dynamics.groups import behavior_rows
 from fastpref.dynamics.recorder import Recorder
@@ -21,7 +21,14 @@ from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
 from fastpref.journal import Journal
 from fastpref.losses import Loss
 from fastpref.model import PairModel
-from fastpref.observe import Columns, concatenate, metric_names, pair_columns, result_metrics
+from fastpref.observe import (
+    Columns,
+    concatenate,
+    metric_names,
+    norm_method,
+    pair_columns,
+    result_metrics,
+)
 from fastpref.step import PairResult, evaluate
 
 log = logging.getLogger(__name__)
@@ -36,6 +43,7 @@ class Evaluator:
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         self.config, self.behaviors = config, dataset.behaviors
+        self.sizes, self.pack = dataset.sizes, dataset.pack
         self.batches: dict[str, list[PairBatch]] = {TRAIN_SAMPLE: self._sampled(dataset.train)}
         self.batches[HELD_OUT] = []
         self.sets: dict[str, slice] = {}  # of a named set, its batches among the held-out ones
@@ -48,8 +56,8 @@ class Evaluator:
     def _sampled(self, pairs: Sequence[TokenPair]) -> list[PairBatch]:
         sample = sample_pairs(pairs, self.config.eval_sample_size, self.config.seed)
         budget = self.config.max_tokens_per_microbatch
-        plan = plan_microbatches(fed_tokens(sample), np.arange(len(sample)), budget)
-        return [pack_pairs([sample[i] for i in own]) for own in plan]
+        plan = plan_microbatches(self.sizes(sample), np.arange(len(sample)), budget)
+        return [self.pack([sample[i] for i in own]) for own in plan]
 
     def results(
         self, model: PairModel, loss: Loss, split: str, reference: PairModel | None = None
@@ -83,11 +91,11 @@ class Evaluator:
                 continue
             began = time.perf_counter()
             results = self.results(model, loss, split, reference)
-            columns = concatenate(pair_columns(result) for result in results)
+            columns = concatenate(pair_columns(result, model.head_is_all) for result in results)
             journal.perf(_clocks(step, split, batches, time.perf_counter() - began))
             rows = behavior_rows(self.behaviors, columns["behavior"], **_measured(columns))
             if recorder:
-                recorder.pairs(step, split, epoch, **columns)
+                recorder.pairs(step, split, epoch, norm_method=norm_method(columns), **columns)
                 rows = recorder.behaviors(step, split, rows)
             line: dict[str, float | None] = {**result_metrics(results)}
             margins = _reward_margins(results, len(self.behaviors))
@@ -141,6 +149,7 @@ def _measured(columns: Columns) -> Columns:
         "ref_logp_chosen",
         "reward_accuracy",
         "head_gnorm_m",
+        "gnorm_m",
     )
     return {name: columns[name] for name in names if name in columns}
 

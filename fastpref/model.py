@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -46,13 +47,26 @@ class PairModel:
     identity: str  # names the reference's very weights, for the reference cache
     adapter: Any = None  # peft's PeftModel around `module` where LoRA learns
     reference_off: bool = False  # the reference is `module` without its adapter
+    frozen_body: bool = False  # nothing but the head learns (`fastpref.head`)
 
     @property
     def head(self) -> Head:
         """The head, read from the module each time, because a wrapper may replace its tensors."""
         layer = self.module.get_output_embeddings()  # type: ignore[operator]
+        if layer is None:
+            raise ValueError(f"{type(self.module).__name__} has no output head to score tokens.")
         transform = logit_transform(self.module.config)
         return Head(layer.weight, getattr(layer, "bias", None), *transform)
+
+    @functools.cached_property
+    def head_is_all(self) -> bool:
+        """Whether nothing learns but the head's weight."""
+        return self.frozen_body and self.head.bias is None
+
+    @functools.cached_property
+    def trained(self) -> list[nn.Parameter]:
+        """What learns, in the module's order; read once, as walking a module takes a while."""
+        return [p for p in self.module.parameters() if p.requires_grad]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model computes."""
@@ -61,7 +75,10 @@ class PairModel:
         return torch.autocast(self.device.type, self.dtype)
 
     def hidden(self, batch: PairBatch) -> Tensor:
-        """(T, D) final hidden states of the packed tokens, after the last norm."""
+        """(T, D) final hidden states of the packed tokens, after the last norm; those that the
+        batch brings along, where it does."""
+        if batch.hidden is not None:
+            return batch.hidden
         layout = attention.build_layout(batch.lengths, self.device)
         with self.autocast(), attention.ambient(layout):
             out = self.module.base_model(  # type: ignore[operator]

@@ -19,8 +19,9 @@ from fastpref.step import PairResult, StepResult
 Columns = dict[str, np.ndarray]
 
 
-def pair_columns(result: PairResult) -> Columns:
-    """Columns of the `pairs` table, (P,) each, by two copies from the device."""
+def pair_columns(result: PairResult, head_is_all: bool = False) -> Columns:
+    """Columns of the `pairs` table, (P,) each, by two copies from the device. ``head_is_all``: no
+    weight but the head's learns, so that its gradient's norms are those of the whole gradient."""
     batch, x = result.batch, result.x
     shared = batch.shared_scored
     integers = {
@@ -42,12 +43,19 @@ def pair_columns(result: PairResult) -> Columns:
     }
     if x.ref_chosen is not None and x.ref_rejected is not None:
         numbers |= {"ref_logp_chosen": x.ref_chosen, "ref_logp_rejected": x.ref_rejected}
+    if head_is_all:
+        numbers |= result.norms
     entropy = result.stats["entropy"]
     numbers["entropy_chosen"] = entropy[0] / batch.chosen_scored
     numbers["entropy_rejected"] = entropy[1] / batch.rejected_scored
     columns = _to_host(integers) | _to_host({k: v.float() for k, v in numbers.items()})
     columns["reward_accuracy"] = columns["reward_accuracy"].astype(bool)
     return columns
+
+
+def norm_method(columns: Columns) -> str | None:
+    """The column of that name: how `gnorm_m` was computed, where it is there."""
+    return "gram" if "gnorm_m" in columns else None
 
 
 def concatenate(parts: Iterable[Columns]) -> Columns:
@@ -64,11 +72,13 @@ def record_step(
     truncated: np.ndarray,  # pair_ids of which max_length cut a part
     learning_rate: float,
     beta: float,
+    head_update: float | None = None,  # Frobenius norm of head weight - its start
 ) -> None:
     """Rows of `pairs` for every micro-batch, and the step's row of `steps`."""
     for micro, own in enumerate(columns):
         cut = np.isin(own["pair_id"], truncated)
-        recorder.pairs(plan.step, TRAIN, plan.epoch, micro=micro, truncated=cut, **own)
+        extra = {"micro": micro, "truncated": cut, "norm_method": norm_method(own)}
+        recorder.pairs(plan.step, TRAIN, plan.epoch, **extra, **own)
     own_sizes = [(r.batch.num_tokens, r.batch.rows.numel(), 1) for r in result.pairs]
     sizes = torch.tensor(own_sizes or [(0, 0, 0)], device=result.loss.device).sum(dim=0)
     tokens, rows, micro_batches = dist.all_reduce_sum(sizes).tolist()
@@ -84,6 +94,7 @@ def record_step(
         tokens=tokens,
         rows=rows,
         micro_batches=micro_batches,
+        head_update_norm=head_update,
     )
 
 

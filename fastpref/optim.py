@@ -102,5 +102,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple
     if max_norm == 0:
         return norm, torch.ones_like(norm)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_(gradients, factor)
+    if factor.is_cuda or factor != 1:  # reading it is free on the CPU, a pass over memory is not
+        torch._foreach_mul_(gradients, factor)
     return norm, factor

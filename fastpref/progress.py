@@ -44,8 +44,10 @@ class Bar:
         shown = (
             f"loss {float(result.loss):.4f} margin {sum(margins) / count:+.3g} "
             f"acc {sum(m > 0 for m in margins) / count:.2f} "
-            f"{self.tokens / self.seconds:.0f} tok/s {self.pairs / self.seconds:.0f} pairs/s"
         )
+        if self.tokens:  # none where the body's states are there already
+            shown += f"{self.tokens / self.seconds:.0f} tok/s "
+        shown += f"{self.pairs / self.seconds:.0f} pairs/s"
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from fastpref import dist
 from fastpref.base import cache_root
-from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
+from fastpref.data.pack import Packer, fed_tokens, pack_pairs, plan_microbatches
 from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel
 from fastpref.reference import sequence_logp
@@ -86,7 +86,7 @@ def reference_key(
     model: PairModel, pairs: Sequence[TokenPair], ld_alpha: float | None = None
 ) -> str:
     """The cache file's name: `cache_key`, whatever `flip_behaviors` exchanged."""
-    return cache_key(model, _unflipped(pairs), ld_alpha)
+    return cache_key(model, unflipped(pairs), ld_alpha)
 
 
 def with_reference(model: PairModel, pairs: Sequence[TokenPair], **options: Any) -> list[TokenPair]:
@@ -103,8 +103,12 @@ def look_up(
     seed: int = 0,
     ld_alpha: float | None = None,
     progress: bool = True,
+    pack: Packer = pack_pairs,
 ) -> Found:
     """Reference log-probs of ``pairs`` from the cache, which is made first where it is missing.
+
+    A ``pack`` that brings the body's states along (`fastpref.features`) spares the pass of the body
+    and gives the same bits.
 
     `model` must hold the reference weights. Values that the data brought (columns
     ``ref_chosen_logps``, ``ref_rejected_logps``) are kept; under ``ld_alpha`` they are refused,
@@ -118,19 +122,21 @@ def look_up(
     _tell_of_given(pairs, given)
     if not missing:
         return Found(list(pairs), given, None, computed=False)
-    plain = _unflipped(missing)
+    plain = unflipped(missing)
     folder = Path(cache_dir).expanduser() if cache_dir else cache_root() / "reference"
     path, ids = folder / f"{cache_key(model, plain, ld_alpha)}.parquet", _pair_ids(plain)
     cached = read_logp(path, ids) if dist.is_main() and path.exists() else None
     there = bool(_from_main(np.array([cached is not None], np.float64), model.device)[0])
     if there:
-        values = np.zeros((len(plain), 2), np.float32) if cached is None else cached
+        values = np.zeros((len(plain), 2), _numpy_dtype(model)) if cached is None else cached
         values = _from_main(values, model.device)
-        _spot_check(model, plain, values, check_pairs, seed, ld_alpha, path)
+        _spot_check(model, plain, values, check_pairs, seed, ld_alpha, path, pack)
     else:
         if dist.is_main():
             prepare_folder(path)
-        values = reference_logp(model, plain, ld_alpha=ld_alpha, progress=progress, partial=path)
+        values = reference_logp(
+            *(model, plain), ld_alpha=ld_alpha, pack=pack, progress=progress, partial=path
+        )
         if dist.is_main():
             write_logp(path, ids, values, _made_of(model))
             remove_leftovers(path)
@@ -148,11 +154,13 @@ def look_up(
     return Found(filled, given, path, computed=not there)
 
 
-def _unflipped(pairs: Sequence[TokenPair]) -> list[TokenPair]:
+def unflipped(pairs: Sequence[TokenPair]) -> list[TokenPair]:
     """``pairs`` as the data has them: which side is preferred changes no log-prob, and so must
     change no bit of it."""
     return [
-        dataclasses.replace(p, chosen=p.rejected, rejected=p.chosen) if p.flipped else p
+        dataclasses.replace(p, chosen=p.rejected, rejected=p.chosen, flipped=False)
+        if p.flipped
+        else p
         for p in pairs
     ]
 
@@ -185,17 +193,19 @@ def reference_logp(
     pairs: Sequence[TokenPair],
     *,
     ld_alpha: float | None = None,
+    pack: Packer = pack_pairs,
     progress: bool = False,
     partial: Path | None = None,
 ) -> np.ndarray:
-    """(N, 2) float32: summed log-probs in nats of chosen and rejected, in ``pairs``' order.
+    """(N, 2) summed log-probs in nats of chosen and rejected, in ``pairs``' order; float32, of a
+    float64 model float64.
 
     Of the model as its own reference: before training, an adapter off where that is asked for. With
     ``partial``, the path that the result will have, the work is shared among the ranks, and kept
     from time to time beside it, so that a killed pass goes on where it stood. Raises ValueError for
     a number that is not finite.
     """
-    out = np.full((len(pairs), 2), np.nan, np.float32)
+    out = np.full((len(pairs), 2), np.nan, _numpy_dtype(model))
     plan, ids = reference_plan(pairs), _pair_ids(pairs)
     if partial is not None:
         read_partials(partial, ids, out)
@@ -207,9 +217,9 @@ def reference_logp(
     with bar, model.as_reference():
         bar.update(count - sum(map(len, todo)))
         for own in todo:
-            batch = pack_pairs([pairs[i] for i in own]).to(model.device)
+            batch = pack([pairs[i] for i in own]).to(model.device)
             both = torch.stack(sequence_logp(model, batch, ld_alpha), dim=1)
-            out[own], mine[own] = both.float().cpu().numpy(), True
+            out[own], mine[own] = both.cpu().numpy(), True
             bar.update(len(own))
             if partial is not None and time.monotonic() - saved > SAVE_SECONDS:
                 done = mine & np.isfinite(out).all(axis=1)
@@ -231,6 +241,10 @@ def reference_plan(pairs: Sequence[TokenPair]) -> list[np.ndarray]:
     budget = max(PLAN_TOKENS, int(fed.max()))
     plan = plan_microbatches(fed[ranked], np.arange(len(pairs)), budget)
     return [ranked[places] for places in plan]
+
+
+def _numpy_dtype(model: PairModel) -> type[np.floating]:
+    return np.float64 if model.dtype is torch.float64 else np.float32
 
 
 def _pair_ids(pairs: Sequence[TokenPair]) -> np.ndarray:
@@ -270,13 +284,14 @@ def _spot_check(
     seed: int,
     ld_alpha: float | None,
     path: Path,
+    pack: Packer,
 ) -> None:
     """Compute a few random pairs again: a cache of other weights must not steer a run."""
     count = min(count, len(pairs))
     if not count:
         return
     drawn = np.random.default_rng(seed).choice(len(pairs), count, replace=False)
-    fresh = reference_logp(model, [pairs[i] for i in drawn], ld_alpha=ld_alpha)
+    fresh = reference_logp(model, [pairs[i] for i in drawn], ld_alpha=ld_alpha, pack=pack)
     scored = np.array([(len(pairs[i].chosen), len(pairs[i].rejected)) for i in drawn])
     error = np.abs(fresh - cached[drawn]) / scored
     worst = int(error.max(axis=1).argmax())

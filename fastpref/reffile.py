@@ -59,7 +59,7 @@ def write_logp(path: Path, pair_ids: np.ndarray, logp: np.ndarray, made_of: dict
 
 
 def read_logp(path: Path, pair_ids: np.ndarray) -> np.ndarray:
-    """(N, 2) float32 in the order of ``pair_ids``; ValueError unless all are there and finite."""
+    """(N, 2) in the order of ``pair_ids``; ValueError unless all are there and finite."""
     remedy = "Remove the file, and it will be made again."
     try:
         ids, logp = _columns(path)
@@ -116,7 +116,7 @@ def _columns(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Ascending pair_ids (M,) and their log-probs (M, 2)."""
     table = pq.read_table(path, columns=list(COLUMNS))
     ids, *both = (table[name].to_numpy() for name in COLUMNS)
-    return ids, np.stack(both, axis=1).astype(np.float32)
+    return ids, np.stack(both, axis=1)
 
 
 def _places(ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

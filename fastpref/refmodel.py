@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastpref.config import Config
+from fastpref.data.pack import Packer, pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel, load_reference
 from fastpref.refcache import Found, look_up
@@ -26,13 +27,15 @@ def find_reference(
     tokenizer: Any,
     pairs: Sequence[TokenPair],
     progress: bool = True,
+    pack: Packer = pack_pairs,
 ) -> tuple[Found, str]:
     """``pairs`` with their reference log-probs; and what names the reference, which a resumed run
     must find the same.
 
     The reference is ``model``, which has not been trained yet, or the model that
     ``ref_model_name_or_path`` names: that one is in memory here and nowhere else, and ``model`` may
-    be None. ``tokenizer`` is the one that made ``pairs``.
+    be None. ``tokenizer`` is the one that made ``pairs``; ``pack`` may bring the states of
+    ``model``, see `look_up`.
     """
     reference = model
     if config.ref_model_name_or_path:
@@ -49,6 +52,7 @@ def find_reference(
         seed=config.seed,
         ld_alpha=config.ld_alpha,
         progress=progress,
+        pack=pack if reference is model else pack_pairs,
     )
     name = f"{reference.identity} {_given_digest(pairs)}".strip()
     if reference is not model:

@@ -32,6 +32,7 @@ MAY_CHANGE = {
     "early_stopping_patience",
     "save_total_limit",
     "ref_cache_dir",
+    "feature_cache_dir",
     "ref_check_pairs",
     "report_to",
     "run_name",

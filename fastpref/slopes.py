@@ -150,8 +150,8 @@ def _pair_logp(
     return PairLogp(
         chosen,
         rejected,
-        batch.ref_chosen if loss.needs_reference else None,
-        batch.ref_rejected if loss.needs_reference else None,
+        batch.ref_chosen.to(logp.dtype) if loss.needs_reference else None,
+        batch.ref_rejected.to(logp.dtype) if loss.needs_reference else None,
         *lengths,
         chosen_full=None if config.ld_alpha is None else plain[0],
         step_len=step_len,

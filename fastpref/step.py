@@ -13,6 +13,7 @@ step has several micro-batches or ranks (fastpref/slopes.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -80,16 +81,16 @@ def train_step(
     Raises NonFiniteError, before the weights are touched, where a loss or the gradient is not
     finite.
     """
-    optimizer.zero_grad(set_to_none=True)
+    for parameter in model.trained:
+        parameter.grad = None
     with model.dropout():
         results = _accumulate(model, batches, loss, config, num_pairs, norms, reference)
     total = torch.stack([r.loss.double().sum() for r in results]).sum() if results else None
     mean = dist.all_reduce_sum(
         torch.zeros((), dtype=torch.float64, device=model.device) if total is None else total
     )
-    parameters = [p for p in model.module.parameters() if p.requires_grad]
-    dist.all_reduce_gradients(parameters)
-    grad_norm, clip_coef = clip_gradients(parameters, config.max_grad_norm)
+    dist.all_reduce_gradients(model.trained)
+    grad_norm, clip_coef = clip_gradients(model.trained, config.max_grad_norm)
     result = StepResult(results, mean / num_pairs, grad_norm, clip_coef)
     demand_finite(result)
     optimizer.step()
@@ -190,8 +191,10 @@ def _result(
 def demand_finite(result: StepResult) -> None:
     """Raise NonFiniteError naming the pairs whose loss is not finite, or the gradient."""
     # An infinite margin can give a finite loss of zero, so margins are looked at too.
-    sums = [result.loss, result.grad_norm, *(r.x.margin.sum() for r in result.pairs)]
-    if bool(torch.isfinite(torch.stack([s.double() for s in sums])).all()):
+    total = result.loss + result.grad_norm.double()
+    for pairs in result.pairs:
+        total = total + pairs.x.margin.sum()
+    if math.isfinite(total):
         return
     for pairs in result.pairs:
         odd = ~torch.isfinite(pairs.loss + pairs.x.margin)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastpref import dist, require_matching_kernels, runfolder
 from fastpref.best import Best
@@ -29,11 +30,13 @@ from fastpref.checkpoint import (
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset, load_dataset
 from fastpref.data.loader import Loader, StepPlan
-from fastpref.data.pack import demand_budget, demand_vocabulary, fed_tokens, pack_pairs
+from fastpref.data.pack import demand_budget, demand_vocabulary
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
 from fastpref.errors import NonFiniteError, Preempted
 from fastpref.evaluate import Evaluator, evaluation_names
+from fastpref.features import with_states
+from fastpref.head import freeze_body
 from fastpref.journal import Journal
 from fastpref.loggers import demand_packages
 from fastpref.losses import Loss, get_loss
@@ -69,6 +72,7 @@ class State:
     best: Best  # what the evaluations said so far
     key: str  # names the initial weights, the data and the reference: a resumed run shares them
     reference: PairModel | None = None  # the one that follows the policy (sync_ref_model)
+    head_start: Tensor | None = None  # (V, D) initial head weight, where the head alone learns
     step: int = 0  # finished optimizer steps
     num_tokens: int = 0  # of both sequences of every pair so far, as TRL counts
     loss_sum: float = 0.0  # of every step's loss so far
@@ -78,6 +82,12 @@ class State:
         self.window.add(result.pairs, float(result.grad_norm))
         self.num_tokens += plan.num_tokens
         self.loss_sum += float(result.loss)
+
+    def head_update(self) -> float | None:
+        """Frobenius norm of the head's weight minus its start; None where the body learns too."""
+        if self.head_start is None:
+            return None
+        return float(torch.dist(self.model.head.weight.detach(), self.head_start))
 
     def saved(self, log_history: list[dict[str, Any]]) -> TrainState:
         """The form in which checkpoints hold it."""
@@ -142,13 +152,17 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     dist.check_same("data", key, model.device)
     demand_vocabulary(dataset.train + dataset.held_out, len(model.head.weight))
     loader = _loader(config, dataset)
-    demand_budget(fed_tokens(dataset.held_out), config.max_tokens_per_microbatch)
+    demand_budget(dataset.sizes(dataset.held_out), config.max_tokens_per_microbatch)
     last_step = total_steps(config, loader.steps_per_epoch)
     rate_factor(config, last_step)
     best = Best(config)
     best.demand_known(evaluation_names(dataset))
+    if config.trainable == "head":
+        model = freeze_body(model)
     worst = check_model(model, dataset.train, config.max_tokens_per_microbatch)
     log.info("self-check: packed equals separate sequences to %.1e", worst)
+    if model.frozen_body:
+        dataset = with_states(config, model, dataset, progress)
     if loss.needs_reference:
         dataset, named = _with_reference(config, model, dataset, progress)
         key = f"{key} {named}"
@@ -159,6 +173,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     optimizer = build_optimizer(model.module.named_parameters(), config)
     scheduler = Schedule(optimizer, config, last_step)
     state = State(model, optimizer, scheduler, Window(model.device), best, key, reference)
+    if model.frozen_body:
+        state.head_start = model.head.weight.detach().clone()
     if checkpoint:
         state.restore(checkpoint)
         log.info("resumed from %s", checkpoint)
@@ -199,10 +215,11 @@ def run_loop(
             result = _step(config, loss, dataset, state, plan)
 
             # What it showed.
-            parts = [pair_columns(pairs) for pairs in result.pairs]
+            parts = [pair_columns(pairs, model.head_is_all) for pairs in result.pairs]
             state.observe(plan, result)
             if recorder:
-                record_step(recorder, plan, result, parts, truncated, rate, config.beta)
+                moved = state.head_update() if plan.step % config.logging_steps == 0 else None
+                record_step(recorder, plan, result, parts, truncated, rate, config.beta, moved)
             bar.step(plan, result, parts, time.perf_counter() - began)
             clock.count(plan)
             last = plan.step == last_step
@@ -260,7 +277,7 @@ def _step(config: Config, loss: Loss, dataset: Dataset, state: State, plan: Step
     model = state.model
     tracked = config.record and config.track == "head" and plan.step % config.track_every == 0
     batches = (
-        pack_pairs([dataset.train[i] for i in own]).to(model.device) for own in plan.micro_batches
+        dataset.pack([dataset.train[i] for i in own]).to(model.device) for own in plan.micro_batches
     )
     norms = "exact" if tracked else None
     try:
@@ -331,6 +348,7 @@ def _loader(config: Config, dataset: Dataset) -> Loader:
         seed=config.seed,
         batch_size=config.train_batch_size,
         max_tokens=config.max_tokens_per_microbatch,
+        sizes=dataset.sizes(dataset.train),
         shuffle=config.shuffle,
         stratify=config.stratify,
         weights=config.dataset_weights,
@@ -345,7 +363,9 @@ def _with_reference(
     pairs = dataset.train + dataset.held_out
     if config.sync_ref_model:
         demand_no_given(pairs, "sync_ref_model moves the reference, which must be a model")
-    found, named = find_reference(config, model, model.tokenizer, pairs, progress)
+    found, named = find_reference(
+        config, model, model.tokenizer, pairs, progress, pack=dataset.pack
+    )
     count = len(dataset.train)
     return dataclasses.replace(
         dataset, train=found.pairs[:count], held_out=found.pairs[count:]

@@ -6,15 +6,18 @@ import datetime
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from fastpref.config import Config
 from fastpref.config_rules import eval_set
 from fastpref.data.badrows import BadRow
 from fastpref.data.chat import read_template
 from fastpref.data.formats import Pair, read_pairs
+from fastpref.data.pack import Packer, fed_tokens, pack_pairs, scored_rows
 from fastpref.data.split import same_texts, split_pairs
 from fastpref.data.tokencache import cache_folder
 from fastpref.data.tokenize import Tokenized, TokenPair, tokenize_pairs
@@ -34,6 +37,9 @@ class Dataset:
     index: list[dict[str, object]]  # rows of the `index` records table
     dropped: list[BadRow]
     eval_sets: dict[int, str] = field(default_factory=dict)  # `TokenPair.origin` -> its name
+    # What a pair takes of max_tokens_per_microbatch, and how pairs become a micro-batch.
+    sizes: Callable[[Sequence[TokenPair]], np.ndarray] = fed_tokens
+    pack: Packer = pack_pairs
 
     def held_out_sets(self) -> dict[str, list[TokenPair]]:
         """The held-out pairs by the name of their set; "" for those without one."""
@@ -99,6 +105,7 @@ def load_dataset(config: Config, tokenizer: Any, progress: bool = False) -> Data
         [_index_row(pairs[s], "eval" if s in held_out else "train") for s in tokenized.sources],
         dropped,
         {n: name for n, (name, _) in enumerate(eval_sets, len(config.dataset_name)) if name},
+        scored_rows if config.trainable == "head" else fed_tokens,
     )
 
 

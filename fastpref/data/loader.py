@@ -37,7 +37,7 @@ class Loader:
 
     The last step of an epoch holds what is left and may be smaller. Raises ValueError when there
     is nothing to train on, when a weight leaves no pair of its source, or when a pair is larger
-    than the token budget.
+    than the token budget. ``sizes`` (N,) is what a pair takes of it; its fed tokens, if not given.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Loader:
         seed: int,
         batch_size: int,
         max_tokens: int,
+        sizes: np.ndarray | None = None,
         shuffle: bool = True,
         stratify: bool = False,
         weights: Sequence[float] = (),
@@ -59,11 +60,11 @@ class Loader:
         self.num_pairs, self.batch_size = sum(s.per_epoch for s in self.sources), batch_size
         self.seed, self.shuffle, self.max_tokens = seed, shuffle, max_tokens
         self.rank, self.world = rank, world
-        self.fed = fed_tokens(pairs)
+        self.sizes = fed_tokens(pairs) if sizes is None else sizes
         self.tokens = np.array([sequence_tokens(pair) for pair in pairs], np.int64)
         strata = {key: n for n, key in enumerate(sorted({(p.behavior, p.label) for p in pairs}))}
         self.stratum = np.array([strata[p.behavior, p.label] for p in pairs]) if stratify else None
-        demand_budget(self.fed, max_tokens)
+        demand_budget(self.sizes, max_tokens)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -89,12 +90,12 @@ class Loader:
             chosen = order[within * self.batch_size : (within + 1) * self.batch_size]
             done = epoch + min((within + 1) * self.batch_size / self.num_pairs, 1.0)
             own = self._share(chosen)
-            batches = plan_microbatches(self.fed, own, self.max_tokens)
+            batches = plan_microbatches(self.sizes, own, self.max_tokens)
             yield StepPlan(step, done, len(chosen), int(self.tokens[chosen].sum()), batches)
 
     def _share(self, indices: np.ndarray) -> np.ndarray:
         """This rank's part: dealt out by length, there and back, so that token counts are even."""
-        by_length = indices[np.lexsort((indices, -self.fed[indices]))]
+        by_length = indices[np.lexsort((indices, -self.sizes[indices]))]
         turn = np.arange(len(indices)) % (2 * self.world)
         return by_length[np.minimum(turn, 2 * self.world - 1 - turn) == self.rank]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from fastpref.batch import GROUP, PairBatch
 from fastpref.data.tokenize import TokenPair
+
+Packer = Callable[[Sequence[TokenPair]], PairBatch]
 
 
 class Parts(NamedTuple):
@@ -41,61 +43,98 @@ def parts(pair: TokenPair) -> Parts:
     return Parts(prompt, common, prompt + common, max(chosen - 1, 0), max(rejected - 1, 0))
 
 
+class Rows(NamedTuple):
+    """The scored rows of one pair: shared ones, the chosen rest's, the rejected rest's."""
+
+    at: np.ndarray  # (rows,) int64, counted in the pair's fed tokens
+    target: np.ndarray  # (rows,) int32
+    part: np.ndarray  # (rows,) int32: 0 shared, 1 chosen rest, 2 rejected rest
+
+
+def pair_rows(pair: TokenPair, at: Parts) -> Rows:
+    """Which fed token of ``pair`` predicts which token.
+
+    Raises ValueError where the completions are equal: such a pair has nothing to teach, and its
+    layout would end in a token that predicts nothing.
+    """
+    rest_c, rest_r = pair.chosen[at.common :], pair.rejected[at.common :]
+    if not len(rest_c) and not len(rest_r):
+        raise ValueError(
+            f"pair {pair.pair_id}: chosen and rejected are the same {at.common} tokens"
+        )
+    last = at.prefix - 1  # the prefix's last token predicts both rests' first tokens
+    rest = np.arange(last, at.fed)
+    chosen, rejected = rest[: at.chosen + 1], rest[at.chosen :].copy()
+    rejected[0] = last
+    rows = (np.arange(at.prompt - 1, last), chosen[: len(rest_c)], rejected[: len(rest_r)])
+    found = Rows(
+        np.concatenate(rows),
+        np.concatenate((pair.chosen[: at.common], rest_c, rest_r)),
+        np.repeat(np.arange(GROUP, dtype=np.int32), [len(own) for own in rows]),
+    )
+    if at.prompt:
+        return found
+    scored = found.at >= 0  # an empty prompt: nothing precedes position 0, it is not scored
+    return Rows(*(values[scored] for values in found))
+
+
 def pack_pairs(pairs: Sequence[TokenPair]) -> PairBatch:
     """Pack ``pairs`` in the given order into one `PairBatch` on the CPU.
 
-    Raises ValueError for a pair whose completions are equal: it has nothing to teach, and its
-    layout would end in a token that predicts nothing.
+    Raises ValueError for a pair whose completions are equal, see `pair_rows`.
     """
     lay = [parts(pair) for pair in pairs]
-    tokens, positions, rows, target, segment = [], [], [], [], []
-    start = 0
-    for p, (pair, at) in enumerate(zip(pairs, lay, strict=True)):
+    tokens, positions, rows = [], [], []
+    for pair, at in zip(pairs, lay, strict=True):
+        rows.append(pair_rows(pair, at))
         rest_c, rest_r = pair.chosen[at.common :], pair.rejected[at.common :]
-        if not len(rest_c) and not len(rest_r):
-            raise ValueError(
-                f"pair {pair.pair_id}: chosen and rejected are the same {at.common} tokens"
-            )
         tokens += [pair.prompt, pair.chosen[: at.common], rest_c[: at.chosen], rest_r[:-1]]
         branch = np.arange(at.prefix, at.prefix + max(at.chosen, at.rejected))
         positions += [np.arange(at.prefix), branch[: at.chosen], branch[: at.rejected]]
-
-        last = start + at.prefix - 1  # the prefix's last token predicts both rests' first tokens
-        chosen_at, rejected_at = start + at.prefix, start + at.prefix + at.chosen
-        own_rows = (
-            np.arange(start + at.prompt - 1, last),
-            np.r_[last, chosen_at : chosen_at + at.chosen][: len(rest_c)],
-            np.r_[last, rejected_at : rejected_at + at.rejected][: len(rest_r)],
-        )
-        own_target = (pair.chosen[: at.common], rest_c, rest_r)
-        for s, (r, y) in enumerate(zip(own_rows, own_target, strict=True)):
-            scored = r >= start  # an empty prompt: nothing precedes position 0, it is not scored
-            rows.append(r[scored])
-            target.append(y[scored])
-            segment.append(np.full(int(scored.sum()), GROUP * p + s, np.int32))
-        start += at.fed
-
-    segment_id = np.concatenate(segment)
-    counts = np.bincount(segment_id, minlength=GROUP * len(lay)).reshape(-1, GROUP)
     lengths = np.array([(at.prefix, at.chosen, at.rejected) for at in lay], np.int64)
+    fed = lengths.sum(axis=1)
+    number = np.repeat(np.arange(len(lay)), [len(own.at) for own in rows])
+    at_row, target, part = (np.concatenate(column) for column in zip(*rows, strict=True))
     return PairBatch(
         tokens=_int64(np.concatenate(tokens)),
         positions=_int64(np.concatenate(positions)),
-        rows=_int64(np.concatenate(rows)),
-        target=_int64(np.concatenate(target)),
-        segment_id=torch.from_numpy(segment_id),
-        pair_of_token=_int64(np.repeat(np.arange(len(lay)), lengths.sum(axis=1))),
-        prefix_len=_int64(lengths[:, 0]),
-        chosen_len=_int64(lengths[:, 1]),
-        rejected_len=_int64(lengths[:, 2]),
-        chosen_scored=_int64(counts[:, 0] + counts[:, 1]),
-        rejected_scored=_int64(counts[:, 0] + counts[:, 2]),
-        pair_id=torch.tensor([pair.pair_id for pair in pairs], dtype=torch.int64),
-        behavior=torch.tensor([pair.behavior for pair in pairs], dtype=torch.int64),
-        ref_chosen=_reference([pair.ref_chosen for pair in pairs]),
-        ref_rejected=_reference([pair.ref_rejected for pair in pairs]),
-        lengths=tuple((at.prefix, at.chosen, at.rejected) for at in lay),
+        rows=_int64(at_row + (np.cumsum(fed) - fed)[number]),
+        pair_of_token=_int64(np.repeat(np.arange(len(lay)), fed)),
+        **segments(number, target, part, lengths),
+        **identities(pairs),
     )
+
+
+def segments(
+    number: np.ndarray,  # (R,) of the row's pair in the batch
+    target: np.ndarray,  # (R,)
+    part: np.ndarray,  # (R,) as in `Rows`
+    lengths: np.ndarray,  # (P, 3) fed tokens of prefix, chosen rest, rejected rest
+) -> dict[str, Any]:
+    """Fields of a `PairBatch` that say what its rows are summed into."""
+    segment_id = (GROUP * number + part).astype(np.int32)
+    counts = np.bincount(segment_id, minlength=GROUP * len(lengths)).reshape(-1, GROUP)
+    prefix, chosen, rejected = lengths.T
+    return {
+        "target": _int64(target),
+        "segment_id": torch.from_numpy(segment_id),
+        "prefix_len": _int64(prefix),
+        "chosen_len": _int64(chosen),
+        "rejected_len": _int64(rejected),
+        "chosen_scored": _int64(counts[:, 0] + counts[:, 1]),
+        "rejected_scored": _int64(counts[:, 0] + counts[:, 2]),
+        "lengths": tuple(map(tuple, lengths.tolist())),
+    }
+
+
+def identities(pairs: Sequence[TokenPair]) -> dict[str, Any]:
+    """Fields of a `PairBatch` that say which pairs it holds, and their reference log-probs."""
+    return {
+        "pair_id": torch.tensor([pair.pair_id for pair in pairs], dtype=torch.int64),
+        "behavior": torch.tensor([pair.behavior for pair in pairs], dtype=torch.int64),
+        "ref_chosen": _reference([pair.ref_chosen for pair in pairs]),
+        "ref_rejected": _reference([pair.ref_rejected for pair in pairs]),
+    }
 
 
 def fed_tokens(pairs: Sequence[TokenPair]) -> np.ndarray:
@@ -103,13 +142,23 @@ def fed_tokens(pairs: Sequence[TokenPair]) -> np.ndarray:
     return np.array([parts(pair).fed for pair in pairs], np.int64)
 
 
-def demand_budget(fed: np.ndarray, max_tokens: int) -> None:
-    """Raise ValueError where a single pair has more than ``max_tokens`` fed tokens."""
-    longest = int(fed.max(initial=0))
+def scored_rows(pairs: Sequence[TokenPair]) -> np.ndarray:
+    """(N,) rows of each pair, what a micro-batch without tokens consists of. A pair without prompt
+    has one or two less."""
+    return np.array(
+        [len(p.chosen) + len(p.rejected) - common_length(p.chosen, p.rejected) for p in pairs],
+        np.int64,
+    )
+
+
+def demand_budget(sizes: np.ndarray, max_tokens: int) -> None:
+    """Raise ValueError where a single pair takes more than ``max_tokens``."""
+    longest = int(sizes.max(initial=0))
     if longest > max_tokens:
         raise ValueError(
-            f"a pair has {longest} packed tokens, but max_tokens_per_microbatch is {max_tokens}. "
-            f"Set it to at least {longest}, or lower max_length."
+            f"a pair has {longest} packed tokens (trainable: head: scored rows), but "
+            f"max_tokens_per_microbatch is {max_tokens}. Set it to at least {longest}, or lower "
+            "max_length."
         )
 
 
@@ -127,10 +176,10 @@ def demand_vocabulary(pairs: Sequence[TokenPair], vocab_size: int) -> None:
 def plan_microbatches(fed: np.ndarray, indices: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Split ``indices`` into micro-batches of at most ``max_tokens`` fed tokens each.
 
-    ``fed`` (N,) holds the fed tokens of every pair. Pairs are taken by length, so that a
-    micro-batch holds pairs of similar length; ties by index, so that the plan is a function of its
-    arguments alone. As few micro-batches as the budget allows when filled in that order, of about
-    equal token counts.
+    ``fed`` (N,) holds the fed tokens of every pair, or its rows (`scored_rows`). Pairs are taken by
+    length, so that a micro-batch holds pairs of similar length; ties by index, so that the plan is
+    a function of its arguments alone. As few micro-batches as the budget allows when filled in that
+    order, of about equal token counts.
 
     Raises ValueError where a single pair is larger than the budget.
     """
@@ -139,6 +188,8 @@ def plan_microbatches(fed: np.ndarray, indices: np.ndarray, max_tokens: int) -> 
         return []
     demand_budget(fed[order], max_tokens)
     cuts = _greedy_cuts(fed[order], max_tokens)
+    if not cuts:
+        return [order]
     # The greedy fill leaves a small last one; the smallest budget with as many cuts evens it out.
     low, high = max(int(fed[order[-1]]), -(-int(fed[order].sum()) // (len(cuts) + 1))), max_tokens
     while low < high:
@@ -161,8 +212,8 @@ def _greedy_cuts(lengths: np.ndarray, budget: int) -> list[int]:
 
 
 def _int64(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int64))
+    return torch.from_numpy(np.ascontiguousarray(values, np.int64))
 
 
 def _reference(values: Sequence[float | None]) -> torch.Tensor:
-    return torch.tensor([float("nan") if v is None else v for v in values], dtype=torch.float32)
+    return torch.tensor([float("nan") if v is None else v for v in values], dtype=torch.float64)

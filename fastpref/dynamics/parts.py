@@ -68,13 +68,11 @@ def read_part(path: Path, table: str, columns: Sequence[str] | None = None) -> p
         return file.read(columns=None if columns is None else list(columns))
 
 
-def arrow_array(column: schema.Column, value: Any, rows: int) -> pa.Array:
-    """Arrow array of `rows` values of the column's type from a numpy array, number or None."""
-    if value is None:
-        return pa.nulls(rows, column.type)
-    if isinstance(value, (str, bool, int, float, np.generic)):
-        scalar = value.item() if isinstance(value, np.generic) else value
-        return pa.array([scalar] * rows, column.type)
+def check_column(column: schema.Column, value: Any, rows: int) -> None:
+    """Raise ValueError unless ``value`` can become `rows` values of the column: a numpy array, one
+    number or text for all, or None."""
+    if value is None or isinstance(value, (str, bool, int, float, np.generic)):
+        return
     nested = pa.types.is_list(column.type)
     if not isinstance(value, np.ndarray):
         raise ValueError(
@@ -85,13 +83,41 @@ def arrow_array(column: schema.Column, value: Any, rows: int) -> pa.Array:
             f"column {column.name!r} needs shape ({rows}{', G' if nested else ','}), "
             f"got {value.shape}"
         )
+    if value.dtype.kind in "iu" and pa.types.is_integer(column.type):
+        limits = np.iinfo(column.type.to_pandas_dtype())
+        for number in (value.min(initial=0), value.max(initial=0)):
+            if not limits.min <= number <= limits.max:
+                raise ValueError(
+                    f"column {column.name!r}: {number} not in range: {limits.min} to {limits.max}"
+                )
+
+
+def arrow_array(column: schema.Column, values: Sequence[Any], rows: Sequence[int]) -> pa.Array:
+    """One array from ``values`` that `check_column` passed, each for as many rows as ``rows`` says.
+
+    Arrays of one width are joined before they become Arrow's: an array a value would cost as much
+    time as all else that a small step records.
+    """
+    total = sum(rows)
+    if all(value is None for value in values):
+        return pa.nulls(total, column.type)
+    if all(isinstance(value, (str, bool, int, float, np.generic)) for value in values):
+        each = zip(map(plain, values), rows, strict=True)
+        return pa.array([v for v, count in each for _ in range(count)], column.type)
+    widths = {value.shape[1:] if isinstance(value, np.ndarray) else None for value in values}
+    if None in widths or len(widths) > 1:
+        singles = zip(values, rows, strict=True)
+        parts = [arrow_array(column, [v], [n]) for v, n in singles]
+        return pa.chunked_array(parts, column.type).combine_chunks()
+    joined = np.concatenate(values)
+    nested = pa.types.is_list(column.type)
     kind = column.type.value_type if nested else column.type
     if pa.types.is_floating(kind):
-        value = value.astype(kind.to_pandas_dtype())
-    flat = pa.array(value.reshape(-1), kind)
+        joined = joined.astype(kind.to_pandas_dtype())
+    flat = pa.array(joined.reshape(-1), kind)
     if not nested:
         return flat
-    offsets = np.arange(rows + 1, dtype=np.int32) * value.shape[1]
+    offsets = np.arange(total + 1, dtype=np.int32) * joined.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), flat)
 
 

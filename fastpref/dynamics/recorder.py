@@ -10,7 +10,6 @@ The last part of a run may end early; a run that goes on from there completes it
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import pyarrow as pa
 from fastpref.dynamics import schema
 from fastpref.dynamics.parts import (
     arrow_array,
+    check_column,
     cut_parts,
     first_step_of,
     last_step_of,
@@ -77,6 +77,9 @@ class Recorder:
         self._behaviors = pa.array(list(behaviors), pa.string())
         self._splits = pa.array(list(schema.SPLITS), pa.string())
         self._buffer: dict[str, list[pa.Table]] = {}
+        # What was recorded and is checked, but not in Arrow's form yet: see `arrow_array`.
+        self._pairs: list[dict[str, Any]] = []
+        self._steps: list[dict[str, Any]] = []
         self._margins: dict[tuple[str, str], tuple[int, float]] = {}
         self._flushed = self._written = resume_step or -1
         if resume_step:
@@ -123,8 +126,6 @@ class Recorder:
                 raise ValueError(f"records of pairs at step {step} need the column {name!r}")
         if split not in schema.SPLITS:
             raise ValueError(f"split {split!r} at step {step} is none of {list(schema.SPLITS)}")
-        for name in columns:
-            schema.TABLES["pairs"].column(name)
         rows = len(columns["pair_id"])
         margin, chosen, rejected = map(columns.get, ("margin", "logp_chosen", "logp_rejected"))
         if isinstance(margin, np.ndarray):
@@ -133,19 +134,18 @@ class Recorder:
             columns.setdefault("output_accuracy", chosen > rejected)
         columns |= {"step": step, "rank": self._rank, "epoch": epoch}
         columns["split"] = np.full(rows, list(schema.SPLITS).index(split), np.int32)
-        names = {"behavior": self._behaviors, "split": self._splits}
-        arrays = [
-            _named(columns[c.name], names[c.name], c.name, rows)
-            if c.name in names
-            else arrow_array(c, columns.get(c.name), rows)
-            for c in schema.TABLES["pairs"].columns
-        ]
-        table = pa.Table.from_arrays(arrays, schema=_pairs_schema())
-        self._buffer.setdefault("pairs", []).append(table)
+        for name, value in columns.items():
+            check_column(schema.TABLES["pairs"].column(name), value, rows)
+        _check_indices("behavior", columns["behavior"], len(self._behaviors))
+        self._pairs.append(columns)
 
     def step(self, step: int, **scalars: Any) -> None:
         """Record one optimizer step: columns of the `steps` table."""
-        self._add_rows("steps", step, [{**scalars, "step": step}])
+        self._check_step("steps", step)
+        for name in scalars:
+            schema.TABLES["steps"].column(name)
+        if self._rank == 0:
+            self._steps.append({**scalars, "step": step})
 
     def behaviors(
         self, step: int, split: str, rows: Iterable[Mapping[str, object]]
@@ -193,16 +193,31 @@ class Recorder:
 
     def _write(self, step: int) -> None:
         first = self._first_step(step)
-        self._buffer.setdefault(_COMMIT_TABLE, [])
+        self._buffer.setdefault(_COMMIT_TABLE, []).append(self._pairs_table())
+        if self._steps:
+            self._buffer.setdefault("steps", []).append(table_of_rows("steps", self._steps))
+        self._pairs, self._steps = [], []
         for name in sorted(self._buffer, key=lambda name: name == _COMMIT_TABLE):
-            empty = schema.arrow_schema(name).empty_table()
-            table = pa.concat_tables([*self._buffer[name], empty])
+            table = pa.concat_tables(self._buffer[name])
             if table.num_rows or name == _COMMIT_TABLE:
                 write_part(table, self._root / name / part_name(first, self._rank), step)
         self._written = step
         # An unfinished part stays in memory: a loop that goes on past close() completes it.
         if step % self._part_steps == 0:
             self._buffer.clear()
+
+    def _pairs_table(self) -> pa.Table:
+        rows = [len(columns["pair_id"]) for columns in self._pairs]
+        names = {"behavior": self._behaviors, "split": self._splits}
+        arrays = []
+        for column in schema.TABLES["pairs"].columns:
+            values = [columns.get(column.name) for columns in self._pairs]
+            if column.name in names:
+                indices = arrow_array(schema.Column("", pa.int32(), "", ""), values, rows)
+                arrays.append(pa.DictionaryArray.from_arrays(indices, names[column.name]))
+            else:
+                arrays.append(arrow_array(column, values, rows))
+        return pa.Table.from_arrays(arrays, schema=schema.arrow_schema("pairs"))
 
     def _check_step(self, table: str, step: int) -> None:
         following = self._flushed + 1
@@ -312,21 +327,14 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-@functools.cache
-def _pairs_schema() -> pa.Schema:
-    return schema.arrow_schema("pairs")
-
-
-def _named(indices: Any, names: pa.Array, column: str, rows: int) -> pa.Array:
-    """Dictionary array of rows (P,) whose integers `indices` point into `names`."""
-    array = arrow_array(schema.Column(column, pa.int32(), "", ""), indices, rows)
-    bad = np.flatnonzero((indices < 0) | (indices >= len(names)))
+def _check_indices(column: str, indices: np.ndarray, count: int) -> None:
+    """Raise ValueError unless every one of (P,) `indices` is one of 0 to count - 1."""
+    bad = np.flatnonzero((indices < 0) | (indices >= count))
     if bad.size:
         raise ValueError(
             f"column {column!r} holds index {indices[bad[0]]} at row {bad[0]}, expected 0 to "
-            f"{len(names) - 1}"
+            f"{count - 1}"
         )
-    return pa.DictionaryArray.from_arrays(array, names)
 
 
 def _writable(row: Mapping[str, object]) -> dict[str, object]:

@@ -170,7 +170,12 @@ _STEPS = Table(
         Column("rows", _I64, "-", "scored positions"),
         Column("micro_batches", _I32, "-", "micro-batches of the step"),
         Column("gradient_noise_scale", _F64, "pair", "tr(cov of pair gradients) / |mean|^2"),
-        Column("head_update_norm", _F64, "-", "Frobenius norm of head weight - its start"),
+        Column(
+            "head_update_norm",
+            _F64,
+            "-",
+            "Frobenius norm of head weight - its start, after the step; every logging_steps",
+        ),
         Column("head_update_norm_predicted", _F64, "-", "the same, by the theory (docs of theory)"),
         Column("module_update_norm", pa.list_(_F32), "-", "the same for each layer group"),
         Column("lora_update_norm", pa.list_(_F32), "-", "Frobenius norm of each adapter's B A"),

@@ -29,6 +29,12 @@ class _Batch:
     span: tuple[int, int] | None  # the rows as one contiguous range, where they are one
     products: Tensor  # (B, L, L) sum over the vocabulary so far of F_t F_s
 
+    def of(self, x: Tensor) -> Tensor:
+        """(R, ...) -> (B, L, ...), without a copy where the rows are one range."""
+        if self.span is None:
+            return x[self.rows]
+        return x[slice(*self.span)].unflatten(0, self.rows.shape)
+
 
 class GroupGram:
     """<d logp[a] / dW, d logp[b] / dW> for all segments a, b of one group; W without the bias.
@@ -53,19 +59,24 @@ class GroupGram:
         if segment_id is None:
             segment_id = torch.arange(num_segments, device=like.device)
         self.segment_id = segment_id.to(torch.int64)
-        count = torch.bincount(self.segment_id // group_size, minlength=self.groups).cpu()
-        start = torch.cumsum(count, 0) - count
+        count = torch.bincount(self.segment_id // group_size, minlength=self.groups).tolist()
+        of_length: dict[int, tuple[list[int], list[int]]] = {}  # groups, and their first rows
+        start = 0
+        for group, length in enumerate(count):
+            if length:
+                groups, starts = of_length.setdefault(length, ([], []))
+                groups.append(group)
+                starts.append(start)
+            start += length
         self.batches: list[_Batch] = []
-        for length in count.unique().tolist():
-            if length == 0:
-                continue
-            group = (count == length).nonzero().squeeze(1)
-            rows = start[group].unsqueeze(1) + torch.arange(length)
-            first, last = int(rows[0, 0]), int(rows[-1, -1])
-            span = (first, last + 1) if last + 1 - first == rows.numel() else None
-            products = like.new_zeros(len(group), length, length)
-            device = like.device
-            self.batches.append(_Batch(group.to(device), rows.to(device), span, products))
+        for length in sorted(of_length):
+            groups, starts = of_length[length]
+            first, last, device = starts[0], starts[-1] + length, like.device
+            span = (first, last) if last - first == length * len(starts) else None
+            rows = torch.tensor(starts, device=device).unsqueeze(1)
+            rows = rows + torch.arange(length, device=device)
+            products = like.new_zeros(len(groups), length, length)
+            self.batches.append(_Batch(torch.tensor(groups, device=device), rows, span, products))
 
     def add_tile(self, exps: Tensor, shrink: Tensor | None) -> None:
         """exps (C, R) relative to the running maximum; shrink as from `RowSums`."""
@@ -93,13 +104,13 @@ class GroupGram:
         dtype = terms.total.dtype
         gram = terms.total.new_zeros(self.groups, self.group_size, self.group_size)
         for batch in self.batches:
-            hidden_BLD = hidden[batch.rows].to(dtype)
-            target_BL = target[batch.rows]
-            total, weight_BL, phi = (x[batch.rows] for x in (terms.total, terms.weight, terms.phi))
+            hidden_BLD = batch.of(hidden).to(dtype)
+            target_BL = batch.of(target)
+            total, weight_BL, phi = map(batch.of, (terms.total, terms.weight, terms.phi))
             same = target_BL.unsqueeze(2) == target_BL.unsqueeze(1)
             # other[t, s] = q_t[y_s]: what row t gives to the target of row s.
             other = torch.bmm(hidden_BLD, weight[target_BL].to(dtype).transpose(1, 2))
-            other = exps(other, target_BL.unsqueeze(1), terms.maximum[batch.rows].unsqueeze(2))
+            other = exps(other, target_BL.unsqueeze(1), batch.of(terms.maximum).unsqueeze(2))
             other = (other / total.unsqueeze(2)).masked_fill_(same, 0.0) * phi.unsqueeze(1)
             # One division after the other: the product of two totals may underflow.
             dots = batch.products / total.unsqueeze(2) / total.unsqueeze(1)
@@ -108,7 +119,7 @@ class GroupGram:
             dots *= weight_BL.unsqueeze(2) * weight_BL.unsqueeze(1)
             dots *= torch.bmm(hidden_BLD, hidden_BLD.transpose(1, 2))
             member = torch.nn.functional.one_hot(
-                self.segment_id[batch.rows] % self.group_size, self.group_size
+                batch.of(self.segment_id) % self.group_size, self.group_size
             ).to(dtype)
             gram[batch.group] = torch.bmm(member.transpose(1, 2), torch.bmm(dots, member))
         return gram

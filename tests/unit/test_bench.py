@@ -29,7 +29,7 @@ def job(tiny_model_dir: Path, tiny_data: Path, tmp_path: Path) -> Job:
 
 @pytest.fixture
 def quiet() -> Iterator[None]:
-    with train._quiet():
+    with train.quiet():
         yield
 
 
