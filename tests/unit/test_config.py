@@ -115,7 +115,7 @@ def test_a_message_names_file_line_expected_and_value(tmp_path: Path) -> None:
         ("save_steps", 0, "1 or more"),
         ("max_length", 1, "2 or more"),
         ("resume_from_checkpoint", True, "set auto"),
-        ("trainable", "head", "expected all or lora, got 'head'"),
+        ("trainable", "body", "expected all or lora or head, got 'body'"),
         ("lora_r", 0, "1 or more"),
         ("lora_alpha", 0, "1 or more"),
         ("lora_dropout", 1, "0 <= value < 1"),
