@@ -68,8 +68,12 @@ def with_reference(
     under ``ld_alpha`` they are refused, because sums cannot be weighted any more. Raises ValueError
     where a cache file is incomplete or disagrees with the model.
     """
-    if ld_alpha is not None:
-        demand_no_given(pairs, "ld_alpha weighs tokens, which sums do not have any more")
+    given = [p for p in pairs if p.ref_chosen is not None or p.ref_rejected is not None]
+    if ld_alpha is not None and given:
+        raise ValueError(
+            f"pair {given[0].pair_id} brings reference log-probs, but ld_alpha weighs tokens, "
+            "which sums do not have any more."
+        )
     missing = [p for p in pairs if p.ref_chosen is None or p.ref_rejected is None]
     if not missing:
         return list(pairs)
@@ -93,16 +97,6 @@ def with_reference(
         else p
         for p in pairs
     ]
-
-
-def demand_no_given(pairs: Sequence[TokenPair], why: str) -> None:
-    """Raise ValueError where the data brought reference log-probs of its own."""
-    for pair in pairs:
-        if pair.ref_chosen is not None or pair.ref_rejected is not None:
-            raise ValueError(
-                f"pair {pair.pair_id} brings reference log-probs (columns ref_chosen_logps, "
-                f"ref_rejected_logps), but {why}. Remove the columns, or the option."
-            )
 
 
 def reference_logp(

@@ -37,7 +37,8 @@ def load_dataset(config: Config, tokenizer: Any) -> Dataset:
     """Read, split and tokenise ``config.dataset_name`` (and ``eval_dataset_name``).
 
     Raises ValueError for bad rows unless ``on_bad_rows`` is "drop", for an unknown behavior in
-    ``flip_behaviors``, and for held-out pairs that also stand in the training data.
+    ``flip_behaviors``, for held-out pairs that also stand in the training data, and for reference
+    log-probs in the data where the run needs a model for them.
     """
     if not config.dataset_name:
         raise ValueError("dataset_name is empty. Set it to files or folders of preference pairs.")
@@ -53,6 +54,7 @@ def load_dataset(config: Config, tokenizer: Any) -> Dataset:
         on_bad_rows=config.on_bad_rows,
     )
     log.info("%d pairs read", len(pairs))
+    _check_given(pairs, config)
     if config.eval_dataset_name:
         named = len(config.dataset_name)
         held_out = {i for i, pair in enumerate(pairs) if pair.origin >= named}
@@ -116,6 +118,23 @@ def _demand_apart(pairs: Sequence[Pair], held_out: set[int]) -> None:
             f"{pair.source}:{pair.line}: this held-out pair is also training pair "
             f"{twin.source}:{twin.line}. Take it out of one of them."
         )
+
+
+def _check_given(pairs: Sequence[Pair], config: Config) -> None:
+    """Reference log-probs of the data cannot be weighed by token, and do not move."""
+    if config.ld_alpha is not None:
+        why = "ld_alpha weighs tokens, which sums do not have any more"
+    elif config.sync_ref_model:
+        why = "sync_ref_model moves the reference, which must be a model"
+    else:
+        return
+    for pair in pairs:
+        if pair.ref_chosen is not None:
+            raise ValueError(
+                f"{pair.source}:{pair.line}: the row brings reference log-probs (ref_chosen_logps, "
+                f"ref_rejected_logps; KTO's ref_logps), but {why}. Remove the columns, or the "
+                "option."
+            )
 
 
 def _index_row(pair: Pair, split: str) -> dict[str, object]:
