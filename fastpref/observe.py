@@ -61,13 +61,13 @@ def record_step(
     plan: StepPlan,
     result: StepResult,
     columns: Sequence[Columns],  # one per micro-batch of this rank
-    truncated: np.ndarray,  # pair_ids whose completions max_length cut
+    truncated: frozenset[int],  # pair_ids whose completions max_length cut
     learning_rate: float,
     beta: float,
 ) -> None:
     """Rows of `pairs` for every micro-batch, and the step's row of `steps`."""
     for micro, own in enumerate(columns):
-        cut = np.isin(own["pair_id"], truncated)
+        cut = np.array([pair_id in truncated for pair_id in own["pair_id"].tolist()], bool)
         recorder.pairs(plan.step, TRAIN, plan.epoch, micro=micro, truncated=cut, **own)
     own_sizes = [(r.batch.num_tokens, r.batch.rows.numel(), 1) for r in result.pairs]
     sizes = torch.tensor(own_sizes or [(0, 0, 0)], device=result.loss.device).sum(dim=0)

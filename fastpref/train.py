@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastpref import dist, require_matching_kernels, runfolder
@@ -183,7 +182,7 @@ def run_loop(
     if main:  # nothing can refuse the resumption any more; the run is about to contradict these
         remove_checkpoints_after(run, state.step)
     evaluator = Evaluator(config, dataset) if config.eval_steps and main else None
-    truncated = np.array([p.pair_id for p in dataset.train if p.truncated], np.int64)
+    truncated = frozenset(p.pair_id for p in dataset.train if p.truncated)
     if evaluator and state.step == 0 and config.eval_on_start:
         evaluator.run(model, loss, 0, 0.0, journal, recorder)
     if best.stop:  # it ended early already
