@@ -286,6 +286,13 @@ def test_python_lists_in_cells_are_refused_with_the_remedy(tmp_path: Path) -> No
         read_pairs([str(file)])
 
 
+def test_json_by_columns_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({name: {"0": text, "1": text} for name, text in GOOD.items()}))
+    with pytest.raises(ValueError, match=r"a.json holds columns, not rows.*orient='records'"):
+        read_pairs([str(file)], on_bad_rows="drop")
+
+
 def test_empty_lists_and_objects_in_cells_count_as_absent(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_bytes(
