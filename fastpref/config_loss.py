@@ -43,6 +43,8 @@ def _unknown(name: str) -> str:
     key = name.lower().replace("-", "_")
     if key in ANSWERS:
         return ANSWERS[key]
+    if "," in name:
+        return "name several as a list, without commas on the command line"
     near = difflib.get_close_matches(key, [*TABLE, *ALIASES], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{hint}There are: {', '.join(TABLE)}"

@@ -69,14 +69,14 @@ def record_step(
     plan: StepPlan,
     result: StepResult,
     columns: Sequence[Columns],  # one per micro-batch of this rank
-    truncated: np.ndarray,  # pair_ids of which max_length cut a part
+    truncated: frozenset[int],  # pair_ids of which max_length cut a part
     learning_rate: float,
     beta: float,
     head_update: float | None = None,  # Frobenius norm of head weight - its start
 ) -> None:
     """Rows of `pairs` for every micro-batch, and the step's row of `steps`."""
     for micro, own in enumerate(columns):
-        cut = np.isin(own["pair_id"], truncated)
+        cut = np.array([pair_id in truncated for pair_id in own["pair_id"].tolist()], bool)
         extra = {"micro": micro, "truncated": cut, "norm_method": norm_method(own)}
         recorder.pairs(plan.step, TRAIN, plan.epoch, **extra, **own)
     own_sizes = [(r.batch.num_tokens, r.batch.rows.numel(), 1) for r in result.pairs]

@@ -115,8 +115,12 @@ def look_up(
     because sums cannot be weighted any more. Every rank calls this; rank 0 alone touches the files.
     Raises ValueError where a cache file is incomplete or disagrees with the model.
     """
-    if ld_alpha is not None:
-        demand_no_given(pairs, "ld_alpha weighs tokens, which sums do not have any more")
+    own = [p for p in pairs if p.ref_chosen is not None or p.ref_rejected is not None]
+    if ld_alpha is not None and own:
+        raise ValueError(
+            f"pair {own[0].pair_id} brings reference log-probs, but ld_alpha weighs tokens, "
+            "which sums do not have any more."
+        )
     missing = [p for p in pairs if p.ref_chosen is None or p.ref_rejected is None]
     given = len(pairs) - len(missing)
     _tell_of_given(pairs, given)
@@ -176,16 +180,6 @@ def _tell_of_given(pairs: Sequence[TokenPair], given: int) -> None:
             "they are, may be those of the whole completions",
             cut,
         )
-
-
-def demand_no_given(pairs: Sequence[TokenPair], why: str) -> None:
-    """Raise ValueError where the data brought reference log-probs of its own."""
-    for pair in pairs:
-        if pair.ref_chosen is not None or pair.ref_rejected is not None:
-            raise ValueError(
-                f"pair {pair.pair_id} brings reference log-probs (columns ref_chosen_logps, "
-                f"ref_rejected_logps), but {why}. Remove the columns, or the option."
-            )
 
 
 def reference_logp(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import math
 import signal
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +51,7 @@ from fastpref.model import (
 from fastpref.observe import Window, pair_columns, record_step
 from fastpref.optim import build_optimizer
 from fastpref.progress import Bar, Clock
-from fastpref.refcache import cache_key, demand_no_given
+from fastpref.refcache import cache_key
 from fastpref.reference import copy_reference, is_live, sync_reference
 from fastpref.refmodel import find_reference
 from fastpref.schedule import WARMUP_RATIO, Schedule, rate_factor
@@ -148,7 +148,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     dataset = load_dataset(config, tokenizer, progress)
     torch.manual_seed(config.seed)
     model = load_model(config, tokenizer)
-    key = cache_key(model, dataset.train + dataset.held_out)
+    key = _data_key(model, dataset)
     dist.check_same("data", key, model.device)
     demand_vocabulary(dataset.train + dataset.held_out, len(model.head.weight))
     loader = _loader(config, dataset)
@@ -201,7 +201,7 @@ def run_loop(
     if main:  # nothing can refuse the resumption any more; the run is about to contradict these
         remove_checkpoints_after(run, state.step)
     evaluator = Evaluator(config, dataset) if config.eval_steps and main else None
-    truncated = np.array([p.pair_id for p in dataset.train if p.truncated], np.int64)
+    truncated = frozenset(p.pair_id for p in dataset.train if p.truncated)
     if evaluator and state.step == 0 and config.eval_on_start:
         evaluator.run(model, loss, 0, 0.0, journal, recorder)
     if best.stop:  # it ended early already
@@ -357,12 +357,22 @@ def _loader(config: Config, dataset: Dataset) -> Loader:
     )
 
 
+def _data_key(model: PairModel, dataset: Dataset) -> str:
+    """Digest of the initial weights and of the pairs: their tokens, and what else steers a step,
+    their order (which the plan counts in), strata and the reference log-probs they bring."""
+    digest = hashlib.sha256(cache_key(model, dataset.train + dataset.held_out).encode())
+    for side in (dataset.train, dataset.held_out):
+        digest.update(f"{len(side)}\n".encode())
+        for p in side:
+            own = (p.pair_id, p.behavior, p.label, p.ref_chosen, p.ref_rejected)
+            digest.update(f"{own}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def _with_reference(
     config: Config, model: PairModel, dataset: Dataset, progress: bool
 ) -> tuple[Dataset, str]:
     pairs = dataset.train + dataset.held_out
-    if config.sync_ref_model:
-        demand_no_given(pairs, "sync_ref_model moves the reference, which must be a model")
     found, named = find_reference(
         config, model, model.tokenizer, pairs, progress, pack=dataset.pack
     )

@@ -54,8 +54,8 @@ def load_dataset(config: Config, tokenizer: Any, progress: bool = False) -> Data
 
     Where `chat_template` is configured, it becomes the tokenizer's own, so that it is saved with
     the trained model. Raises ValueError for bad rows unless ``on_bad_rows`` is "drop", for an
-    unknown behavior in ``flip_behaviors``, and for held-out pairs that also stand in the training
-    data.
+    unknown behavior in ``flip_behaviors``, for held-out pairs that also stand in the training
+    data, and for reference log-probs in the data where the run needs a model for them.
     """
     if not config.dataset_name:
         raise ValueError("dataset_name is empty. Set it to files or folders of preference pairs.")
@@ -74,6 +74,7 @@ def load_dataset(config: Config, tokenizer: Any, progress: bool = False) -> Data
         on_bad_rows=config.on_bad_rows,
     )
     log.info("%d pairs read", len(pairs))
+    _check_given(pairs, config)
     if eval_sets:
         held_out = {i for i, p in enumerate(pairs) if p.origin >= len(config.dataset_name)}
         _demand_apart(pairs, held_out)
@@ -140,6 +141,23 @@ def _demand_apart(pairs: Sequence[Pair], held_out: set[int]) -> None:
             raise ValueError(
                 f"{kept[0].source}:{kept[0].line}: this held-out pair is also training pair "
                 f"{trained[0].source}:{trained[0].line}. Take it out of one of them."
+            )
+
+
+def _check_given(pairs: Sequence[Pair], config: Config) -> None:
+    """Reference log-probs of the data cannot be weighed by token, and do not move."""
+    if config.ld_alpha is not None:
+        why = "ld_alpha weighs tokens, which sums do not have any more"
+    elif config.sync_ref_model:
+        why = "sync_ref_model moves the reference, which must be a model"
+    else:
+        return
+    for pair in pairs:
+        if pair.ref_chosen is not None:
+            raise ValueError(
+                f"{pair.source}:{pair.line}: the row brings reference log-probs (ref_chosen_logps, "
+                f"ref_rejected_logps; KTO's ref_logps), but {why}. Remove the columns, or the "
+                "option."
             )
 
 

@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 # What any row may have besides its shape's columns.
 OPTIONAL = ("id", "label", "tools", "chat_template_kwargs", "system")
 LARGEST_FLOAT32 = 3.4e38  # log-probs beyond it would become infinite on the way
+LARGEST_LOGP = 0.1  # 0, but for the rounding of many sure tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +145,12 @@ def _columns(behavior_column: str | None) -> frozenset[str]:
 
 def _shape_of(source: Source, table: Table, behavior_column: str | None) -> Shape:
     # All rows are asked, so that a column missing in the first row does not change the shape.
-    line, first = table.rows[0]
     shape = shape_of(table.names, table.rows)
     if shape is None:
+        # Of a row only the columns that a shape might need are read, so not the row's are named.
         raise ValueError(
-            f"{source.name} line {line} has columns {listed(first or table.names)}; no row has a "
-            f"known shape. Known shapes are {KNOWN_SHAPES} (docs/data.md)."
+            f"{source.name} has columns {listed(table.names)}; no row has a known shape. "
+            f"Known shapes are {KNOWN_SHAPES} (docs/data.md)."
         )
     if behavior_column is not None and behavior_column not in table.names:
         raise ValueError(
@@ -239,7 +240,7 @@ def _pair(
     if shape.answer_is_label:
         label = _answer(chosen) or label
     ref_chosen, ref_rejected = (
-        _number(row, column) for column in ("ref_chosen_logps", "ref_rejected_logps")
+        _logp(row, column) for column in ("ref_chosen_logps", "ref_rejected_logps")
     )
     if (ref_chosen is None) != (ref_rejected is None):
         raise Unusable(
@@ -252,7 +253,7 @@ def _pair(
         template_kwargs = _template_kwargs(row)
         asked = canonical_json([tools, template_kwargs], "a tool or template option")
         content = ("conversation", *content, asked)  # never that of a text pair
-    elif row.get("tools") or row.get("chat_template_kwargs"):
+    elif _given(row, "tools") or _given(row, "chat_template_kwargs"):  # a CSV cell may say []
         raise Unusable(
             "columns 'tools' and 'chat_template_kwargs' are for conversations; make prompt, chosen "
             "and rejected lists of messages, or remove them",
@@ -310,13 +311,19 @@ def _name(row: Row, column: str) -> str:
     return str(value) if isinstance(value, int) else text(row, column)
 
 
-def _number(row: Row, column: str) -> float | None:
+def _logp(row: Row, column: str) -> float | None:
     value = row.get(column)
     if value is None:
         return None
     number = not isinstance(value, bool) and isinstance(value, (int, float))
     if not number or not abs(value) < LARGEST_FLOAT32:  # nan compares as false
         raise Unusable(f"column {column!r} is not a finite number that float32 holds", value)
+    if value > LARGEST_LOGP:
+        raise Unusable(
+            f"column {column!r} is above 0, so no log-prob (give log-likelihoods in nats, not "
+            "their negatives, nor probabilities)",
+            value,
+        )
     return float(value)
 
 

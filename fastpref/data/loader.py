@@ -156,8 +156,9 @@ def _spread(order: np.ndarray, stratum: np.ndarray, rng: np.random.Generator) ->
     The j-th of the n pairs of a stratum is put at (j + u) / n of the way, with one offset u per
     stratum: any B consecutive pairs then hold B n / N of it, to within one at either end.
     """
-    place = np.empty(len(order))
-    for name in np.unique(stratum):
-        mine = np.flatnonzero(stratum[order] == name)
-        place[mine] = (np.arange(len(mine)) + rng.random()) / len(mine)
+    names, own, count = np.unique(stratum[order], return_inverse=True, return_counts=True)
+    by_stratum = np.argsort(own, kind="stable")
+    j = np.empty(len(order), np.int64)
+    j[by_stratum] = np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)
+    place = (j + rng.random(len(names))[own]) / count[own]
     return order[np.argsort(place, kind="stable")]

@@ -8,7 +8,8 @@ from fastpref.data.badrows import BadRow, Unusable, Words
 from fastpref.data.messages import canonical, canonical_json
 from fastpref.data.shapes import Row, present, refuse_media, side
 
-TRUTH = {"true": True, "1": True, "false": False, "0": False}  # text of CSV cells
+# Text of CSV cells. Beside nulls pandas writes whole numbers and booleans as 1.0 and 0.0.
+TRUTH = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
 Rows = list[tuple[int, Row]]  # line, row
 
 
@@ -53,7 +54,7 @@ def _parsed(row: Row, shared: Sequence[str]) -> tuple[bool, str]:
     label = present(row, "label")
     if isinstance(label, str):
         label = TRUTH.get(label.strip().lower(), label)
-    if not isinstance(label, int) or label not in (0, 1):  # a bool is an int
+    if label not in (0, 1):  # True and 1.0 are equal to 1
         raise Unusable("column 'label' is neither true nor false", label)
     completion = side(row, "completion")
     if isinstance(completion, str) and not completion.strip():

@@ -57,6 +57,7 @@ def read_json(source: Source) -> Table:
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]
     elif isinstance(rows, dict):
+        _refuse_columns(rows, source)
         rows = [rows]  # JSON Lines of a single line
     if not isinstance(rows, list):
         raise ValueError(
@@ -71,6 +72,17 @@ def read_json(source: Source) -> Table:
             no_object = Unusable("the item is not a JSON object", row)
             table.bad.append(no_object.at(source.name, number))
     return table
+
+
+def _refuse_columns(table: dict[str, Any], source: Source) -> None:
+    """What pandas' `to_json` writes by default: of each column an object of its cells by number."""
+    cells = list(table.values())
+    numbered = all(isinstance(c, dict) and c and all(k.isdecimal() for k in c) for c in cells)
+    if cells and numbered:
+        raise ValueError(
+            f"file {source.name} holds columns, not rows, as pandas' to_json writes them: expected "
+            "a list of objects (to_json with orient='records')."
+        )
 
 
 def read_csv(source: Source, columns: Collection[str]) -> Table:

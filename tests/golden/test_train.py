@@ -235,6 +235,29 @@ def test_a_resumed_run_needs_its_own_data_and_a_refusal_changes_nothing(
         run(base, folder, dataset_name=(str(data),), max_steps=9)
 
 
+@pytest.mark.parametrize("change", ["order", "reference"])
+def test_a_resumed_run_needs_the_order_and_the_references_it_began_with(
+    change: str, base: Config, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Also where no records know of the rows: either would steer the coming steps otherwise."""
+    import json
+
+    data = tmp_path / "polite.jsonl"
+    rows = [json.loads(line) for line in (tiny_data / data.name).read_text().splitlines()]
+    rows = [{**row, "ref_chosen_logps": -9.0, "ref_rejected_logps": -8.0} for row in rows]
+
+    def resume(rows: list[dict[str, Any]], steps: int) -> None:
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changes = {"dataset_name": (str(data),), "record": False, "eval_steps": 0}
+        run(base, tmp_path / "run", max_steps=steps, **changes)
+
+    resume(rows, 1)
+    resume(rows, 2)
+    rows = rows[::-1] if change == "order" else [{**r, "ref_chosen_logps": -59.0} for r in rows]
+    with pytest.raises(ValueError, match="the data.* changed since this run began"):
+        resume(rows, 3)
+
+
 def test_config_is_written_resolved(straight: Path) -> None:
     from fastpref.config import load_config
 

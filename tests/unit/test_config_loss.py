@@ -50,6 +50,7 @@ def test_every_loss_alone_is_a_configuration(name: str) -> None:
         ({"loss_type": "sigmoyd"}, "loss_type", "did you mean sigmoid? There are: sigmoid, hinge"),
         ({"loss_type": "zzz"}, "loss_type", "'zzz' is no loss; There are: sigmoid"),
         ({"loss_type": "WPO"}, "loss_type", "use_weighting: true"),
+        ({"loss_type": "sigmoid,sft"}, "loss_type", "several as a list, without commas"),
         ({"loss_type": "kto-pair"}, "loss_type", "removed (in TRL too)"),
         ({"loss_type": "mpo"}, "loss_type", "[sigmoid, bco_pair, sft]"),
         ({"loss_type": []}, "loss_type", "got none"),

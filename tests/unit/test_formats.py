@@ -132,6 +132,11 @@ BAD = {
     "surrogate": (b'{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}', "surrogate", "d800"),
     "id type": ({**GOOD, "id": [1]}, "'id' is not a string", "[1]"),
     "ref nan": ({**GOOD, "ref_chosen_logps": float("nan")}, "not a finite number", "nan"),
+    "ref above 0": (
+        {**GOOD, "ref_chosen_logps": 1.5, "ref_rejected_logps": -2.0},
+        "above 0",
+        "1.5",
+    ),
     "one ref": ({**GOOD, "ref_chosen_logps": -1.0}, "only one of ref_chosen_logps", "-1.0"),
 }
 
@@ -196,7 +201,7 @@ def test_unknown_shape_names_the_columns_and_the_known_shapes(tmp_path: Path) ->
         with pytest.raises(ValueError) as caught:
             read_pairs([file], on_bad_rows=on_bad_rows)
         message = str(caught.value)
-        assert f"{file} line 2 has columns 'text', 'score'" in message
+        assert f"{file} has columns 'text', 'score'" in message
         assert "prompt, chosen, rejected" in message and "question" in message
 
 

@@ -267,6 +267,7 @@ def test_csv_lines_quotes_and_long_cells(tmp_path: Path) -> None:
         ("prompt,chosen,chosen\np,c,d\n", "names column 'chosen' more than once"),
         ("prompt;chosen;rejected\np;c;d\n", "expected commas"),
         ("a,b\n1,2\n", "has columns 'a', 'b'; no row has a known shape"),
+        ("prompt, chosen,b\np,c,d\n", "has columns 'prompt', ' chosen', 'b'; no row has a known"),
         ("prompt,chosen,rejected\n", "is empty"),
         ("", "is empty"),
     ],
@@ -282,6 +283,25 @@ def test_python_lists_in_cells_are_refused_with_the_remedy(tmp_path: Path) -> No
     file = tmp_path / "a.csv"
     file.write_bytes(as_csv([{**GOOD, "chosen": str(CHAT[1:]), "rejected": str(CHAT[1:])}]))
     with pytest.raises(ValueError, match=r"a.csv:2: column 'chosen' is a list .*json.dumps"):
+        read_pairs([str(file)])
+
+
+def test_json_by_columns_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({name: {"0": text, "1": text} for name, text in GOOD.items()}))
+    with pytest.raises(ValueError, match=r"a.json holds columns, not rows.*orient='records'"):
+        read_pairs([str(file)], on_bad_rows="drop")
+
+
+def test_empty_lists_and_objects_in_cells_count_as_absent(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(
+        as_csv([{**GOOD, "tools": "[]", "chat_template_kwargs": "{}", "images": "[]"}])
+    )
+    (pair,), _ = read_pairs([str(file)])
+    assert pair.tools is None and pair.template_kwargs is None
+    file.write_bytes(as_csv([{**GOOD, "tools": '[{"name": "f"}]'}]))
+    with pytest.raises(ValueError, match="a.csv:2: columns 'tools' and .* are for conversations"):
         read_pairs([str(file)])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -140,5 +141,9 @@ def test_given_references_are_refused(base: Config, tiny_data: Path, tmp_path: P
         for row in rows:
             row |= {"ref_chosen_logps": -5.0, "ref_rejected_logps": -6.0}
             file.write(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match="brings reference log-probs.*sync_ref_model"):
+    named = rf"{re.escape(str(data))}:1: the row brings reference log-probs"
+    with pytest.raises(ValueError, match=f"{named}.*sync_ref_model"):
         run(base, tmp_path / "run", dataset_name=(str(data),))
+    weighted = {"sync_ref_model": False, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
+    with pytest.raises(ValueError, match=f"{named}.*ld_alpha"):
+        run(base, tmp_path / "run", dataset_name=(str(data),), ld_alpha=0.5, **weighted)

@@ -330,6 +330,14 @@ def test_rated_rows_are_paired_in_order_and_leftovers_counted(tmp_path: Path) ->
         read_pairs([str(file)])
 
 
+@pytest.mark.parametrize(("yes", "no"), [(1.0, 0.0), ("1.0", "0.0"), ("True", "False")])
+def test_labels_as_pandas_writes_them(tmp_path: Path, yes: Any, no: Any) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text("\n".join(map(json.dumps, [rated("p", " a", no), rated("p", " b", yes)])))
+    ((pair,), _) = read_pairs([str(file)])
+    assert (pair.chosen, pair.rejected) == (" b", " a")
+
+
 def test_a_bad_pair_of_rated_rows_counts_both(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     rows = [rated("p", " a", True), rated("p", " a", False)]
