@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 NAME = "default"  # of the adapter within peft
 PREFIX = "base_model.model."  # peft's, of every weight in a file
+# Where biases learn, peft lists those of modules that are trained whole a second time, and frozen.
+_TWICE = re.compile(r"\.(modules_to_save|original_module)\.[^.]*bias$")
 
 
 def check_available() -> None:
@@ -105,9 +108,10 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
     # The state is handed over because peft, when it looks itself, takes a bias of B for a damaged
     # matrix; embeddings, which it would add to the file, are never changed outside of the adapter.
-    return peft.get_peft_model_state_dict(
+    state = peft.get_peft_model_state_dict(
         module, module.state_dict(), adapter_name=NAME, save_embedding_layers=False
     )
+    return {name: tensor for name, tensor in state.items() if not _TWICE.search(name)}
 
 
 def save(module: nn.Module, folder: Path) -> None:
@@ -128,6 +132,7 @@ def load(module: nn.Module, folder: Path) -> None:
     file = folder / WEIGHTS
     try:
         found = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()}
+        found = {name: tensor for name, tensor in found.items() if not _TWICE.search(name)}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: cannot be read: {error}") from error
     own, base = weights(module), module.state_dict()

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ MAY_CHANGE = {
     "template_date",  # another day that matters changes the token ids, and those are compared
 }
 MERGED = "merged"  # folder of the model with its adapter added in
+FOLDERS = ("records", TENSORBOARD_FOLDER, MERGED)
 FILES = ("metrics.jsonl", "perf.jsonl", STATE_FILE, "report.html", "config.yaml")
 
 
@@ -60,11 +62,7 @@ def check(config: Config) -> None:
             f"output_dir={config.output_dir!r} cannot be made or written: {standing} is not a "
             "folder that you may write to."
         )
-    if run.resolve() == Path(config.model_name_or_path).resolve():
-        raise ValueError(
-            f"output_dir={config.output_dir!r} is also model_name_or_path: the run would replace "
-            "the model that it starts from. Choose another output_dir."
-        )
+    _demand_inputs_safe(config, run)
     if config.overwrite_output_dir:
         return
     if not (run / "config.yaml").exists():
@@ -115,6 +113,27 @@ def open_run(config: Config, device: torch.device) -> Path | None:
     return Path(found) if found else None
 
 
+def _demand_inputs_safe(config: Config, run: Path) -> None:
+    """Raise ValueError where the run would remove or replace the model or adapter it starts from."""
+    for field in ("model_name_or_path", "adapter_name_or_path"):
+        name = getattr(config, field)
+        source = Path(name or "").expanduser().resolve()
+        if name is None or not source.is_relative_to(run.resolve()):
+            continue
+        inside = source.relative_to(run.resolve()).parts
+        if not inside:
+            where = f"is also {field}"
+        elif inside[0] in FOLDERS or re.fullmatch(r"checkpoint-\d+", inside[0]):
+            where = f"holds {field}={name!r} among the files of a run"
+        else:
+            continue
+        what = field.partition("_")[0]
+        raise ValueError(
+            f"output_dir={config.output_dir!r} {where}: this run would remove or replace the "
+            f"{what} that it starts from. Choose another output_dir."
+        )
+
+
 def _demand_same(config: Config, before: Config, run: Path) -> None:
     changed = [
         f"{name}: {was!r} -> {now!r}"
@@ -131,8 +150,11 @@ def _demand_same(config: Config, before: Config, run: Path) -> None:
 
 def _remove_run(run: Path) -> None:
     """Only what a run writes; whatever else the user keeps there stays."""
-    folders = [run / "records", run / TENSORBOARD_FOLDER]
-    for folder in [*folders, *run.glob("checkpoint-*"), *run.glob(".tmp-*")]:
+    for folder in [
+        *(run / name for name in FOLDERS),
+        *run.glob("checkpoint-*"),
+        *run.glob(".tmp-*"),
+    ]:
         shutil.rmtree(folder, ignore_errors=True)
     for name in FILES:  # config.yaml last: without it, what is left could not be told apart
         (run / name).unlink(missing_ok=True)

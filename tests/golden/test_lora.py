@@ -180,6 +180,24 @@ def test_a_resumed_run_needs_its_own_base(
         run(base, folder, model_name_or_path=str(model), max_steps=6)
 
 
+def test_a_run_does_not_remove_what_it_starts_from(base: Config, tmp_path: Path) -> None:
+    made = run(base, tmp_path / "made", save_merged=True, max_steps=4, eval_steps=0)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(made / name, alone)
+    start = {"trainable": "lora", "lora_r": 16, "lora_alpha": 32, "overwrite_output_dir": True}
+    for folder, field, source in (
+        (alone, "adapter_name_or_path", alone),
+        (made, "adapter_name_or_path", made),
+        (made, "adapter_name_or_path", made / "checkpoint-4"),
+        (made, "model_name_or_path", made / "merged"),
+    ):
+        with pytest.raises(ValueError, match=rf"{field}.*would remove or replace"):
+            run(base, folder, **start, **{field: str(source)})
+        assert (source / "config.json").exists() or (source / "adapter_config.json").exists()
+
+
 def test_full_and_adapted_runs_do_not_mix_in_one_folder(base: Config, tmp_path: Path) -> None:
     """An adapter beside a whole model would be put on it by whoever loads the folder."""
     full = {"trainable": "all", "lora_r": 16, "lora_alpha": 32}

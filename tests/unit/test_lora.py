@@ -198,8 +198,10 @@ def test_biases_that_learn(config: Config, tmp_path: Path) -> None:
     base = tmp_path / "gpt2"
     GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)).save_pretrained(base)
     own = dataclasses.replace(config, model_name_or_path=str(base))
-    for number, (biases, count) in enumerate({"none": 0, "lora_only": 8, "all": 13}.items()):
-        model = load_model(dataclasses.replace(own, lora_train_biases=biases), tokenizer=object())
+    kinds = (("none", (), 0), ("lora_only", (), 8), ("all", (), 13), ("all", ("ln_f",), 13))
+    for number, (biases, whole, count) in enumerate(kinds):
+        form = dataclasses.replace(own, lora_train_biases=biases, lora_modules_to_save=whole)
+        model = load_model(form, tokenizer=object())
         learning = [n for n, p in model.module.named_parameters() if p.requires_grad]
         assert sum(n.endswith(".bias") for n in learning) == count
         assert check_model(model, some_pairs()) < 1e-4
@@ -211,6 +213,13 @@ def test_biases_that_learn(config: Config, tmp_path: Path) -> None:
         with torch.no_grad(), model.plain_attention():
             expected = model.module(input_ids=ids).logits
             torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+        again = load_model(form, tokenizer=object())
+        lora.load(again.module, tmp_path / str(number))
+        kept = lora.weights(again.module)
+        assert all(torch.equal(t, kept[n]) for n, t in lora.weights(model.module).items())
+        # peft's own file lists some biases twice.
+        loaded.save_pretrained(tmp_path / f"peft-{number}")
+        lora.load(again.module, tmp_path / f"peft-{number}")
 
 
 def test_the_head_is_frozen_and_its_norms_are_still_exact(
