@@ -107,6 +107,15 @@ def test_equal_texts_stay_together_and_move_nobody_else(
     }
 
 
+def test_twins_never_take_the_last_training_pair_of_a_stratum() -> None:
+    """Two pairs, each with a twin that is held out elsewhere: one may follow, not both."""
+    pairs = [pair(n, "many", text=f"text {n}") for n in range(100)]
+    first, second = split_pairs(pairs, 0.1, 0)[1][:2]
+    few = [pair(1000 + n, "few", text=f"text {n}") for n in (first, second)]
+    train, held = split_pairs(pairs + few, 0.1, 0)
+    assert {first, 100} <= set(held) and {second, 101} <= set(train)
+
+
 def test_a_data_set_written_twice_still_holds_its_fraction_out() -> None:
     pairs = [pair(n, text=f"text {n % 500}") for n in range(1000)]
     held = split_pairs(pairs, 0.1, 0)[1]

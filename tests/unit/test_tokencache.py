@@ -179,22 +179,26 @@ def test_kept_ids_are_the_same(
 
 
 def test_damaged_files_are_never_believed(
-    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tokenizer: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tokencache, "_spot_check", lambda *_: None)  # the file itself must tell
     pairs = [pair(n) for n in range(40)]
     plain = made(tokenizer, pairs, tmp_path)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     rng = random.Random(0)
     broken = [whole[:n] for n in (0, 4, len(whole) // 2, len(whole) - 1)]
-    for _ in range(60):
+    for _ in range(200):
         at = rng.randrange(len(whole))
         broken.append(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
     for content in broken:
         file.write_bytes(content)
         assert made(tokenizer, pairs, tmp_path) == plain
         assert list(tmp_path.iterdir()) == [file]
-    assert caplog.text.count("is not used") > 40 and "it is made again" in caplog.text
+    assert caplog.text.count("is not used") > 150 and "it is made again" in caplog.text
 
 
 def test_incomplete_and_foreign_files_are_made_again(
