@@ -192,6 +192,12 @@ def _report(
             "it counts as the completions', as in TRL",
             _pairs(tokenized.retokenized),
         )
+    given = sum(p.truncated and p.ref_chosen is not None for side in sides for p in side)
+    if given:
+        log.warning(
+            "%s that max_length cuts bring reference log-probs, which must be of the cut texts",
+            _pairs(given),
+        )
     if dropped:
         reasons = Counter(row.reason for row in dropped).most_common()
         counts = ", ".join(f"{count} x {reason}" for reason, count in reasons)

@@ -235,6 +235,26 @@ def test_a_resumed_run_needs_its_own_data_and_a_refusal_changes_nothing(
         run(base, folder, dataset_name=(str(data),), max_steps=9)
 
 
+def test_references_given_for_texts_that_are_cut_are_named(
+    base: Config, tiny_data: Path, tmp_path: Path, tiny_tokenizer: Any, caplog: Any
+) -> None:
+    import json
+
+    from fastpref.data.dataset import load_dataset
+
+    data = tmp_path / "polite.jsonl"
+    rows = [json.loads(line) for line in (tiny_data / data.name).read_text().splitlines()]
+    given = {"ref_chosen_logps": -9.0, "ref_rejected_logps": -8.0}
+    for number, said in ((0, False), (len(rows), True)):
+        caplog.clear()
+        both = [{**row, **given} if i < number else row for i, row in enumerate(rows)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in both))
+        dataset = load_dataset(dataclasses.replace(base, dataset_name=(str(data),)), tiny_tokenizer)
+        cut = sum(pair.truncated for pair in (*dataset.train, *dataset.held_out))
+        assert cut > 1
+        assert (f"{cut} pairs that max_length cuts bring reference" in caplog.text) is said
+
+
 @pytest.mark.parametrize("change", ["order", "reference"])
 def test_a_resumed_run_needs_the_order_and_the_references_it_began_with(
     change: str, base: Config, tiny_data: Path, tmp_path: Path
