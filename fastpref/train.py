@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref import dist, require_matching_kernels, runfolder
+from fastpref import dist, lora, require_matching_kernels, runfolder
 from fastpref.best import Best
 from fastpref.checkpoint import (
     TrainState,
@@ -144,6 +144,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     config = _resolved(config)
     runfolder.check(config)
     demand_packages(config)
+    if config.trainable == "lora":
+        lora.check_available()
     tokenizer = load_tokenizer(config)
     dataset = load_dataset(config, tokenizer, progress)
     torch.manual_seed(config.seed)
