@@ -530,8 +530,8 @@ def load_config(
     """Read a YAML file of flat keys (or none) and lay `overrides` over it.
 
     Override values are text as typed on a command line, lists of text, or typed values; `null`
-    unsets an optional field. Raises ValueError naming file, line, key, what was expected and what
-    came.
+    unsets an optional field and empties a list. Raises ValueError naming file, line, key, what was
+    expected and what came.
     """
     values: dict[str, Any] = {}
     where: dict[str, str] = {}
@@ -547,8 +547,9 @@ def load_config(
     for name, value in (overrides or {}).items():
         if name not in field_names():
             raise ValueError(f"--{name}: {explain_unknown(name)}")
-        optional = types.NoneType in typing.get_args(field_types()[name])
-        values[name] = None if optional and value == "null" else value
+        kind = field_types()[name]
+        optional = types.NoneType in typing.get_args(kind) or typing.get_origin(kind) is tuple
+        values[name] = None if optional and value in ("null", ["null"]) else value
         where[name] = f"--{name}"
     try:
         return Config(**values)

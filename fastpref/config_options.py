@@ -77,6 +77,10 @@ def check_options(field: str, owner: str, given: Options, known: dict[str, Optio
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             has = f"it has {', '.join(known)}" if known else "it has none"
+            if owner == "adamw_torch":
+                has += (
+                    "; adam_beta1, adam_beta2, adam_epsilon and weight_decay stand for themselves"
+                )
             raise ConfigError(field, f"{owner} has no option {name!r}; {hint}{has}")
         _check(field, name, value, known[name])
     for name, option in known.items():

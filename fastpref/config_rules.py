@@ -116,7 +116,8 @@ def _check_optimizer(config: Any) -> None:
         )
     end = kwargs.get("lr_end", 1e-7) if kind == "polynomial" else kwargs.get("min_lr", 0.0)
     name = "lr_end" if kind == "polynomial" else "min_lr"
-    if end > config.learning_rate or (kind == "polynomial" and end == config.learning_rate):
+    divides = kind == "polynomial" or ("min_lr" in kwargs and config.learning_rate == 0)
+    if end > config.learning_rate or (divides and end == config.learning_rate):
         raise ConfigError(
             "lr_scheduler_kwargs",
             f"{name} is {end:g}, not below learning_rate, {config.learning_rate:g}; set {name} "

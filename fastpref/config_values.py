@@ -23,6 +23,7 @@ from fastpref.config_names import ALIASES, LATER
 
 # Named values that go on to an optimizer or a schedule, sorted by name.
 Options = tuple[tuple[str, bool | int | float | str], ...]
+NAME_NUMBER = ("lora_rank_pattern", "lora_alpha_pattern")  # lists that may stand as a mapping
 DATA = (".jsonl", ".csv", ".parquet", ".arrow")  # endings that no configuration has
 
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -108,7 +109,9 @@ def parse_value(name: str, kind: Any, value: Any) -> Any:
         bool: _parse_bool, int: _parse_int, float: _parse_float, str: _parse_str
     }  # fmt: skip
     if typing.get_origin(kind) is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
+        items = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if isinstance(value, dict) and name in NAME_NUMBER:
+            items = [f"{key}={number}" for key, number in value.items()]
         parsed = tuple(parsers[typing.get_args(kind)[0]](name, item) for item in items)
     else:
         parsed = parsers[kind](name, value)

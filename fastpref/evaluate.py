@@ -110,12 +110,14 @@ class Evaluator:
         return found
 
 
-def evaluation_names(dataset: Dataset) -> list[str]:
-    """``<split>_<metric>`` of everything that an evaluation of ``dataset`` gives."""
+def evaluation_names(config: Config, dataset: Dataset) -> list[str]:
+    """``<split>_<metric>`` of everything that an evaluation of ``dataset`` gives a number for."""
+    measured = {"grad_norm": config.track != "none", "update_rate": config.record}
+    metrics = [m for m in BEHAVIOR_METRICS if measured.get(m, True)]
     names = []
     for split, pairs in _sides(dataset).items():
         present = [dataset.behaviors[k] for k in sorted({pair.behavior for pair in pairs})]
-        of_behaviors = [f"behavior/{name}/{m}" for name in present for m in BEHAVIOR_METRICS]
+        of_behaviors = [f"behavior/{name}/{m}" for name in present for m in metrics]
         names += [f"{split}_{name}" for name in (*metric_names(), *of_behaviors) if pairs]
     for own in filter(None, dataset.held_out_sets()):
         names += [f"{HELD_OUT}_{own}_{name}" for name in metric_names()]

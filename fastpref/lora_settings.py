@@ -66,6 +66,7 @@ def fresh(module: nn.Module, config: Config) -> Any:
     ):
         _demand_known(field, getattr(config, field), among, module)
     _demand_weights(module, config)
+    _demand_layers(names, config)
     wanted = config.lora_target_modules or (() if config.lora_target_parameters else (ALL_LINEAR,))
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -199,7 +200,7 @@ def demand_all_used(config: Config, targeted: Sequence[str]) -> None:
                     f"{field}: nothing is left of {name!r}; lora_exclude_modules, "
                     "lora_modules_to_save or lora_layers_to_transform leave all of it out"
                 )
-    layers = {int(n) for target in targeted for n in re.findall(r"\.(\d+)\.", target)[:1]}
+    layers = _layer_numbers(targeted)
     for number in config.lora_layers_to_transform:
         if number not in layers:
             raise ValueError(
@@ -232,11 +233,14 @@ def _demand_known(
     for name in wanted:
         if name == ALL_LINEAR or any(_stands_for(name, n) for n in names):
             continue
-        words = name.count(".") + 1
-        ends = sorted({".".join(n.split(".")[-words:]) for n in names})
-        near = difflib.get_close_matches(name, ends, n=1)
+        length = name.count(".") + 1
+        ends = sorted({".".join(n.split(".")[-length:]) for n in names})
+        words = [*ends, ALL_LINEAR] if field == "lora_target_modules" else ends
+        near = difflib.get_close_matches(name, words, n=1)
         hint = f"its linear layers are {', '.join(all_linear(module))}"
-        if near and not is_pattern(name):
+        if "," in name and re.fullmatch(r"[\w., -]+", name):
+            hint = "name several as a list, without commas on the command line"
+        elif near and not is_pattern(name):
             hint = f"did you mean {near[0]}?"
         raise ValueError(f"{field}: nothing in {type(module).__name__} is {name!r}; {hint}")
 
@@ -257,6 +261,22 @@ def _demand_weights(module: nn.Module, config: Config) -> None:
                     f"{type(layer).__name__}; adapters go on linear layers and embeddings, such as "
                     f"{', '.join(all_linear(module))}"
                 )
+
+
+def _demand_layers(names: Sequence[str], config: Config) -> None:
+    """Raise ValueError for the number of a layer that the model has not."""
+    layers = _layer_numbers(names)
+    for number in config.lora_layers_to_transform:
+        if number not in layers:
+            raise ValueError(
+                f"lora_layers_to_transform: there is no layer {number}; layers are numbered "
+                f"{min(layers)} to {max(layers)}"
+            )
+
+
+def _layer_numbers(names: Iterable[str]) -> set[int]:
+    """The first number in every name, which is a layer's: 3 of `model.layers.3.mlp.up_proj`."""
+    return {int(n) for name in names for n in re.findall(r"\.(\d+)\.", name)[:1]}
 
 
 def _for_peft(names: Sequence[str]) -> str | list[str]:

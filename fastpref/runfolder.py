@@ -114,7 +114,7 @@ def open_run(config: Config, device: torch.device) -> Path | None:
 
 
 def _demand_inputs_safe(config: Config, run: Path) -> None:
-    """Raise ValueError where the run would remove or replace the model or adapter it starts from."""
+    """Raise ValueError where the run would remove or replace what it starts from."""
     for field in ("model_name_or_path", "adapter_name_or_path"):
         name = getattr(config, field)
         source = Path(name or "").expanduser().resolve()

@@ -35,12 +35,6 @@ def rate_factor(config: Config, total_steps: int) -> Callable[[int], float]:
     kind, kwargs = config.lr_scheduler_type, dict(config.lr_scheduler_kwargs)
     warmup = warmup_steps(config, total_steps)
     _demand_room(kind, kwargs, warmup, total_steps)
-    if warmup >= total_steps:
-        log.warning(
-            "the learning rate rises for %d steps and the run has %d: it never falls again",
-            warmup,
-            total_steps,
-        )
     if kind == "linear":
         return lambda steps_done: _linear(steps_done, warmup, total_steps)
 
@@ -93,6 +87,13 @@ class Schedule:
         self.optimizer = optimizer
         self.peak = config.learning_rate
         self.factor = rate_factor(config, total_steps)
+        warmup = warmup_steps(config, total_steps)
+        if warmup >= total_steps:
+            log.warning(
+                "the learning rate rises from 0 for %d steps and the run has %d: it never falls",
+                warmup,
+                total_steps,
+            )
         self.steps_done = 0
         self._apply()
 

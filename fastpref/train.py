@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref import dist, require_matching_kernels, runfolder
+from fastpref import dist, lora, require_matching_kernels, runfolder
 from fastpref.best import Best
 from fastpref.checkpoint import (
     TrainState,
@@ -144,6 +144,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     config = _resolved(config)
     runfolder.check(config)
     demand_packages(config)
+    if config.trainable == "lora":
+        lora.check_available()
     tokenizer = load_tokenizer(config)
     dataset = load_dataset(config, tokenizer, progress)
     torch.manual_seed(config.seed)
@@ -156,7 +158,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     last_step = total_steps(config, loader.steps_per_epoch)
     rate_factor(config, last_step)
     best = Best(config)
-    best.demand_known(evaluation_names(dataset))
+    best.demand_known(evaluation_names(config, dataset))
     if config.trainable == "head":
         model = freeze_body(model)
     worst = check_model(model, dataset.train, config.max_tokens_per_microbatch)
@@ -178,6 +180,9 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     if checkpoint:
         state.restore(checkpoint)
         log.info("resumed from %s", checkpoint)
+        if best.stop or state.step > last_step:
+            why = "early_stopping_patience" if best.stop else f"{last_step} steps are asked for"
+            log.warning("the run ended at step %d already (%s); it stays as it is", state.step, why)
     return run_loop(config, loss, dataset, loader, state, last_step, progress)
 
 

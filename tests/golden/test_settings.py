@@ -154,6 +154,27 @@ def test_ended_early_it_does_not_go_on_unless_it_has_patience(
     assert max(held_out(folder)) > max(held_out(stopped))
 
 
+def test_fewer_steps_than_there_are_is_told(
+    base: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = {"max_steps": 2, "eval_steps": 0, "report_to": ()}
+    folder = run(base, tmp_path / "run", **short)
+    assert "ended at step" not in caplog.text
+    run(base, folder, **{**short, "max_steps": 1})
+    assert "the run ended at step 2 already (1 steps are asked for)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "metric"), [({"record": False}, "update_rate"), ({"track": "none"}, "grad_norm")]
+)
+def test_a_metric_that_is_never_known_is_refused(
+    changes: dict[str, Any], metric: str, base: Config, tmp_path: Path
+) -> None:
+    asked = {"metric_for_best_model": f"behavior/agrees/{metric}", "load_best_model_at_end": True}
+    with pytest.raises(ValueError, match=f"no evaluation gives 'behavior/agrees/{metric}'"):
+        run(base, tmp_path / "run", **asked, **changes)
+
+
 def test_the_best_adapter_is_the_final_one(base: Config, tmp_path: Path) -> None:
     """Margins grow, and smaller ones are asked for: the first evaluation is the best."""
     pytest.importorskip("peft")

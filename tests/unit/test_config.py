@@ -71,6 +71,10 @@ def test_overrides_win_and_null_unsets(tmp_path: Path) -> None:
     config = load_config(file, {"save_total_limit": "null", "beta": "0.25"})
     assert config.save_total_limit is None and config.beta == 0.25
     assert config.behavior_column == "kind"
+    file = write(tmp_path, "report_to: tensorboard\nflip_behaviors:\nlora_target_modules: null\n")
+    for null in ("null", ["null"]):  # of a list option the command line makes a list
+        config = load_config(file, {"report_to": null})
+        assert config.report_to == config.flip_behaviors == config.lora_target_modules == ()
 
 
 def test_replace_checks_again() -> None:
@@ -140,6 +144,7 @@ def test_a_message_names_file_line_expected_and_value(tmp_path: Path) -> None:
         ("report_to", ["none", "wandb"], "none alone"),
         ("optim_args", "momentum", "expected key=value,key=value or JSON, got 'momentum'"),
         ("optim_args", "momentum=0.9", "adamw_torch has no option 'momentum'; it has none"),
+        ("optim_args", "beta1=0.9", "adam_beta1, adam_beta2, adam_epsilon and weight_decay"),
         ("optim_args", "{not json", "not valid JSON"),
         ("optim_args", {"a": [1]}, "a: expected a number, true, false or text, got [1]"),
         ("optim_args", "a=1,a=2", "a stands twice"),
@@ -197,6 +202,15 @@ def test_wrong_values(name: str, value: Any, part: str) -> None:
             {"lr_scheduler_type": "polynomial", "learning_rate": 1e-8},
             "lr_scheduler_kwargs",
             "lr_end is 1e-07, not below learning_rate, 1e-08",
+        ),
+        (
+            {
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr": 0.0},
+                "learning_rate": 0,
+            },
+            "lr_scheduler_kwargs",
+            "min_lr is 0, not below learning_rate, 0",
         ),
         ({"warmup_steps": 10, "warmup_ratio": 0.1}, "warmup_steps", "set one of them"),
         ({"eval_steps": 0, "early_stopping_patience": 2}, "early_stopping_patience", "eval_steps"),
@@ -342,6 +356,8 @@ def test_lora_options_as_they_are_typed(tmp_path: Path) -> None:
     assert config.lora_target_modules == ("all-linear",)
     again = write(tmp_path, config.to_yaml())
     assert load_config(again) == config
+    as_in_peft = {"q_proj": 8, "layers.0.*v_proj": 4}
+    assert load_config(file, {"lora_rank_pattern": as_in_peft}) == load_config(file)
     load_config(None, {"trainable": "lora", "adapter_name_or_path": "x", "lora_dropout": "0.1"})
 
 

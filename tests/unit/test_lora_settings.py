@@ -145,8 +145,14 @@ def test_all_linear_gives_full_names_where_ends_are_ambiguous() -> None:
         ),
         ({"lora_target_parameters": ("q_proj.wait",)}, "did you mean q_proj.weight?"),
         ({"lora_modules_to_save": ("norms",)}, "lora_modules_to_save: .*did you mean norm?"),
-        ({"lora_layers_to_transform": (0, 7)}, "layer 7; what is adapted lies in layers 0"),
-        ({"lora_layers_to_transform": (7,)}, "peft cannot make this adapter"),
+        ({"lora_target_modules": ("q_proj,v_proj",)}, "'q_proj,v_proj'; name several as a list"),
+        ({"lora_target_modules": ("all_linear",)}, "did you mean all-linear?"),
+        ({"lora_layers_to_transform": (0, 7)}, "no layer 7; layers are numbered 0 to 1"),
+        ({"lora_layers_to_transform": (7,)}, "no layer 7; layers are numbered 0 to 1"),
+        (
+            {"lora_layers_to_transform": (0, 1), "lora_exclude_modules": (r".*layers\.1\..*",)},
+            "layer 1; what is adapted lies in layers 0",
+        ),
         (
             {"lora_layers_to_transform": (0,), "lora_layers_pattern": ("layer",)},
             "did you mean layers?",

@@ -120,8 +120,11 @@ def test_what_does_not_fit_into_the_run() -> None:
 
 
 def test_a_warm_up_that_outlasts_the_run_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    factor = rate_factor(Config(warmup_steps=40), 20)
-    assert "rises for 40 steps and the run has 20" in caplog.text and factor(10) == 0.25
+    config = Config(warmup_steps=40)
+    factor = rate_factor(config, 20)  # which a run asks before it makes its schedule
+    Schedule(optimizer(config), config, 20)
+    assert caplog.text.count("rises from 0 for 40 steps and the run has 20") == 1
+    assert factor(10) == 0.25
 
 
 def test_schedule_goes_on_after_its_state() -> None:
