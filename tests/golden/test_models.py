@@ -138,7 +138,7 @@ def test_packed_equals_padded(case: str, dtype: torch.dtype, tolerance: float) -
 
 @pytest.mark.slow
 def test_the_page_of_models_is_what_the_self_check_says() -> None:
-    """Every causal LM of transformers, tiny: right numbers or a refusal, as docs/models.md lists."""
+    """Every causal LM of transformers, tiny: right or refused, as docs/models.md lists."""
     script = Path(__file__).resolve().parents[2] / "docs" / "models_table.py"
     spec = importlib.util.spec_from_file_location("models_table", script)
     assert spec and spec.loader
