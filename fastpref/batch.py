@@ -49,6 +49,7 @@ class PairBatch:
     lengths: tuple[tuple[int, int, int], ...]  # host copy of (prefix, chosen, rejected) lengths
     group: int = GROUP  # segments of a pair
     hidden: Tensor | None = None  # (T, D) final hidden states, in place of tokens
+    whole: bool = False  # every token is fed, a completion's last one too
 
     @property
     def num_pairs(self) -> int:
@@ -69,6 +70,12 @@ class PairBatch:
     def shared_scored(self) -> Tensor:
         """(P,) scored tokens that both completions start with."""
         return torch.bincount(self.segment_id, minlength=self.num_segments)[:: self.group]
+
+    def sequences_of_token(self) -> Tensor:
+        """(T,) int64: in how many of its pair's sequences each token stands, a prefix's in two."""
+        parts = torch.stack([self.prefix_len, self.chosen_len, self.rejected_len], dim=1).flatten()
+        twice = torch.tensor([2, 1, 1], device=parts.device).repeat(self.num_pairs)
+        return twice.repeat_interleave(parts, output_size=self.num_tokens)
 
     def with_tails(self) -> PairBatch:
         """The same batch in 5 segments a pair: each rest ends in a tail of its own.

@@ -298,6 +298,12 @@ class Config:
     rpo_alpha: float | None = _field(
         None, "loss", "Weight of rpo's likelihood term; null: 1.", within="at least 0"
     )
+    router_aux_loss_coef: float | None = _field(
+        None,
+        "loss",
+        "Weight of a mixture of experts' load-balancing loss; null: the model's own; 0: none.",
+        within="at least 0",
+    )
     sync_ref_model: bool = _field(
         False, "loss", "The reference follows the policy (TR-DPO); a second model in memory."
     )

@@ -124,7 +124,6 @@ ELSEWHERE: dict[str, str] = {
         "it is about the inside of transformers' Trainer and has no counterpart here; remove it",
     ),
     "parallelism_config": "sharded training is " + NOT_YET,
-    "router_aux_loss_coef": "the auxiliary loss of routers is " + NOT_YET,
     "model_init_kwargs": "set dtype and attn_implementation",
     "pad_token": "there is no padding; remove it",
     "test_split_size": "set eval_fraction",

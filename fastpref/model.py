@@ -17,6 +17,7 @@ from fastpref import attention, lora
 from fastpref.architecture import NO_INTERFACE, logit_transform
 from fastpref.batch import PairBatch
 from fastpref.config import Config
+from fastpref.router import Load, Router, find_router
 from fastpref.weights import Source, read_tokenizer, read_weights
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class PairModel:
     dtype: torch.dtype  # of the products
     identity: str  # names the reference's very weights, for the reference cache
     adapter: Any = None  # peft's PeftModel around `module` where LoRA learns
+    router: Router | None = None  # of a mixture of experts whose balance is part of the loss
     reference_off: bool = False  # the reference is `module` without its adapter
     frozen_body: bool = False  # nothing but the head learns (`fastpref.head`)
 
@@ -79,23 +81,53 @@ class PairModel:
         batch brings along, where it does."""
         if batch.hidden is not None:
             return batch.hidden
+        return self._body(batch).last_hidden_state[0]
+
+    def _body(self, batch: PairBatch, **asked: bool) -> Any:
         layout = attention.build_layout(batch.lengths, self.device)
         with self.autocast(), attention.ambient(layout):
-            out = self.module.base_model(  # type: ignore[operator]
+            return self.module.base_model(  # type: ignore[operator]
                 input_ids=batch.tokens[None],
                 position_ids=batch.positions[None],
                 pair_layout=layout,
                 use_cache=False,
+                **asked,
             )
-        return out.last_hidden_state[0]
 
     def logp(
         self, batch: PairBatch, norms: str | None = None, stats: Sequence[str] = ()
     ) -> LinearLogprob:
         """Log-probabilities of the batch's segments; `norms`, `stats` as in `linear_logprob`."""
-        hidden, head = self.hidden(batch).index_select(0, batch.rows), self.head
+        return self._score(self.hidden(batch), batch, norms, stats)
+
+    def routed_logp(
+        self, batch: PairBatch, norms: str | None = None, stats: Sequence[str] = ()
+    ) -> tuple[LinearLogprob, Load | None]:
+        """`logp`; and, where the balance of routers is part of the loss, what they did with the
+        batch's tokens in the same forward."""
+        if self.router is None:
+            return self.logp(batch, norms, stats), None
+        hidden, load = self._routed(self.router, batch)
+        return self._score(hidden, batch, norms, stats), load
+
+    @torch.no_grad()
+    def load(self, batch: PairBatch) -> Tensor:
+        """What the routers do with the batch's tokens, as `Load.packed`."""
+        assert self.router
+        return self._routed(self.router, batch)[1].packed()
+
+    def _routed(self, router: Router, batch: PairBatch) -> tuple[Tensor, Load]:
+        assert batch.whole, "every token is routed, also those that predict nothing"
+        out = self._body(batch, output_router_logits=True)
+        load = router.load(out.router_logits, batch.sequences_of_token())
+        return out.last_hidden_state[0], load
+
+    def _score(
+        self, hidden: Tensor, batch: PairBatch, norms: str | None, stats: Sequence[str]
+    ) -> LinearLogprob:
+        head = self.head
         return linear_logprob(
-            hidden.to(self.dtype),
+            hidden.index_select(0, batch.rows).to(self.dtype),
             head.weight.to(self.dtype),
             batch.target,
             batch.segment_id,
@@ -144,6 +176,7 @@ def load_model(config: Config, tokenizer: Any = None) -> PairModel:
         lora.check_available()
     tokenizer = tokenizer or load_tokenizer(config)
     model = _load(config, _policy(config), tokenizer)
+    model = replace(model, router=_router(model, config))
     if config.trainable == "lora":
         model = _adapted(model, config)
     return _placed(model)
@@ -175,6 +208,19 @@ def _load(config: Config, source: Source, tokenizer: Any) -> PairModel:
     module, identity = read_weights(source, kept, config.max_length, device)
     prepare(module)
     return PairModel(module, tokenizer, device, dtype, identity)
+
+
+def _router(model: PairModel, config: Config) -> Router | None:
+    if config.trainable == "head":  # no gradient reaches a router
+        return None
+    router = find_router(model.module.config, config.router_aux_loss_coef)
+    if router and config.trainable == "lora" and config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout={config.lora_dropout}: the load-balancing loss of this model's routers "
+            f"(router_aux_loss_coef={router.coef}) wants the routing of a whole step before its "
+            "gradient, and dropout would change it in between. Set one of the two to 0."
+        )
+    return router
 
 
 def _adapted(model: PairModel, config: Config) -> PairModel:

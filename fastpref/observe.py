@@ -14,6 +14,7 @@ from fastpref import dist
 from fastpref.data.loader import StepPlan
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
+from fastpref.router import Router
 from fastpref.step import PairResult, StepResult
 
 Columns = dict[str, np.ndarray]
@@ -190,20 +191,26 @@ class Window:
 
     @staticmethod
     def _empty() -> dict[str, float]:
-        return dict.fromkeys((*SUMMED, "grad_norm", "steps"), 0.0)
+        return dict.fromkeys((*SUMMED, "grad_norm", "aux_loss", "balance", "steps"), 0.0)
 
-    def add(self, results: Sequence[PairResult], grad_norm: float) -> None:
+    def add(self, result: StepResult, router: Router | None = None) -> None:
         """Add this rank's pairs of one step; there may be none."""
-        total = dist.all_reduce_sum(metric_sums(results, self.device)).tolist()
+        total = dist.all_reduce_sum(metric_sums(result.pairs, self.device)).tolist()
         for name, value in zip(SUMMED, total, strict=True):
             self.sums[name] += value
-        self.sums["grad_norm"] += grad_norm
+        self.sums["grad_norm"] += float(result.grad_norm)
+        if router and result.aux_loss is not None:
+            self.sums["aux_loss"] += float(result.aux_loss)
+            self.sums["balance"] += router.coef * float(result.aux_loss)
         self.sums["steps"] += 1
 
     def metrics(self) -> dict[str, float]:
         """The means under TRL's names; empties the window."""
-        line = pair_metrics(self.sums)
-        line["grad_norm"] = self.sums["grad_norm"] / self.sums["steps"]
+        line, steps = pair_metrics(self.sums), self.sums["steps"]
+        line["grad_norm"] = self.sums["grad_norm"] / steps
+        if self.sums["aux_loss"]:  # it is positive, where there are routers
+            line["aux_loss"] = self.sums["aux_loss"] / steps
+            line["loss"] += self.sums["balance"] / steps
         self.sums = self._empty()
         return line
 

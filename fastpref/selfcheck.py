@@ -20,6 +20,7 @@ from fastpref.data.pack import fed_tokens, pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.diagnosis import find_cause, out_of_memory
 from fastpref.model import PairModel
+from fastpref.router import Router
 
 # Largest accepted difference, relative to the root mean square of the plain values. What packing
 # gets wrong changes tenths; rounding in the precision of the products changes this much at most.
@@ -69,6 +70,8 @@ def check_model(
         )
     if model is not exact:
         _demand_finite(model, compared, name)
+    if exact.router:
+        _demand_balance(exact, exact.router, compared, name)
     return worst
 
 
@@ -165,6 +168,43 @@ def _gradients(model: PairModel, scalar: Tensor) -> dict[str, Tensor]:
         name: torch.zeros_like(p) if grad is None else grad
         for (name, p), grad in zip(named, grads, strict=True)
     }
+
+
+@torch.no_grad()
+def _demand_balance(
+    model: PairModel, router: Router, pairs: Sequence[TokenPair], name: str
+) -> None:
+    """The load-balancing loss of the packed pairs is transformers' own of the sequences."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    remedy = "Set router_aux_loss_coef: 0 to train without that loss."
+    try:
+        whole = pack_pairs(pairs, whole=True).to(model.device)
+        ours = float(router.balance(model.load(whole)).value)
+        with model.plain_attention(), model.autocast():
+            logits = [
+                model.module.base_model(  # type: ignore[operator]
+                    input_ids=torch.from_numpy(np.r_[p.prompt, y].astype(np.int64))[None].to(
+                        model.device
+                    ),
+                    output_router_logits=True,
+                    use_cache=False,
+                ).router_logits
+                for p in pairs
+                for y in (p.chosen, p.rejected)
+            ]
+        layers = tuple(torch.cat(layer) for layer in zip(*logits, strict=True))
+        plain = float(load_balancing_loss_func(layers, router.experts, router.top_k))
+    except Exception as error:
+        raise ValueError(
+            f"{name}: the load-balancing loss of its routers (router_aux_loss_coef={router.coef}) "
+            f"cannot be computed: {error}. {remedy}"
+        ) from error
+    if not abs(ours - plain) <= _accepted(model) * plain:
+        raise ValueError(
+            f"{name}: the load-balancing loss of its routers (router_aux_loss_coef={router.coef}) "
+            f"comes out as {ours:.6g} where transformers has {plain:.6g}. {remedy}"
+        )
 
 
 @torch.no_grad()

@@ -8,11 +8,13 @@ them through head and body. What the recorder wants is on the way and costs noth
 
 Three losses tie the pairs of a step together. `sft` and `cpo` divide by its tokens, which are
 counted beforehand; `aot` sorts its pairs, which takes a forward over all of them first, where the
-step has several micro-batches or ranks (fastpref/slopes.py).
+step has several micro-batches or ranks (fastpref/slopes.py). So does the load-balancing loss of a
+mixture of experts (fastpref/router.py).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from fastpref.losses import Loss, PairLogp, pair_norms, rewards, sequence_sums
 from fastpref.model import PairModel
 from fastpref.optim import clip_gradients
 from fastpref.reference import with_live_reference
+from fastpref.router import Balance
 from fastpref.slopes import (
     PairSlopes,
     coupled_slopes,
@@ -54,6 +57,7 @@ class PairResult:
     norms: dict[str, Tensor]  # head-gradient norms (P,) each, see losses.pair_norms; or empty
     # of the head, by name: sums (P,) over the scored tokens of the chosen and the rejected sequence
     stats: dict[str, tuple[Tensor, Tensor]]
+    load: Tensor | None = None  # of routers whose balance is part of the loss, `Load.packed`
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,10 @@ class StepResult:
     """An optimizer step's pairs and gradient, still on the device."""
 
     pairs: list[PairResult]
-    loss: Tensor  # () mean over the step's pairs on all ranks
+    loss: Tensor  # () mean over the step's pairs on all ranks, and what balance adds
     grad_norm: Tensor  # () before clipping
     clip_coef: Tensor  # () what the gradient was multiplied by
+    aux_loss: Tensor | None = None  # () load-balancing loss of routers, without its coefficient
 
 
 def train_step(
@@ -91,7 +96,12 @@ def train_step(
     )
     dist.all_reduce_gradients(model.trained)
     grad_norm, clip_coef = clip_gradients(model.trained, config.max_grad_norm)
-    result = StepResult(results, mean / num_pairs, grad_norm, clip_coef)
+    mean /= num_pairs
+    aux_loss = None
+    if model.router:
+        aux_loss = _balance(model, [r.load for r in results if r.load is not None]).value
+        mean += model.router.coef * aux_loss
+    result = StepResult(results, mean, grad_norm, clip_coef, aux_loss)
     demand_finite(result)
     optimizer.step()
     return result
@@ -108,19 +118,31 @@ def _accumulate(
 ) -> list[PairResult]:
     """`backward` of every batch, with what the loss needs to know of the whole step."""
     ready = _ready(batches, config, reference)
-    if not loss.batch_coupled:
-        return [backward(model, batch, loss, config, num_pairs, norms) for batch in ready]
+    one = functools.partial(
+        backward, model, loss=loss, config=config, num_pairs=num_pairs, norms=norms
+    )
+    if not loss.batch_coupled and not model.router:
+        return [one(batch) for batch in ready]
     whole = list(ready)
+    alone = len(whole) == dist.world_size() == 1
+    if model.router and not alone:
+        one = functools.partial(one, balance=_balance(model, [model.load(b) for b in whole]))
     if loss.batch_coupled == "tokens":
         length = mean_chosen_len(whole, num_pairs, model.device)
-        return [backward(model, b, loss, config, num_pairs, norms, step_len=length) for b in whole]
-    if len(whole) == dist.world_size() == 1:
-        return [backward(model, whole[0], loss, config, num_pairs, norms)]
+        return [one(batch, step_len=length) for batch in whole]
+    if loss.batch_coupled != "order" or alone:
+        return [one(batch) for batch in whole]
     slopes = coupled_slopes(model, whole, loss, config)
-    return [
-        backward(model, batch, loss, config, num_pairs, norms, asked=asked)
-        for batch, asked in zip(whole, slopes, strict=True)
-    ]
+    return [one(batch, asked=asked) for batch, asked in zip(whole, slopes, strict=True)]
+
+
+def _balance(model: PairModel, loads: Iterable[Tensor]) -> Balance:
+    """How the tokens of the step are routed, from this rank's loads; every rank calls it."""
+    assert model.router
+    total = torch.zeros(2 * model.router.experts + 1, dtype=torch.float64, device=model.device)
+    for load in loads:
+        total += load
+    return model.router.balance(dist.all_reduce_sum(total))
 
 
 def _ready(
@@ -143,13 +165,20 @@ def backward(
     *,
     step_len: Tensor | None = None,  # of a step that is more than this batch, see PairLogp
     asked: PairSlopes | None = None,  # where the loss has been taken of the whole step already
+    balance: Balance | None = None,  # of routers, in a step that is more than this batch
 ) -> PairResult:
     """Adds the gradient of (sum of the batch's losses) / ``num_pairs`` to the parameters."""
-    head = model.logp(batch, norms, wanted_stats(config))
+    head, load = model.routed_logp(batch, norms, wanted_stats(config))
     if asked is None:
         (asked,) = pair_slopes([(batch, head)], loss, config, step_len)
-    head.logp.backward(asked.slope / num_pairs)
-    return _result(batch, head, asked, loss, config)
+    slope = asked.slope / num_pairs
+    if load is None or model.router is None:
+        head.logp.backward(slope)
+        return _result(batch, head, asked, loss, config)
+    own = load.packed()
+    uneven = model.router.loss(load, balance or model.router.balance(own))
+    torch.autograd.backward((head.logp, uneven), (slope, None))
+    return _result(batch, head, asked, loss, config, own)
 
 
 @torch.no_grad()
@@ -171,7 +200,12 @@ def evaluate(
 
 
 def _result(
-    batch: PairBatch, head: LinearLogprob, asked: PairSlopes, loss: Loss, config: Config
+    batch: PairBatch,
+    head: LinearLogprob,
+    asked: PairSlopes,
+    loss: Loss,
+    config: Config,
+    load: Tensor | None = None,
 ) -> PairResult:
     stats = {
         name: sequence_sums(getattr(head, name), batch.num_pairs) for name in wanted_stats(config)
@@ -185,6 +219,7 @@ def _result(
         *rewards(asked.x, config.beta, loss.per_token),
         norms={} if head.gram is None else pair_norms(head.gram, tail_weight(config)),
         stats=stats,
+        load=load,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -30,7 +31,7 @@ from fastpref.checkpoint import (
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset, load_dataset
 from fastpref.data.loader import Loader, StepPlan
-from fastpref.data.pack import demand_budget, demand_vocabulary
+from fastpref.data.pack import demand_budget, demand_vocabulary, fed_tokens, pack_pairs
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
 from fastpref.errors import NonFiniteError, Preempted
@@ -79,7 +80,7 @@ class State:
 
     def observe(self, plan: StepPlan, result: StepResult) -> None:
         """Count a finished step."""
-        self.window.add(result.pairs, float(result.grad_norm))
+        self.window.add(result, self.model.router)
         self.num_tokens += plan.num_tokens
         self.loss_sum += float(result.loss)
 
@@ -153,6 +154,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     key = _data_key(model, dataset)
     dist.check_same("data", key, model.device)
     demand_vocabulary(dataset.train + dataset.held_out, len(model.head.weight))
+    if model.router:
+        dataset = dataclasses.replace(dataset, sizes=functools.partial(fed_tokens, whole=True))
     loader = _loader(config, dataset)
     demand_budget(dataset.sizes(dataset.held_out), config.max_tokens_per_microbatch)
     last_step = total_steps(config, loader.steps_per_epoch)
@@ -168,6 +171,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     if loss.needs_reference:
         dataset, named = _with_reference(config, model, dataset, progress)
         key = f"{key} {named}"
+    if model.router:  # every token is routed, and so every one of a step is fed
+        dataset = dataclasses.replace(dataset, pack=functools.partial(pack_pairs, whole=True))
     reference = copy_reference(model) if config.sync_ref_model else None
 
     torch.manual_seed(config.seed + dist.rank())  # dropout: every rank draws its own

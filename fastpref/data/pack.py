@@ -36,11 +36,13 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs.argmax()) if differs.any() else n
 
 
-def parts(pair: TokenPair) -> Parts:
-    """The packed layout's lengths of ``pair``."""
+def parts(pair: TokenPair, whole: bool = False) -> Parts:
+    """The packed layout's lengths of ``pair``; ``whole``: as in `pack_pairs`."""
     prompt, common = len(pair.prompt), common_length(pair.chosen, pair.rejected)
     chosen, rejected = len(pair.chosen) - common, len(pair.rejected) - common
-    return Parts(prompt, common, prompt + common, max(chosen - 1, 0), max(rejected - 1, 0))
+    if not whole:  # nothing is predicted from a last token
+        chosen, rejected = max(chosen - 1, 0), max(rejected - 1, 0)
+    return Parts(prompt, common, prompt + common, chosen, rejected)
 
 
 class Rows(NamedTuple):
@@ -78,17 +80,19 @@ def pair_rows(pair: TokenPair, at: Parts) -> Rows:
     return Rows(*(values[scored] for values in found))
 
 
-def pack_pairs(pairs: Sequence[TokenPair]) -> PairBatch:
+def pack_pairs(pairs: Sequence[TokenPair], whole: bool = False) -> PairBatch:
     """Pack ``pairs`` in the given order into one `PairBatch` on the CPU.
 
+    ``whole``: completions' last tokens are fed as well, for what counts tokens, not predictions.
     Raises ValueError for a pair whose completions are equal, see `pair_rows`.
     """
-    lay = [parts(pair) for pair in pairs]
+    lay = [parts(pair, whole) for pair in pairs]
     tokens, positions, rows = [], [], []
     for pair, at in zip(pairs, lay, strict=True):
         rows.append(pair_rows(pair, at))
         rest_c, rest_r = pair.chosen[at.common :], pair.rejected[at.common :]
-        tokens += [pair.prompt, pair.chosen[: at.common], rest_c[: at.chosen], rest_r[:-1]]
+        tokens += [pair.prompt, pair.chosen[: at.common]]
+        tokens += [rest_c[: at.chosen], rest_r[: at.rejected]]
         branch = np.arange(at.prefix, at.prefix + max(at.chosen, at.rejected))
         positions += [np.arange(at.prefix), branch[: at.chosen], branch[: at.rejected]]
     lengths = np.array([(at.prefix, at.chosen, at.rejected) for at in lay], np.int64)
@@ -100,6 +104,7 @@ def pack_pairs(pairs: Sequence[TokenPair]) -> PairBatch:
         positions=_int64(np.concatenate(positions)),
         rows=_int64(at_row + (np.cumsum(fed) - fed)[number]),
         pair_of_token=_int64(np.repeat(np.arange(len(lay)), fed)),
+        whole=whole,
         **segments(number, target, part, lengths),
         **identities(pairs),
     )
@@ -137,9 +142,9 @@ def identities(pairs: Sequence[TokenPair]) -> dict[str, Any]:
     }
 
 
-def fed_tokens(pairs: Sequence[TokenPair]) -> np.ndarray:
-    """(N,) tokens that the body computes for each pair."""
-    return np.array([parts(pair).fed for pair in pairs], np.int64)
+def fed_tokens(pairs: Sequence[TokenPair], whole: bool = False) -> np.ndarray:
+    """(N,) tokens that the body computes for each pair; ``whole``: as in `pack_pairs`."""
+    return np.array([parts(pair, whole).fed for pair in pairs], np.int64)
 
 
 def scored_rows(pairs: Sequence[TokenPair]) -> np.ndarray:

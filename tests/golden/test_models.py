@@ -8,6 +8,8 @@ log-softmax over all logits. The models keep their families' default flags unles
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,3 +134,17 @@ def test_packed_equals_padded(case: str, dtype: torch.dtype, tolerance: float) -
     assert relative(ours, plain) <= tolerance
     assert relative(our_grad, plain_grad) <= tolerance
     assert plain_grad.norm() > 1.0
+
+
+@pytest.mark.slow
+def test_the_page_of_models_is_what_the_self_check_says() -> None:
+    """Every causal LM of transformers, tiny: right or refused, as docs/models.md lists."""
+    script = Path(__file__).resolve().parents[2] / "docs" / "models_table.py"
+    spec = importlib.util.spec_from_file_location("models_table", script)
+    assert spec and spec.loader
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    page = table.PAGE.read_text(encoding="utf-8")
+    assert page.endswith(table.MARK + table.tables()), (
+        "docs/models.md is out of date; run: python docs/models_table.py"
+    )
