@@ -2,14 +2,15 @@
 
 A pair's feature is the final hidden state, after the final norm once, at the last token of its
 prefix: there the model predicts the first token in which the two completions differ. One packed
-pass computes the prefixes alone, every distinct one once.
+pass computes the prefixes alone, every distinct one once, and the start that two of them have in
+common (a system prompt, the frame around a statement) once for both.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastpref.batch import GROUP
 from fastpref.data.pack import common_length, fed_tokens, pack_pairs, plan_microbatches
 from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel
 from fastpref.selfcheck import TOLERANCE
 
 CHECKED = 4  # prefixes that are computed the plain way too
+WORTH_SHARING = 8  # two prompts are computed as one where they share an eighth of it
 OFFICIAL_EPSILON = 1e-5  # of the norm that the paper's code applies once more
 
 
@@ -77,21 +80,70 @@ def prefix_features(
     again = _norm_again(model, pairs[0]) if double_norm else None
     places: dict[bytes, list[int]] = defaultdict(list)
     for place, pair in enumerate(pairs):
-        places[pair.prompt.tobytes()].append(place)
-    same = list(places.values())
-    distinct = [pairs[own[0]] for own in same]
-    plan = plan_microbatches(fed_tokens(distinct), np.arange(len(distinct)), max_tokens)
+        places[pair.prompt.astype(">i4").tobytes()].append(place)
+    same = [places[key] for key in sorted(places)]  # ordered by tokens
+    couples = list(_couples([pairs[own[0]] for own in same], max_tokens))
+    fed = fed_tokens([couple for couple, *_ in couples])
     features = np.empty((len(pairs), model.head.weight.shape[1]))
-    bar = tqdm(total=len(distinct), unit="prefix", desc="features", disable=not progress)
+    bar = tqdm(total=len(same), unit="prefix", desc="features", disable=not progress)
     with bar:
-        for batch in plan:
-            states = _prefix_states(model, [distinct[i] for i in batch])
+        for batch in plan_microbatches(fed, np.arange(len(couples)), max_tokens):
+            states = _last_states(model, [couples[i][0] for i in batch])
             states = states if again is None else again(states)
             scaled = states.double().cpu().numpy() * model.head.logit_scale
-            for i, state in zip(batch, scaled, strict=True):
-                features[same[i]] = state
-            bar.update(len(batch))
+            owners = [own for i in batch for own in couples[i][1:]]
+            for own, state in zip(owners, scaled, strict=True):
+                features[same[own]] = state
+            bar.update(len(set(owners)))
     return features
+
+
+def _couples(
+    pairs: Sequence[TokenPair],  # distinct prompts, ordered by their tokens
+    max_tokens: int,
+) -> Iterator[tuple[TokenPair, int, int]]:
+    """Two prompts each as the completions of a pair whose prompt is their common start, and which
+    two; a prompt that has no neighbour worth it by itself, twice the same number.
+
+    Neighbours in the order of tokens have the longest common starts. Attention looks at a couple's
+    whole length at once, so a short common start is not worth the longer block.
+    """
+    here = 0
+    while here < len(pairs):
+        prompt = pairs[here].prompt
+        after = pairs[here + 1].prompt if here + 1 < len(pairs) else prompt[:0]
+        common = common_length(prompt, after)
+        fed = len(prompt) + len(after) - common
+        if common * WORTH_SHARING < fed or fed > max_tokens:
+            yield _ending(pairs[here], prompt, prompt[:0], prompt[:0]), here, here
+            here += 1
+        else:
+            rests = prompt[common:], after[common:]
+            yield _ending(pairs[here], prompt[:common], *rests), here, here + 1
+            here += 2
+
+
+def _ending(
+    pair: TokenPair, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
+) -> TokenPair:
+    """A pair of which exactly these tokens are fed: what they predict is no token, and unlike."""
+    ends = (np.append(chosen, -1), np.append(rejected, -2))
+    return replace(pair, prompt=prompt, chosen=ends[0], rejected=ends[1])
+
+
+def first_not_finite(
+    model: PairModel, pairs: Sequence[TokenPair], features: np.ndarray, *, max_tokens: int
+) -> int | None:
+    """Which pair's feature is not finite by itself, the first one; None where all are finite.
+
+    Attention weighs what it must not see by 0, and 0 times nan is nan: in a packed batch one such
+    prompt makes others nan too, so the suspects are computed one by one.
+    """
+    suspects = np.flatnonzero(~np.isfinite(features).all(axis=1)).tolist()
+    for i in suspects:
+        if not np.isfinite(prefix_features(model, [pairs[i]], max_tokens=max_tokens)).all():
+            return int(i)
+    return int(suspects[0]) if suspects else None
 
 
 @torch.inference_mode()
@@ -106,7 +158,9 @@ def check_features(model: PairModel, pairs: Sequence[TokenPair]) -> float:
     picked = np.linspace(0, len(pairs) - 1, min(CHECKED, len(pairs))).round().astype(int)
     chosen = [pairs[i] for i in by_length[picked]]
     try:
-        ours = _logits(model, _prefix_states(model, chosen))
+        ours = _logits(
+            model, prefix_features(model, chosen, max_tokens=int(fed_tokens(chosen).sum()))
+        )
         with model.plain_attention(), model.autocast():
             plain = [
                 model.module(input_ids=_ids(pair, model.device)[None], use_cache=False).logits[0]
@@ -134,23 +188,24 @@ def check_features(model: PairModel, pairs: Sequence[TokenPair]) -> float:
     return worst
 
 
-def _prefix_states(model: PairModel, pairs: Sequence[TokenPair]) -> Tensor:
-    """(P, D) hidden states at the last token of each prefix."""
-    batch = pack_pairs(pairs).to(model.device)
-    # One position predicts both answers, so it stands in `rows` twice.
-    return model.hidden(batch).index_select(0, batch.rows[::2])
+def _last_states(model: PairModel, pairs: Sequence[TokenPair]) -> Tensor:
+    """(2P, D) hidden states that predict the last tokens of chosen and rejected, pair by pair."""
+    batch = pack_pairs(pairs)
+    ends = np.bincount(batch.segment_id.numpy(), minlength=batch.num_segments).cumsum() - 1
+    rows = batch.rows[torch.from_numpy(ends.reshape(-1, GROUP)[:, 1:].ravel())]
+    return model.hidden(batch.to(model.device)).index_select(0, rows.to(model.device))
 
 
 def _ids(pair: TokenPair, device: torch.device) -> Tensor:
     return torch.from_numpy(pair.prompt.astype(np.int64)).to(device)
 
 
-def _logits(model: PairModel, states: Tensor) -> Tensor:
-    """(P, V) float64, from hidden states by the head as `PairModel.head` describes it."""
+def _logits(model: PairModel, features: np.ndarray) -> Tensor:
+    """(P, V) float64, from features by the head as `PairModel.head` describes it."""
     head = model.head
-    logits = states.to(model.dtype) @ head.weight.to(model.dtype).T
-    logits = logits.double() if head.bias is None else logits.double() + head.bias
-    logits = logits * head.logit_scale
+    logits = torch.from_numpy(features).to(model.device) @ head.weight.double().T
+    if head.bias is not None:
+        logits = logits + head.bias * head.logit_scale
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
 
 
@@ -163,7 +218,7 @@ def _norm_again(model: PairModel, pair: TokenPair) -> Callable[[Tensor], Tensor]
             made.append((module, output))
 
     body = model.module.base_model
-    leaves = [m for m in body.modules() if not any(m.children())]  # type: ignore[operator,union-attr]
+    leaves = [m for m in body.modules() if not any(m.children())]  # type: ignore[union-attr]
     hooks = [leaf.register_forward_hook(keep) for leaf in leaves]
     try:
         last = model.hidden(pack_pairs([pair]).to(model.device))

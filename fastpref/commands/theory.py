@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from fastpref.commands import add_field_options, show_log
 from fastpref.config import Config, field_names, load_config
 
 if TYPE_CHECKING:
+    from fastpref.data.dataset import Dataset
     from fastpref.data.tokenize import TokenPair
     from fastpref.frozen import FirstTokens
     from fastpref.model import PairModel
@@ -102,9 +103,8 @@ def predict(
     model = load_model(config)
     _demand_head(model)
     dataset = load_dataset(config, model.tokenizer)
-    places = {row["pair_id"]: f"{row['file']}:{row['line']}" for row in dataset.index}
     firsts = first_tokens(dataset.train, model.tokenizer.eos_token_id)
-    _demand_answers(firsts, places, config)
+    _demand_answers(firsts, dataset, config)
     pairs = firsts.pairs
     demand_vocabulary(pairs, len(model.head.weight))
     check_features(model, pairs)
@@ -115,7 +115,7 @@ def predict(
         double_norm=double_norm,
         progress=not config.disable_tqdm,
     )
-    _demand_finite(features, pairs, places, dataset.behaviors)
+    _demand_finite(model, features, pairs, dataset, config.max_tokens_per_microbatch)
     kept, behavior = np.unique([pair.behavior for pair in pairs], return_inverse=True)
     frozen = frozen_pairs(
         features,
@@ -152,35 +152,45 @@ def _demand_head(model: PairModel) -> None:
         )
 
 
-def _demand_answers(firsts: FirstTokens, places: Mapping[int, str], config: Config) -> None:
+def _demand_answers(firsts: FirstTokens, dataset: Dataset, config: Config) -> None:
     """Pairs without a first differing token are bad rows."""
     if not firsts.without or (firsts.pairs and config.on_bad_rows == "drop"):
         return
     example = firsts.without[0]
+    lengths = f"{len(example.chosen)} and {len(example.rejected)} tokens"
     raise ValueError(
         f"{len(firsts.without)} pairs have no first token in which their answers differ, the first "
-        f"being {places[example.pair_id]} ({len(example.chosen)} and {len(example.rejected)} "
-        "tokens): one answer begins with the whole other one, or nothing precedes the answers. "
-        "Set --append_eos true or a larger --max_length, or --on_bad_rows drop to leave them out."
+        f"being {_places(dataset)[example.pair_id]} ({lengths}): one answer begins with the whole "
+        "other one, or nothing precedes the answers. Set --append_eos true or a larger "
+        "--max_length, or --on_bad_rows drop to leave them out."
     )
 
 
 def _demand_finite(
+    model: PairModel,
     features: np.ndarray,
     pairs: Sequence[TokenPair],
-    places: Mapping[int, str],
-    behaviors: Sequence[str],
+    dataset: Dataset,
+    max_tokens: int,
 ) -> None:
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if bad.size:
-        pair = pairs[bad[0]]
-        value = features[bad[0]][~np.isfinite(features[bad[0]])][0]
+    from fastpref.frozen import first_not_finite
+
+    bad = first_not_finite(model, pairs, features, max_tokens=max_tokens)
+    if bad is not None:
+        values = features[bad][~np.isfinite(features[bad])]
+        number = int((~np.isfinite(features).all(axis=1)).sum())
         raise ValueError(
-            f"{places[pair.pair_id]} (behavior {behaviors[pair.behavior]!r}): the model's hidden "
-            f"state at the last token before the answers holds {value}; so do those of {bad.size} "
-            f"of {len(pairs)} pairs. The weights are damaged, or the precision is too low (--dtype "
-            "float32)."
+            f"{_places(dataset)[pairs[bad].pair_id]} (behavior "
+            f"{dataset.behaviors[pairs[bad].behavior]!r}): the model's hidden state at the last "
+            f"token before the answers holds {values[0]}; all in all {number} of {len(pairs)} pairs"
+            ", or their neighbours in a batch, are not finite. The weights are damaged, or the "
+            "precision is too low (--dtype float32)."
         )
+
+
+def _places(dataset: Dataset) -> dict[int, str]:
+    """File and line of every pair, by its id."""
+    return {int(str(row["pair_id"])): f"{row['file']}:{row['line']}" for row in dataset.index}
 
 
 def _positive_token(pairs: Sequence[TokenPair]) -> int | None:
@@ -228,7 +238,7 @@ def _notes(
             " rates, levels, shares and coherence are undefined. Delta and the other statistics, "
             "and the priority matrix made of them, are those of its features."
         )
-    if head.weight is model.module.get_input_embeddings().weight:  # type: ignore[operator,union-attr]
+    if head.weight is model.module.get_input_embeddings().weight:  # type: ignore[operator]
         notes.append(
             "The head is also the input embedding: training it moves the features, and only the "
             "head's own part of the first rate is predicted."
@@ -282,8 +292,6 @@ def _view_notes(view: Overview) -> list[str]:
     if apart and max(apart) > 0.01:
         notes.append(
             f"In {sum(a > 0.01 for a in apart)} of {len(known)} behaviors labels do not balance: "
-            "effective delta, on which the rates rest, is up to "
-            f"{100 * max(apart):.0f} % away from "
-            "delta."
+            f"effective delta, the one in the rates, is up to {100 * max(apart):.0f} % off delta."
         )
     return notes

@@ -97,7 +97,13 @@ def _bars(plt: Any, view: Overview) -> Any:
     right.axvline(0, color=SOFT, linewidth=0.8)
     right.set_xlabel("%")
     # Above the axes, where no bar can lie under it.
-    right.legend(loc="lower right", bbox_to_anchor=(1.015, 0.99), ncols=2, frameon=False)
+    right.legend(
+        *(handles[::-1] for handles in right.get_legend_handles_labels()),
+        loc="lower right",
+        bbox_to_anchor=(1.015, 0.99),
+        ncols=2,
+        frameon=False,
+    )
     for axes in (left, right):
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -113,7 +119,7 @@ def _scatter(plt: Any, view: Overview) -> Any:
         return None
     unit = "unit of time" if view.learning_rate is None else f"step at {view.learning_rate:g}"
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
-    figure.subplots_adjust(0.085, 0.125, 0.985, 0.92, wspace=0.22)
+    figure.subplots_adjust(0.085, 0.125, 0.985, 0.89, wspace=0.25)
     line = np.array([0, 1.05 * delta.max()])
     slope = view.beta / np.sqrt(8) * (view.learning_rate or 1.0)
     left.plot(line, slope * line, color=SOFT, linewidth=1.2, label="β δ / (2√2), labels balanced")
@@ -174,8 +180,7 @@ def _matrix(plt: Any, view: Overview) -> Any:
     figure = plt.figure(figsize=(width, height))
     axes = figure.add_axes((3.3 / width, 0.55 / height, side / width, side / height))
     limit = float(np.nanmax(np.abs(view.priority), initial=0.0)) or 1.0
-    cmap = plt.get_cmap("RdBu_r").copy()
-    cmap.set_bad("#d9d9d9")  # undefined
+    cmap = plt.get_cmap("RdBu_r").with_extremes(bad="#d9d9d9")  # undefined
     image = axes.imshow(view.priority, cmap=cmap, vmin=-limit, vmax=limit)
     numbers = [str(k + 1) for k in range(size)]
     axes.set(
