@@ -91,9 +91,9 @@ def _bars(plt: Any, view: Overview) -> Any:
     share = np.array([own.share for own in view.behaviors])
     fraction = np.array([own.fraction for own in view.behaviors])
     if np.isfinite(share).all():
-        right.barh(place, 100 * share, 0.68, color=ORANGE, label="of the first update")
+        right.barh(place, 100 * share, 0.68, color=ORANGE, label="of first update")
     right.set_title("Share")
-    right.plot(100 * fraction, place, "|", color=INK, markersize=8, mew=1.6, label="of the pairs")
+    right.plot(100 * fraction, place, "|", color=INK, markersize=8, mew=1.6, label="of pairs")
     right.axvline(0, color=SOFT, linewidth=0.8)
     right.set_xlabel("%")
     # Above the axes, where no bar can lie under it.
@@ -102,6 +102,8 @@ def _bars(plt: Any, view: Overview) -> Any:
         loc="lower right",
         bbox_to_anchor=(1.015, 0.99),
         ncols=2,
+        columnspacing=1.2,
+        handlelength=1.3,
         frameon=False,
     )
     for axes in (left, right):
