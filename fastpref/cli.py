@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastpref import __version__
-from fastpref.config import explain_unknown
+from fastpref.config import explain_unknown, field_names
 from fastpref.errors import NonFiniteError, Preempted
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fastpref.commands.train", "train a model on preference pairs"),
     "report": ("fastpref.commands.report", "write a run's report.html"),
     "inspect": ("fastpref.commands.inspect", "look at a data set before training on it"),
+    "theory": ("fastpref.commands.theory", "predict what pairs teach a model, before training"),
     "refcache": ("fastpref.commands.refcache", "compute reference log-probs ahead of training"),
     "env": ("fastpref.commands.env", "versions and hardware, for bug reports"),
     "demo": ("fastpref.commands.demo", "generate data, train and report, in minutes"),
@@ -100,6 +101,8 @@ def _explain_option(parser: argparse.ArgumentParser, word: str) -> str:
         return f"unexpected argument {word!r} (see {parser.prog} --help)"
     option = word.split("=", 1)[0]
     known = list(parser._option_string_actions)  # argparse has no public list of them
+    if "--output_dir" in known and option.lstrip("-") in field_names():
+        return f"{option}: an option of training, not of {parser.prog}"
     if "--learning_rate" in known:  # the options are the fields of Config
         return f"{option}: {explain_unknown(option.lstrip('-'))}"
     near = difflib.get_close_matches(option, known, n=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,9 +89,21 @@ def read_weights(
     if absent:
         raise ValueError(
             f"{source}: {len(absent)} weights are not in its files, the first being {absent[0]}. "
-            "The files are not whole: get them again."
+            f"{_what_is_absent(module, absent)}"
         )
     return module, identity
+
+
+def _what_is_absent(module: Any, absent: Sequence[str]) -> str:
+    """What to do about weights that the files lack, by name."""
+    head = module.get_output_embeddings()
+    names = {name for name, p in module.named_parameters() if head and p is head.weight}
+    if set(absent) == names:
+        return (
+            f"It is a model without an output head (saved as {module.config.architectures}), and "
+            "a random one would take its place: name the causal language model itself."
+        )
+    return "The files are not whole: get them again."
 
 
 def weights_identity(name: str, commit: str | None, device: torch.device) -> str:

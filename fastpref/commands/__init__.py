@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import logging
 import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastpref.config import GROUPS, Config, field_types, load_config
@@ -31,23 +32,39 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     )
     groups = {name: parser.add_argument_group(f"{name} ({text})") for name, text in GROUPS.items()}
     for spec in dataclasses.fields(Config):
-        kind = field_types()[spec.name]
-        text, choices = spec.metadata["help"], spec.metadata["choices"]
-        extra: dict[str, Any] = {"metavar": _metavar(kind)}
-        if kind in (bool, bool | None):
-            extra |= {"nargs": "?", "const": "true"}
-        elif typing.get_origin(kind) is tuple:
-            extra |= {"nargs": "*"}
-        elif 0 < len(choices) <= SHORT:
-            extra = {"metavar": "|".join(choices)}
-        elif choices:
-            text = f"{text} One of {', '.join(choices)}."
-        groups[spec.metadata["group"]].add_argument(
-            f"--{spec.name}",
-            default=argparse.SUPPRESS,
-            help=f"{text} [{_shown(spec.default)}]".replace("%", "%%"),
-            **extra,
-        )
+        _add_field(groups[spec.metadata["group"]], spec, spec.default)
+
+
+def add_field_options(
+    parser: argparse.ArgumentParser, names: Sequence[str], defaults: Mapping[str, Any]
+) -> None:
+    """The fields `names` of `Config` as `--field value`, shown with `defaults` where these differ.
+
+    A field that is not given is not in what the parser returns.
+    """
+    fields = {spec.name: spec for spec in dataclasses.fields(Config)}
+    for name in names:
+        _add_field(parser, fields[name], defaults.get(name, fields[name].default))
+
+
+def _add_field(parser: Any, spec: dataclasses.Field[Any], default: Any) -> None:
+    kind = field_types()[spec.name]
+    text, choices = spec.metadata["help"], spec.metadata["choices"]
+    extra: dict[str, Any] = {"metavar": _metavar(kind)}
+    if kind in (bool, bool | None):
+        extra |= {"nargs": "?", "const": "true"}
+    elif typing.get_origin(kind) is tuple:
+        extra |= {"nargs": "*"}
+    elif 0 < len(choices) <= SHORT:
+        extra = {"metavar": "|".join(choices)}
+    elif choices:
+        text = f"{text} One of {', '.join(choices)}."
+    parser.add_argument(
+        f"--{spec.name}",
+        default=argparse.SUPPRESS,
+        help=f"{text} [{_shown(default)}]".replace("%", "%%"),
+        **extra,
+    )
 
 
 SHORT = 4  # choices that are named in place of a value; more are named in the help text
