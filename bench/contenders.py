@@ -28,6 +28,7 @@ from fastpref.data.dataset import Dataset
 from fastpref.data.formats import Pair
 from fastpref.data.loader import Loader, StepPlan
 from fastpref.data.pack import (
+    Packer,
     fed_tokens,
     pack_pairs,
     parts,
@@ -153,7 +154,8 @@ class Fastpref:
         assert tokenized.sources == list(range(len(job.pairs)))
         self.behaviors = tokenized.behaviors
         head = trainable == "head"
-        self.sizes, self.pack = scored_rows if head else fed_tokens, pack_pairs
+        self.sizes = scored_rows if head else fed_tokens
+        self.pack: Packer = pack_pairs
         if head:
             self.model = freeze_body(self.model)
         if head and not body:

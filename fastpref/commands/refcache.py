@@ -32,13 +32,16 @@ def run(args: argparse.Namespace) -> int:
     if not get_loss(config.loss_type).needs_reference:
         print(f"loss_type {', '.join(config.loss_type)} has no reference; nothing to compute.")
         return 0
-    """Fill the cache that a training run with the same data and model reads; say where it is.
-
-    With `trainable: head` also that of the body's states, from which the log-probs then come.
-    """
-    config = config_from_options(args)
-    show_log()
-    from fastpref.data.dataset import load_dataset
-    from fastpref.data.pack import demand_vocabulary
-    from fastpref.features import with_states
+    tokenizer = load_tokenizer(config)
+    dataset = load_dataset(config, tokenizer, progress=True)
+    pairs = dataset.train + dataset.held_out
+    model = None
+    if not config.ref_model_name_or_path or config.trainable == "head":
+        model = load_model(config, tokenizer)
+        demand_vocabulary(pairs, len(model.head.weight))
+        check_model(model, pairs, config.max_tokens_per_microbatch)
+    if model and config.trainable == "head":
+        dataset = with_states(config, model, dataset, progress=True)
+    found, _ = find_reference(config, model, tokenizer, pairs, pack=dataset.pack)
+    print(found)
     return 0

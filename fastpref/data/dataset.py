@@ -192,7 +192,7 @@ def _report(
             "it counts as the completions', as in TRL",
             _pairs(tokenized.retokenized),
         )
-    given = sum(p.truncated and p.ref_chosen is not None for side in sides for p in side)
+    given = sum(bool(p.truncated) and p.ref_chosen is not None for side in sides for p in side)
     if given:
         log.warning(
             "%s that max_length cuts bring reference log-probs, which must be of the cut texts",
