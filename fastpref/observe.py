@@ -76,7 +76,7 @@ def record_step(
 ) -> None:
     """Rows of `pairs` for every micro-batch, and the step's row of `steps`."""
     for micro, own in enumerate(columns):
-        cut = np.isin(own["pair_id"], truncated)
+        cut = np.isin(own["pair_id"], truncated) if truncated.size else False
         extra = {"micro": micro, "truncated": cut, "norm_method": norm_method(own)}
         recorder.pairs(plan.step, TRAIN, plan.epoch, **extra, **own)
     own_sizes = [(r.batch.num_tokens, r.batch.rows.numel(), 1) for r in result.pairs]
