@@ -109,7 +109,7 @@ def test_a_message_names_file_line_expected_and_value(tmp_path: Path) -> None:
         ("save_steps", 0, "1 or more"),
         ("max_length", 1, "2 or more"),
         ("resume_from_checkpoint", True, "set auto"),
-        ("trainable", "head", "expected all or lora, got 'head'"),
+        ("trainable", "body", "expected all or lora or head, got 'body'"),
         ("lora_r", 0, "1 or more"),
         ("lora_alpha", 0, "1 or more"),
         ("lora_dropout", 1, "0 <= value < 1"),
@@ -263,6 +263,7 @@ def test_combinations_carry_their_fix() -> None:
     [
         ({"trainable": "all", "lora_r": 8}, "lora_r: an option of LoRA, but trainable is 'all'"),
         ({"trainable": "all", "save_merged": True}, "save_merged: an option of LoRA"),
+        ({"trainable": "head", "lora_r": 8}, "lora_r: an option of LoRA, but trainable is 'head'"),
         ({"adapter_name_or_path": "x", "lora_r": 8}, "lora_r: the adapter that"),
         ({"adapter_name_or_path": "x", "use_dora": True}, "use_dora: the adapter that"),
         ({"lora_target_modules": ["q", ".*v"]}, "lora_target_modules: '.*v' cannot stand beside"),
