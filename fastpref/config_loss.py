@@ -153,9 +153,9 @@ def _check_sync(losses: dict[str, Facts], config: Any) -> None:
         raise ConfigError(
             "sync_ref_model", f"loss_type {', '.join(losses)} has no reference; remove it"
         )
-    if config.trainable != "all":
+    if config.trainable == "lora":
         raise ConfigError(
             "sync_ref_model",
-            f"needs trainable: all, got {config.trainable}: the reference is then not a model of "
-            "its own that could follow the policy; remove it",
+            "needs trainable: all or head, got lora: the reference is then not a model of its own "
+            "that could follow the policy; remove it",
         )

@@ -139,6 +139,8 @@ def wpo_weight(
 
 def concatenate_pairs(parts: Sequence[PairLogp]) -> PairLogp:
     """One `PairLogp` of the pairs of all ``parts``, which have the same fields."""
+    if len(parts) == 1:
+        return parts[0]
     columns = {
         f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(PairLogp)
     }

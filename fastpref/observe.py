@@ -77,7 +77,8 @@ def record_step(
 ) -> None:
     """Rows of `pairs` for every micro-batch, and the step's row of `steps`."""
     for micro, own in enumerate(columns):
-        cut = np.array([pair_id in truncated for pair_id in own["pair_id"].tolist()], bool)
+        ids = own["pair_id"].tolist()
+        cut = np.array([i in truncated for i in ids], bool) if truncated else False
         extra = {"micro": micro, "truncated": cut, "norm_method": norm_method(own)}
         recorder.pairs(plan.step, TRAIN, plan.epoch, **extra, **own)
     own_sizes = [(r.batch.num_tokens, r.batch.rows.numel(), 1) for r in result.pairs]

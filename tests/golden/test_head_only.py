@@ -314,15 +314,25 @@ def test_the_example_runs(base: Config, tiny_data: Path, tmp_path: Path) -> None
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_a_dataset_that_brings_no_states_is_not_what_head_training_uses(
-    base: Config, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sync_ref_model": True, "ref_model_sync_steps": 3},
+        {"loss_type": ("aot", "sft"), "ld_alpha": 0.5, "max_tokens_per_microbatch": 150},
+        {"loss_type": "simpo", "use_weighting": False},
+    ],
+)
+def test_cached_states_are_the_only_difference_from_a_body_in_every_step(
+    base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """The cache is the only difference between a step over states and one over tokens."""
-
     def body(config: Config, model: Any, dataset: Dataset, progress: bool) -> Dataset:
         return dataset
 
+    states = run(base, tmp_path / "states", **changes)
     monkeypatch.setattr("fastpref.train.with_states", body)
-    tokens = run(base, tmp_path / "run")
-    assert min(steps(tokens)["tokens"]) > 0
-    np.testing.assert_allclose(steps(tokens)["loss"], steps(straight)["loss"], rtol=1e-5)
+    tokens = run(base, tmp_path / "tokens", **changes)
+    assert min(steps(tokens)["tokens"]) > 0 and set(steps(states)["tokens"]) == {0}
+    np.testing.assert_allclose(steps(tokens)["loss"], steps(states)["loss"], rtol=1e-5)
+    margins = [[r["margin"] for r in trained_rows(folder)] for folder in (states, tokens)]
+    np.testing.assert_allclose(*(np.sort(m) for m in margins), atol=1e-4)

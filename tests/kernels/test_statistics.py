@@ -86,6 +86,8 @@ def test_first_of_equal_entries_is_the_argmax(monkeypatch: pytest.MonkeyPatch) -
         weight[[2, 5, 6]] = 1.0
         hidden, target = torch.ones(4, 1), torch.tensor([2, 5, 6, 0])
         out = linear_logprob(hidden, weight, target, stats=("top1", "argmax"))
+        alone = linear_logprob(hidden, weight, target, stats=("top1",)).top1
+        assert alone is not None and alone.tolist() == [1.0, 0.0, 0.0, 0.0]
         assert out.argmax is not None and out.top1 is not None
         assert out.argmax.tolist() == [2, 2, 2, 2]
         assert out.top1.tolist() == [1.0, 0.0, 0.0, 0.0]

@@ -294,6 +294,7 @@ def test_combinations_carry_their_fix() -> None:
     [
         ({"trainable": "all", "lora_r": 8}, "lora_r: an option of LoRA, but trainable is 'all'"),
         ({"trainable": "all", "save_merged": True}, "save_merged: an option of LoRA"),
+        ({"trainable": "head", "lora_r": 8}, "lora_r: an option of LoRA, but trainable is 'head'"),
         ({"adapter_name_or_path": "x", "lora_r": 8}, "lora_r: the adapter that"),
         ({"adapter_name_or_path": "x", "use_dora": True}, "use_dora: the adapter that"),
         ({"lora_target_modules": ["q", ".*v"]}, "lora_target_modules: '.*v' cannot stand beside"),
