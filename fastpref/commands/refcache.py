@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"loss_type {', '.join(config.loss_type)} has no reference; nothing to compute.")
         return 0
     tokenizer = load_tokenizer(config)
-    dataset = load_dataset(config, tokenizer)
+    dataset = load_dataset(config, tokenizer, progress=True)
     pairs = dataset.train + dataset.held_out
     model = None
     if not config.ref_model_name_or_path or config.trainable == "head":

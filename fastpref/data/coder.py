@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from fastpref.data.chat import Chat
 from fastpref.data.encode import CannotEncode, Encoder, Halves
 from fastpref.data.formats import Pair
 
+DIGEST_BYTES = 16
 CHUNK = 256  # rows per call; more would keep Python's garbage collector busy
 
 
@@ -164,6 +165,30 @@ def row_of(pair: Pair) -> tuple[str, bool]:
     else:
         rest = f"{_json(pair.tools)},{_json(pair.template_kwargs)}"
     return f"[{_json(pair.prompt)},{first},{second},{rest}]", first != chosen
+
+
+def row_digest(row: str) -> bytes:
+    """16 bytes that name a row."""
+    return hashlib.sha256(row.encode()).digest()[:DIGEST_BYTES]
+
+
+class Rows(Sequence[str]):
+    """The rows of ``pairs``, made when they are asked for: all of them are as large as the data."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        if isinstance(at, slice):
+            return [row_of(pair)[0] for pair in self.pairs[at]]
+        return row_of(self.pairs[at])[0]
 
 
 def _json(value: Any) -> str:

@@ -18,13 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastpref.data.coder import Coder, Ids
+from fastpref.data.coder import DIGEST_BYTES, Coder, Ids
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the file, of rows and of the key; raise it when one of them changes
 CHECKED = 16  # rows of a file that are tokenised again and compared
-_DIGEST = 16  # bytes of a row's digest
 
 
 def default_folder() -> Path:
@@ -39,11 +38,6 @@ def cache_folder(token_cache_dir: str | None) -> Path:
     return Path(token_cache_dir).expanduser() if token_cache_dir else default_folder()
 
 
-def row_digest(row: str) -> bytes:
-    """16 bytes that name a row."""
-    return hashlib.sha256(row.encode()).digest()[:_DIGEST]
-
-
 def cache_key(coder: Coder, digests: Sequence[bytes]) -> str:
     """Digest (16 hex digits) of everything that decides the ids of the rows."""
     digest = hashlib.sha256(f"{FORMAT} {coder.digest()}\n".encode())
@@ -53,15 +47,18 @@ def cache_key(coder: Coder, digests: Sequence[bytes]) -> str:
 
 
 def cached_ids(
-    folder: Path, coder: Coder, rows: Sequence[str], make: Callable[[Sequence[str]], Ids]
+    folder: Path,
+    coder: Coder,
+    digests: Sequence[bytes],
+    rows: Sequence[str],
+    make: Callable[[], Ids],
 ) -> tuple[Ids, np.ndarray]:
     """Ids of ``rows``, which differ from each other, from the cache or by ``make``, which the cache
-    then keeps; and where in them each row is, (N,).
+    then keeps; and where in them each row is, (N,). ``digests``: `row_digest` of each.
 
     A file that is damaged, incomplete or disagrees with the tokenizer is made again, and the log
     says so; a folder that cannot be written makes no difference but the time.
     """
-    digests = [row_digest(row) for row in rows]
     path = folder / f"{cache_key(coder, digests)}.parquet"
     if path.exists():
         try:
@@ -72,7 +69,7 @@ def cached_ids(
         else:
             log.info("token ids of %d pairs from %s", len(rows), path)
             return kept, place
-    ids = make(rows)
+    ids = make()
     try:
         _write(path, digests, ids)
     except OSError as error:
@@ -85,7 +82,7 @@ def _write(path: Path, digests: Sequence[bytes], ids: Ids) -> None:
     faults = [json.dumps(ids.faults[n]) if n in ids.faults else None for n in range(len(digests))]
     table = pa.table(
         {
-            "row": pa.array(digests, pa.binary(_DIGEST)),
+            "row": pa.array(digests, pa.binary(DIGEST_BYTES)),
             "prompt": ids.lengths[:, 0].astype(np.int32),
             "first": ids.lengths[:, 1].astype(np.int32),
             "alone": ids.alone.astype(np.int32),

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fastpref import dist
 from fastpref.data.badrows import BadRow, Unusable, Words, check_bad_rows
-from fastpref.data.coder import CHUNK, Coder, Ids, row_of
+from fastpref.data.coder import CHUNK, Coder, Ids, Rows, row_digest, row_of
 from fastpref.data.formats import Pair
 from fastpref.data.tokencache import cached_ids
 from fastpref.data.workers import Workers
@@ -215,25 +215,30 @@ def _ids(
     progress: bool,
 ) -> tuple[Ids, list[int], list[bool]]:
     """Ids, and of each pair its row in them and whether its rejected completion is the first."""
-    rows: dict[str, int] = {}
+    place_of: dict[bytes, int] = {}
+    firsts: list[Pair] = []  # of each row, the first pair that it stands for
     places, exchanged = [], []
     for pair in pairs:
         row, other_way = row_of(pair)
-        places.append(rows.setdefault(row, len(rows)))
+        place = place_of.setdefault(row_digest(row), len(firsts))
+        if place == len(firsts):
+            firsts.append(pair)
+        places.append(place)
         exchanged.append(other_way)
-    unique = list(rows)
+    rows = Rows(firsts)
 
-    def make(rows: Sequence[str]) -> Ids:
+    def make() -> Ids:
         return make_ids(coder, rows, num_proc, progress)
 
     if cache_dir is None:
-        return make(unique), places, exchanged
+        return make(), places, exchanged
+    digests = list(place_of)
     # One process of a machine does the work, the others find it done.
     if dist.local_rank() == 0:
-        ids, at = cached_ids(cache_dir, coder, unique, make)
+        ids, at = cached_ids(cache_dir, coder, digests, rows, make)
     dist.barrier()
     if dist.local_rank() != 0:
-        ids, at = cached_ids(cache_dir, coder, unique, make)
+        ids, at = cached_ids(cache_dir, coder, digests, rows, make)
     return ids, at[places].tolist(), exchanged
 
 
@@ -254,22 +259,22 @@ def make_ids(coder: Coder, rows: Sequence[str], num_proc: int | None, progress: 
 
 
 def _parts(coder: Coder, rows: Sequence[str], num_proc: int | None) -> Iterator[Ids]:
-    jobs = [rows[at : at + CHUNK] for at in range(0, len(rows), CHUNK)]
+    starts = range(0, len(rows), CHUNK)
     began, done = time.perf_counter(), 0
     count = num_proc or 1
-    while done < len(jobs) and count == 1:
-        yield coder.ids(jobs[done])
+    while done < len(starts) and count == 1:
+        yield coder.ids(rows[starts[done] : starts[done] + CHUNK])
         done += 1
         passed = time.perf_counter() - began
         if num_proc is None and passed > 1.0:  # the first rows are the slow ones
-            left = passed / done * (len(jobs) - done)
+            left = passed / done * (len(starts) - done)
             if left > WORTH_WORKERS:
                 count = min(_cpus(), MOST_WORKERS, int(left / WORTH_WORKERS * 4))
-    if done < len(jobs):
-        count = min(count, len(jobs) - done)
+    if done < len(starts):
+        count = min(count, len(starts) - done)
         log.info("tokenising in %d processes", count)
         with Workers(coder, count) as workers:
-            yield from workers.map(jobs[done:])
+            yield from workers.map(rows[at : at + CHUNK] for at in starts[done:])
 
 
 def _cpus() -> int:

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastpref.data import tokencache
-from fastpref.data.coder import Coder, row_of
+from fastpref.data.coder import Coder, row_digest, row_of
 from fastpref.data.formats import Pair
-from fastpref.data.tokencache import cache_key, row_digest
+from fastpref.data.tokencache import cache_key
 from fastpref.data.tokenize import Tokenized, tokenize_pairs
 
 DAY = datetime.date(2024, 2, 29)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpref.data.badrows import Unusable
@@ -344,7 +344,7 @@ def tokenizers(tiny_tokenizer: Any, bos_tokenizer: Any) -> list[Any]:
     return [tiny_tokenizer, bos_tokenizer, whole, ByT5Tokenizer(), made]
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(deadline=None, max_examples=150)
 @given(
     texts=st.lists(st.tuples(SCRAPS, SCRAPS, SCRAPS), max_size=4),
     chats=st.lists(

@@ -133,7 +133,7 @@ import datetime, json, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from tokenizers import Tokenizer
-from fastpref.data.coder import CHUNK, Coder, Ids
+from fastpref.data.coder import CHUNK, Coder, Ids, row_digest
 from fastpref.data.tokencache import cached_ids
 from fastpref.data.workers import Workers
 
@@ -144,13 +144,13 @@ backend = Tokenizer.from_file(sys.argv[1])
 coder = Coder(tokenizer, "auto", datetime.date.today(), backend=backend)
 rows = [json.dumps(["a" * (n % 997) + str(n), " No", " Yes", None, None]) for n in range(10**5)]
 
-def make(rows):
+def make():
     with Workers(coder, 2) as workers:
         print(*(process.pid for process in workers.processes), flush=True)
         jobs = [rows[at : at + CHUNK] for at in range(0, len(rows), CHUNK)]
         return Ids.join(list(workers.map(jobs)))
 
-cached_ids(Path(sys.argv[2]), coder, rows, make)
+cached_ids(Path(sys.argv[2]), coder, list(map(row_digest, rows)), rows, make)
 """
 
 
@@ -170,7 +170,7 @@ def test_nothing_is_left_of_a_killed_run(
     )
     assert parent.stdout and parent.stderr
     pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 2
+    assert len(pids) == 2 and os.getsid(parent.pid) not in map(os.getsid, pids)
     time.sleep(0.3)
     os.killpg(parent.pid, number)
     _, errors = parent.communicate(timeout=60)
