@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 OWN_DEFAULTS: dict[str, Any] = {
     "eval_fraction": "0",
     "learning_rate": None,
+    # Without a backward there is no need for more, and larger tensors are slower on a CPU.
+    "max_tokens_per_microbatch": "8192",
     "output_dir": "runs/theory",
 }
 OPTIONS = (
