@@ -33,12 +33,16 @@ if TYPE_CHECKING:
 OWN_DEFAULTS: dict[str, Any] = {
     "eval_fraction": "0",
     "learning_rate": None,
+    # Without a backward there is no need for more, and larger tensors are slower on a CPU.
+    "max_tokens_per_microbatch": "8192",
     "output_dir": "runs/theory",
 }
 OPTIONS = (
-    *("dtype", "device", "dataset_split", "dataset_config_name", "behavior_column"),
-    *("flip_behaviors", "on_bad_rows", "max_length", "append_eos", "eval_fraction", "seed"),
-    *("beta", "learning_rate", "train_batch_size", "max_tokens_per_microbatch", "output_dir"),
+    *("model_revision", "dtype", "device", "dataset_weights", "dataset_split"),
+    *("dataset_config_name", "behavior_column", "flip_behaviors", "on_bad_rows", "max_length"),
+    *("truncation_mode", "chat_template", "template_date", "append_eos", "dataset_num_proc"),
+    *("token_cache_dir", "eval_fraction", "seed", "beta", "learning_rate", "train_batch_size"),
+    *("max_tokens_per_microbatch", "output_dir"),
 )
 
 
@@ -117,19 +121,21 @@ def predict(
     )
     _demand_finite(model, features, pairs, dataset, config.max_tokens_per_microbatch)
     kept, behavior = np.unique([pair.behavior for pair in pairs], return_inverse=True)
+    count = _counts(pairs, config.dataset_weights)
     frozen = frozen_pairs(
         features,
         np.array([pair.chosen[0] for pair in pairs]),
         np.array([pair.rejected[0] for pair in pairs]),
         behavior,
         [dataset.behaviors[k] for k in kept],
+        count,
     )
     positive = _positive_token(pairs)
     view = overview(
         frozen,
         config.beta,
         learning_rate,
-        batch_size=config.train_batch_size,
+        batch_size=config.train_batch_size if count is None else 0,  # (E13) takes each pair once
         positive_token=positive,
         linear=model.head.softcap is None,
     )
@@ -142,6 +148,13 @@ def predict(
         f"{'twice (double_norm)' if double_norm else 'once'}",
     }
     return view, about, _notes(model, firsts, view, positive, double_norm)
+
+
+def _counts(pairs: Sequence[TokenPair], weights: Sequence[float]) -> np.ndarray | None:
+    """(P,) times that an epoch takes each pair; None: all alike."""
+    if len(set(weights)) < 2:
+        return None
+    return np.array([weights[pair.origin] for pair in pairs])
 
 
 def _demand_head(model: PairModel) -> None:

@@ -21,7 +21,7 @@ YES, NO, EOS = 7, 9, 0
 
 def pair(prompt: list[int], chosen: list[int], rejected: list[int], number: int = 0) -> TokenPair:
     ids = (np.array(part, np.int32) for part in (prompt, chosen, rejected))
-    return TokenPair(number, 0, "", *ids, truncated=False)
+    return TokenPair(number, 0, "", *ids, truncated=())
 
 
 def some_pairs(vocabulary: int = 250) -> list[TokenPair]:

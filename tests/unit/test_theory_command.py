@@ -213,6 +213,61 @@ def test_flipped_behavior_turns_its_direction(
     )
 
 
+def test_weights_are_repeated_pairs(
+    tiny_model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A source that is taken twice per epoch counts like a mixture in which it stands twice."""
+    files = [str(data / f"{name}.jsonl") for name in ("tilted", "balanced")]
+    words = ("--dataset_weights", "2", "1")
+    name = str(tiny_model_dir)
+    short = ("--dtype", "float64", "--max_length", "128", "--output_dir", str(tmp_path / "out"))
+    assert cli.main(["theory", name, *files, *short, *words]) == 0
+    found = {row["behavior"]: row for row in read_csv(tmp_path / "out" / "behaviors.csv")}
+    assert float(found["tilted"]["fraction"]) == pytest.approx(2 / 3)
+    pulls = {}
+    for own, yes, no in (("tilted", 9, 3), ("balanced", 6, 6)):
+        states = plain_features(tiny_model_dir, yes_no(own, yes, no))
+        pulls[own] = 2 * (states[:yes].sum(0) - states[yes:].sum(0)) / len(states)
+    mean = (2 * pulls["tilted"] + pulls["balanced"]) / 3
+    for own, pull in pulls.items():
+        assert float(found[own]["mixture_rate"]) == pytest.approx(0.1 / 4 * mean @ pull, rel=1e-9)
+
+
+def test_conversations(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a chat template, whose text before the answer is the prompt."""
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    rows = yes_no("talk", 4, 4)
+    lines = [
+        json.dumps(
+            {
+                "prompt": [{"role": "user", "content": question}],
+                "chosen": [{"role": "assistant", "content": chosen.strip()}],
+                "rejected": [{"role": "assistant", "content": rejected.strip()}],
+            }
+        )
+        for question, chosen, rejected in rows
+    ]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    words = ("--chat_template", template)
+    out = tmp_path / "out"
+    code, _, error = theory(capsys, tiny_model_dir, tmp_path / "talk.jsonl", out, *words)
+    assert code == 0, error
+    (row,) = read_csv(out / "behaviors.csv")
+    texts = [(f"[user] {question}\n[assistant]", "", "") for question, *_ in rows]
+    states = plain_features(tiny_model_dir, texts)
+    d = states[:4].mean(0) - states[4:].mean(0)
+    found = float(row["delta"])
+    after = plain_features(tiny_model_dir, [(text + " ", "", "") for text, *_ in texts])
+    d_after = after[:4].mean(0) - after[4:].mean(0)
+    # Whether the space is the answer's or the prompt's is for the tokenizer to say.
+    assert found == pytest.approx(np.linalg.norm(d)) or found == pytest.approx(
+        np.linalg.norm(d_after)
+    )
+
+
 def test_double_norm_is_said(
     tiny_model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
