@@ -115,7 +115,7 @@ def open_run(config: Config, device: torch.device) -> Path | None:
 
 def _demand_inputs_safe(config: Config, run: Path) -> None:
     """Raise ValueError where the run would remove or replace what it starts from."""
-    for field in ("model_name_or_path", "adapter_name_or_path"):
+    for field in ("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path"):
         name = getattr(config, field)
         source = Path(name or "").expanduser().resolve()
         if name is None or not source.is_relative_to(run.resolve()):
@@ -127,7 +127,7 @@ def _demand_inputs_safe(config: Config, run: Path) -> None:
             where = f"holds {field}={name!r} among the files of a run"
         else:
             continue
-        what = field.partition("_")[0]
+        what = field.removesuffix("_name_or_path").replace("ref_model", "reference")
         raise ValueError(
             f"output_dir={config.output_dir!r} {where}: this run would remove or replace the "
             f"{what} that it starts from. Choose another output_dir."

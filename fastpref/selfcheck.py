@@ -38,12 +38,14 @@ def check_model(
     """Compare packed with plain on a few of ``pairs``; returns the largest relative difference.
 
     In float32 where ``model`` computes in less: a mistake then shows above the rounding.
-    ``max_tokens`` bounds the packed tokens of the comparison (one pair is always taken), as a run's
-    `max_tokens_per_microbatch` bounds its batches. Raises ValueError naming the architecture, what
-    differs and the cause where it is known.
+    ``max_tokens``, a run's `max_tokens_per_microbatch`, bounds the packed tokens of the comparison
+    (one pair is always taken), half of it in float32. Raises ValueError naming the architecture,
+    what differs and the cause where it is known.
     """
-    compared = _compared_pairs(pairs, max_tokens)
     exact = _exact(model)
+    if max_tokens is not None and exact is not model:
+        max_tokens //= 2
+    compared = _compared_pairs(pairs, max_tokens)
     name = f"{type(model.module).__name__} (model_type {model.module.config.model_type})"  # type: ignore[union-attr]
     plain_logp, plain_grads = _computing(exact, _plain, compared, f"{name} cannot compute")
     if not all(bool(torch.isfinite(x).all()) for x in (plain_logp, *plain_grads.values())):
@@ -124,7 +126,8 @@ def _computing(
 
 def _packed(model: PairModel, pairs: Sequence[TokenPair]) -> Compared:
     logp = _packed_logp(model, pairs)
-    return logp.detach(), _gradients(model, _probe(logp))
+    weight = _weights(pairs).to(logp)
+    return logp.detach(), _gradients(model, (weight * logp).sum())
 
 
 def _packed_logp(model: PairModel, pairs: Sequence[TokenPair]) -> Tensor:  # (P, 2)
@@ -135,13 +138,15 @@ def _packed_logp(model: PairModel, pairs: Sequence[TokenPair]) -> Tensor:  # (P,
 
 def _plain(model: PairModel, pairs: Sequence[TokenPair]) -> Compared:
     """transformers' own forward of each sequence by itself, log-softmax over all its logits."""
+    sequences = [(p.prompt, y) for p in pairs for y in (p.chosen, p.rejected)]
+    found, total = [], dict[str, Tensor]()
     with model.plain_attention():
-        rows = [
-            torch.stack([_sequence_logp(model, p.prompt, y) for y in (p.chosen, p.rejected)])
-            for p in pairs
-        ]
-        logp = torch.stack(rows)
-        return logp.detach(), _gradients(model, _probe(logp))
+        for sequence, weight in zip(sequences, _weights(pairs).flatten().tolist(), strict=True):
+            logp = _sequence_logp(model, *sequence)
+            found.append(logp.detach())
+            for name, grad in _gradients(model, weight * logp).items():
+                total[name] = total[name].add_(grad) if name in total else grad
+    return torch.stack(found).view(-1, 2), total
 
 
 def _sequence_logp(model: PairModel, prompt: np.ndarray, completion: np.ndarray) -> Tensor:
@@ -153,10 +158,10 @@ def _sequence_logp(model: PairModel, prompt: np.ndarray, completion: np.ndarray)
     return -F.cross_entropy(logits[first - 1 : -1], ids[first:], reduction="sum")
 
 
-def _probe(logp: Tensor) -> Tensor:
-    """A scalar whose gradient tells the sequences apart: weights of changing sign and size."""
-    weight = torch.linspace(1.0, -2.0, logp.numel(), dtype=logp.dtype, device=logp.device)
-    return (logp * weight.view_as(logp)).sum()
+def _weights(pairs: Sequence[TokenPair]) -> Tensor:  # (P, 2)
+    """Of the sum of log-probs whose gradient is compared: of changing sign and size, so that it
+    tells the sequences apart."""
+    return torch.linspace(1.0, -2.0, 2 * len(pairs)).view(-1, 2)
 
 
 def _gradients(model: PairModel, scalar: Tensor) -> dict[str, Tensor]:

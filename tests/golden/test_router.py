@@ -181,6 +181,7 @@ def test_a_run_and_its_continuation(config: Config, tmp_path: Path) -> None:
     assert first["loss"] == pytest.approx(plain["loss"] + COEF * first["aux_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_same_trajectory_as_trl(
     mixture_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from fastpref.batch import PairBatch
 from fastpref.config import Config
 from fastpref.data.dataset import load_dataset
 from fastpref.data.pack import pack_pairs
-from fastpref.data.tokenize import TokenPair
+from fastpref.data.tokenize import TRUNCATION_MODES, TokenPair
 from fastpref.model import PairModel, load_model
 from fastpref.refcache import (
     cache_key,
@@ -180,6 +180,35 @@ def test_weights_and_tokenizer_are_in_the_key(
     rules["model"]["merges"] = rules["model"]["merges"][:50]
     file.write_text(json.dumps(rules))
     assert key_of(config, model_name_or_path=str(tmp_path / "tokenizer")) != key
+
+
+def test_the_chat_template_is_in_the_key(config: Config, tmp_path: Path) -> None:
+    def turn(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {
+            "prompt": turn("user", f"Do you like music ({n})?"),
+            "chosen": turn("assistant", " Yes"),
+            "rejected": turn("assistant", " No"),
+        }
+        for n in range(6)
+    ]
+    file = tmp_path / "talks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }} {% endfor %}"
+    talks = dataclasses.replace(config, dataset_name=(str(file),), chat_template=template)
+    key = key_of(talks)
+    (tmp_path / "template.jinja").write_text(template)
+    assert key_of(talks, chat_template=str(tmp_path / "template.jinja")) == key
+    assert key_of(talks, chat_template=template.replace(":", ": ")) != key
+
+
+def test_how_is_cut_is_in_the_key(config: Config) -> None:
+    """And a way to cut that cuts nothing is not."""
+    assert key_of(config, truncation_mode="keep_completion") == key_of(config)
+    cut = [key_of(config, max_length=30, truncation_mode=mode) for mode in TRUNCATION_MODES]
+    assert len(set(cut)) == len(cut)
 
 
 def test_a_changed_text_or_pair_id_is_in_the_key(model: PairModel, pairs: list[TokenPair]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastpref import model as pair_model
+from fastpref import runfolder
 from fastpref.config import Config
 from fastpref.data.dataset import load_dataset
 from fastpref.data.tokenize import TokenPair
@@ -186,6 +187,12 @@ def test_a_reference_that_packing_would_get_wrong_is_refused(
     missing = dataclasses.replace(config, ref_model_name_or_path=str(tmp_path / "none"))
     with pytest.raises(ValueError, match="ref_model_name_or_path='.*none' cannot be loaded"):
         find_reference(missing, model, model.tokenizer, pairs)
+
+
+def test_a_reference_among_the_files_of_the_run_is_refused(config: Config) -> None:
+    inside = f"{config.output_dir}/checkpoint-3"
+    with pytest.raises(ValueError, match="among the files of a run.*the reference that it starts"):
+        runfolder.check(dataclasses.replace(config, ref_model_name_or_path=inside))
 
 
 def test_the_command_does_not_load_a_model_that_is_not_the_reference(
