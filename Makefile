@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# A process per core, each on one thread: the tests' models are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-gpu check fmt bench clean
@@ -18,10 +20,10 @@ demo: .venv/.runtime ## the whole job on made-up data: generate, train, report i
 	$(BIN)/fastpref demo
 
 test: .venv/.dev ## the tests that need no GPU and no network, under 12 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: .venv/.dev ## also the long ones
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 test-gpu: .venv/.dev ## those that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
