@@ -62,6 +62,15 @@ class ConfigError(ValueError):
         self.reason = reason
 
 
+def option(
+    default: Any, group: str, text: str, choices: tuple[str, ...] = (), within: str = ""
+) -> Any:
+    """A field of the configuration: its ``group`` and help ``text``; what it may be, as a list of
+    ``choices`` or as a name of RANGES."""
+    metadata = {"group": group, "help": text, "choices": choices, "within": within}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 def read_yaml(path: Path) -> list[tuple[str, int, Any]]:
     """(key, line, value) of every entry of a flat YAML mapping."""
     if path.is_dir() or path.name.removesuffix(".gz").removesuffix(".zst").endswith(DATA):
