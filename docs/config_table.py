@@ -1,4 +1,4 @@
-"""Write the tables of docs/config.md from the fields of fastpref.config.Config: `python docs/config_table.py`."""
+"""Write the tables of docs/config.md from the fields of `Config`: `python docs/config_table.py`."""
 
 from __future__ import annotations
 
