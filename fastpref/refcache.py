@@ -123,7 +123,8 @@ def look_up(
         )
     missing = [p for p in pairs if p.ref_chosen is None or p.ref_rejected is None]
     given = len(pairs) - len(missing)
-    _tell_of_given(pairs, given)
+    if given:
+        log.info("reference log-probs: %d pairs bring their own", given)
     if not missing:
         return Found(list(pairs), given, None, computed=False)
     plain = unflipped(missing)
@@ -167,19 +168,6 @@ def unflipped(pairs: Sequence[TokenPair]) -> list[TokenPair]:
         else p
         for p in pairs
     ]
-
-
-def _tell_of_given(pairs: Sequence[TokenPair], given: int) -> None:
-    if not given:
-        return
-    log.info("reference log-probs: %d pairs bring their own", given)
-    cut = sum(1 for p in pairs if p.truncated and p.ref_chosen is not None)
-    if cut:
-        log.warning(
-            "%d pairs bring reference log-probs and were cut at max_length: their values, kept as "
-            "they are, may be those of the whole completions",
-            cut,
-        )
 
 
 def reference_logp(

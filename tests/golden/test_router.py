@@ -22,6 +22,7 @@ from fastpref.step import train_step
 from fastpref.train import train
 from tests.architectures import PAIRS, InFloat64, packed, tiny_config, tiny_model
 from tests.golden import test_trl_parity as parity
+from tests.golden.test_ranks import run_on_two
 
 COEF = 0.3
 REFERENCE = torch.linspace(-30, -20, 2 * len(PAIRS), dtype=torch.float64).view(2, -1)
@@ -198,6 +199,20 @@ def test_same_trajectory_as_trl(
         a, b = (np.array([line[key] for line in side]) for side in (ours, theirs))
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=key)
     assert np.ptp([line["aux_loss"] for line in theirs]) > 1e-3
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(config: Config, tmp_path: Path) -> None:
+    """The balance is that of all ranks' tokens together."""
+    one = train(config, progress=False)
+    changed = dataclasses.asdict(dataclasses.replace(config, output_dir=str(tmp_path / "two")))
+    given = ("model_name_or_path", "ref_cache_dir", "max_length", "train_batch_size", "max_steps")
+    given += ("max_tokens_per_microbatch", "learning_rate", "save_steps", "eval_steps")
+    options = {name: str(changed[name]) for name in (*given, "logging_steps")}
+    run_on_two({**options, "dataset_name": config.dataset_name[0]}, tmp_path / "two")
+    for ours, theirs in zip(lines(tmp_path / "two"), lines(one), strict=True):
+        for key in ("aux_loss", "loss", "grad_norm", "rewards/margins"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key
 
 
 def test_refused(config: Config, tiny_model_dir: Path) -> None:

@@ -282,15 +282,6 @@ def test_values_that_the_data_brings_are_kept(
     assert np.array_equal(np.array(values(mixed[3:]), np.float32), expected)
 
 
-def test_given_values_of_cut_pairs_are_pointed_out(
-    model: PairModel, pairs: list[TokenPair], caplog: pytest.LogCaptureFixture
-) -> None:
-    given = dataclasses.replace(pairs[0], ref_chosen=-1.0, ref_rejected=-2.0)
-    cut = dataclasses.replace(given, truncated=True, pair_id=1)
-    with_reference(model, [given, cut])
-    assert "1 pairs bring reference log-probs and were cut at max_length" in caplog.text
-
-
 def test_flipped_pairs_find_the_same_values_on_the_other_side(
     config: Config, model: PairModel, pairs: list[TokenPair], tmp_path: Path
 ) -> None:
