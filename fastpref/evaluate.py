@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastpref.batch import PairBatch
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset, sample_pairs
 from fastpref.data.pack import plan_microbatches
@@ -35,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Scores the same pairs at every call; packed once, in batches that the data alone decides.
+    """Scores the same pairs at every call, in batches that the data alone decides.
 
     Held-out pairs of several named sets are sampled set by set. Split "eval" is all of them, and
     each set has a line of metrics of its own besides.
@@ -44,26 +43,26 @@ class Evaluator:
     def __init__(self, config: Config, dataset: Dataset) -> None:
         self.config, self.behaviors = config, dataset.behaviors
         self.sizes, self.pack = dataset.sizes, dataset.pack
-        self.batches: dict[str, list[PairBatch]] = {TRAIN_SAMPLE: self._sampled(dataset.train)}
+        self.batches: dict[str, list[list[TokenPair]]] = {TRAIN_SAMPLE: self._plan(dataset.train)}
         self.batches[HELD_OUT] = []
         self.sets: dict[str, slice] = {}  # of a named set, its batches among the held-out ones
         for name, pairs in dataset.held_out_sets().items():
             first = len(self.batches[HELD_OUT])
-            self.batches[HELD_OUT] += self._sampled(pairs)
+            self.batches[HELD_OUT] += self._plan(pairs)
             if name:
                 self.sets[name] = slice(first, len(self.batches[HELD_OUT]))
 
-    def _sampled(self, pairs: Sequence[TokenPair]) -> list[PairBatch]:
+    def _plan(self, pairs: Sequence[TokenPair]) -> list[list[TokenPair]]:
         sample = sample_pairs(pairs, self.config.eval_sample_size, self.config.seed)
         budget = self.config.max_tokens_per_microbatch
         plan = plan_microbatches(self.sizes(sample), np.arange(len(sample)), budget)
-        return [self.pack([sample[i] for i in own]) for own in plan]
+        return [[sample[i] for i in own] for own in plan]
 
     def results(
         self, model: PairModel, loss: Loss, split: str, reference: PairModel | None = None
     ) -> list[PairResult]:
         """Every pair of ``split``, all together as one step; ``reference`` as in `train_step`."""
-        batches = (batch.to(model.device) for batch in self.batches[split])
+        batches = (self.pack(own).to(model.device) for own in self.batches[split])
         norms = "exact" if self.config.track == "head" else None
         return evaluate(model, batches, loss, self.config, norms, reference)
 
@@ -83,7 +82,7 @@ class Evaluator:
         named sets of held-out pairs, `eval_<name>` -> metrics, which are no records of their own.
         """
         if step == 0:
-            count = sum(b.num_pairs for own in self.batches.values() for b in own)
+            count = sum(len(pairs) for own in self.batches.values() for pairs in own)
             log.info("evaluating %d pairs, as before training", count)
         found: dict[str, dict[str, float | None]] = {}
         for split, batches in self.batches.items():
@@ -129,14 +128,14 @@ def _sides(dataset: Dataset) -> dict[str, list[TokenPair]]:
 
 
 def _clocks(
-    step: int, split: str, batches: Sequence[PairBatch], seconds: float
+    step: int, split: str, batches: Sequence[Sequence[TokenPair]], seconds: float
 ) -> dict[str, object]:
     """TRL's names: samples are pairs, steps are batches."""
     return {
         "step": step,
         "split": split,
         f"{split}_runtime": seconds,
-        f"{split}_samples_per_second": sum(b.num_pairs for b in batches) / seconds,
+        f"{split}_samples_per_second": sum(map(len, batches)) / seconds,
         f"{split}_steps_per_second": len(batches) / seconds,
     }
 

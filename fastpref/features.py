@@ -126,7 +126,13 @@ def with_features(
     shape = (index.num_states, model.head.weight.shape[1])
     if dist.is_main() and not path.exists():
         planned = [[plain[i] for i in own] for own in plan]
-        _write(path, model, planned, index, shape, wanted, progress)
+        try:
+            _write(path, model, planned, index, shape, wanted, progress)
+        except OSError as error:
+            raise ValueError(
+                f"hidden states {path} cannot be written: {error}. Set feature_cache_dir to a "
+                "folder that can hold them."
+            ) from error
     dist.barrier()
     features = Features(index, _read(path, shape, wanted))
     log.info(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from fastpref_kernels import LinearLogprob
@@ -192,7 +192,11 @@ def evaluate(
 ) -> list[PairResult]:
     """The same quantities without a gradient reaching the model; all batches are one step."""
     ready = _ready(batches, config, reference)
-    forwards = [(batch, model.logp(batch, norms, wanted_stats(config))) for batch in ready]
+    # All batches of an evaluation are kept, their hidden states, where they bring any, are not.
+    forwards = [
+        (replace(batch, hidden=None), model.logp(batch, norms, wanted_stats(config)))
+        for batch in ready
+    ]
     return [
         _result(batch, head, asked, loss, config)
         for (batch, head), asked in zip(forwards, pair_slopes(forwards, loss, config), strict=True)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpref.cli import main
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset, load_dataset
 from fastpref.data.tokenize import TokenPair
@@ -109,6 +110,18 @@ def test_watching_changes_no_bit(
     base: Config, straight: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     assert same_bits(straight, run(base, tmp_path / "run", **changes))
+
+
+def test_caches_made_ahead_are_those_that_a_run_uses(
+    base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, straight: Path
+) -> None:
+    folders = {f"{name}_cache_dir": str(tmp_path / name) for name in ("ref", "feature")}
+    own = dataclasses.replace(base, **folders)
+    (tmp_path / "run.yaml").write_text(own.to_yaml())
+    assert main(["refcache", str(tmp_path / "run.yaml")]) == 0
+    monkeypatch.setattr("fastpref.features._write", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("fastpref.refcache._write", lambda *_: pytest.fail("computed again"))
+    assert same_bits(straight, run(own, tmp_path / "run"))
 
 
 def test_micro_batches_are_invisible(base: Config, straight: Path, tmp_path: Path) -> None:

@@ -124,6 +124,11 @@ def test_targets_are_those_of_the_issue() -> None:
     }
 
 
+def test_targets_of_the_head_are_those_of_the_issue() -> None:
+    names = {check.name: check.target for check in results.verdicts("head", {})}
+    assert names == {"head_vs_all": "at least 20", "head_vs_all_one_token": "at least 20"}
+
+
 def _record(time: str, speed: float, memory: float | None) -> results.Record:
     values = {
         "speed": {"value": speed, "q20": speed - 0.5, "q80": speed + 0.5, "bound": 7.25},
@@ -220,6 +225,32 @@ def test_the_head_of_fastpref_is_three_products() -> None:
         linear_logprob(hidden, weight, target, segment, num_segments=6).logp.sum().backward()
     found = sum(event.flops for event in profiled.key_averages() if "mm" in event.key)
     assert found == Work(0, 0, rows, 0, 1, 1, 0, 3).flops(Shape(1, 0, 0, 0, dim, vocab))
+
+
+def test_the_head_alone_computes_no_body_and_agrees_with_one_that_does(
+    job: Job, quiet: None
+) -> None:
+    head = Fastpref(job, name="head", trainable="head")
+    frozen = Fastpref(job, name="frozen", trainable="head", body=True)
+    assert disagreement([frozen, head], 3, 1e-5) is None
+    (work,) = head.work(2, 1)
+    (whole,) = frozen.work(2, 1)
+    assert (work.tokens, work.passes, work.head_products) == (0, 0, 2)
+    assert (work.rows, work.gram) == (whole.rows, whole.gram) and whole.tokens > 0
+    # Other weights learn: another trajectory.
+    assert disagreement([Fastpref(job, name="all"), head], 3, 1e-5) is not None
+
+
+def test_the_head_bench_forms_ratios_and_checks_them(
+    tiny_model_dir: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["head", *_arguments(tiny_model_dir, tiny_data)[1:], "--head_steps", "2"]
+    command.remove("--no_memory")
+    main(command)
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(line["values"]) == {"head_vs_all", "head_vs_all_one_token"}
+    assert [c["seconds"]["count"] for c in line["contenders"].values()] == [2, 4, 2, 4]
+    assert line["ok"] == all(check["met"] for check in line["checks"])
 
 
 @pytest.mark.parametrize("tuned", [False, True])

@@ -192,6 +192,14 @@ def test_a_disk_without_room_is_told_before_anything_is_computed(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_told(
+    model: PairModel, pairs: list[TokenPair], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written: .*Set feature_cache_dir"):
+        make(model, pairs, tmp_path / "file" / "folder")
+
+
 def test_states_that_are_not_finite_name_the_pair(
     config: Config, pairs: list[TokenPair], tmp_path: Path
 ) -> None:

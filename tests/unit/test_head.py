@@ -116,6 +116,7 @@ def test_a_trained_head_is_saved_and_loads_as_any_other(name: str, tmp_path: Pat
         model.head.weight.add_(torch.randn_like(model.head.weight))
     module.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not loaded.config.get_text_config().tie_word_embeddings
     assert torch.equal(loaded.get_output_embeddings().weight, model.head.weight)
     for n, tensor in loaded.base_model.state_dict().items():
         assert torch.equal(tensor, body[n]), n
