@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -29,8 +28,8 @@ def find_reference(
     progress: bool = True,
     pack: Packer = pack_pairs,
 ) -> tuple[Found, str]:
-    """``pairs`` with their reference log-probs; and what names the reference, which a resumed run
-    must find the same.
+    """``pairs`` with their reference log-probs; and what names the reference's weights, which a
+    resumed run must find the same.
 
     The reference is ``model``, which has not been trained yet, or the model that
     ``ref_model_name_or_path`` names: that one is in memory here and nowhere else, and ``model`` may
@@ -54,7 +53,7 @@ def find_reference(
         progress=progress,
         pack=pack if reference is model else pack_pairs,
     )
-    name = f"{reference.identity} {_given_digest(pairs)}".strip()
+    name = reference.identity
     if reference is not model:
         device = reference.device
         del reference
@@ -90,13 +89,3 @@ def demand_same_tokens(
                 f"{where}: token id {number} of the data is {other!r} to this model and {own!r} to "
                 "model_name_or_path. A reference needs the model's own tokenizer."
             )
-
-
-def _given_digest(pairs: Sequence[TokenPair]) -> str:
-    """Of the log-probs that the data brought: a resumed run must find the same ones."""
-    given = [
-        (p.pair_id, p.ref_chosen, p.ref_rejected)
-        for p in pairs
-        if p.ref_chosen is not None and p.ref_rejected is not None
-    ]
-    return hashlib.sha256(repr(sorted(given)).encode()).hexdigest()[:16] if given else ""

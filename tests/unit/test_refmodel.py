@@ -127,20 +127,6 @@ def test_a_run_begins_away_from_its_reference_and_goes_on_with_the_same_one(
     assert (once / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
 
-def test_reference_values_of_the_data_are_part_of_what_a_run_goes_on_with(
-    config: Config, model: PairModel, pairs: list[TokenPair]
-) -> None:
-    plain = dataclasses.replace(config, ref_model_name_or_path=None)
-
-    def name(pairs: list[TokenPair]) -> str:
-        return find_reference(plain, model, model.tokenizer, pairs, progress=False)[1]
-
-    given = [dataclasses.replace(p, ref_chosen=-1.0, ref_rejected=-2.0) for p in pairs[:3]]
-    changed = [dataclasses.replace(given[0], ref_chosen=-1.5), *given[1:]]
-    assert name(given) == name(given[::-1]) != name(changed)
-    assert name(given) != name(pairs)
-
-
 def test_another_tokenizer_is_refused(
     config: Config, model: PairModel, pairs: list[TokenPair], other_dir: Path, tmp_path: Path
 ) -> None:
