@@ -40,7 +40,11 @@ def find_reference(
     if config.ref_model_name_or_path:
         reference = load_reference(config)
         demand_same_tokens(config.ref_model_name_or_path, reference, tokenizer, pairs)
-        worst = check_model(reference, pairs, config.max_tokens_per_microbatch)
+        try:
+            worst = check_model(reference, pairs, config.max_tokens_per_microbatch)
+        except ValueError as refusal:
+            where = f"ref_model_name_or_path={config.ref_model_name_or_path!r}"
+            raise ValueError(f"{where}: {refusal}") from None
         log.info("self-check of the reference: packed equals separate sequences to %.1e", worst)
     assert reference is not None, "without a reference of its own a run's model is the reference"
     found = look_up(

@@ -168,7 +168,20 @@ def test_a_reference_that_packing_would_get_wrong_is_refused(
     for file in tiny_model_dir.glob("tokenizer*"):
         shutil.copy(file, folder)
     changed = dataclasses.replace(config, ref_model_name_or_path=str(folder))
-    with pytest.raises(ValueError, match="BloomForCausalLM .bloom. does not call"):
+    with pytest.raises(ValueError, match="^ref_model_name_or_path=.*: BloomForCausalLM .bloom. "):
+        find_reference(changed, model, model.tokenizer, pairs)
+    short = hf.LlamaConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=40,
+    )  # fmt: skip
+    hf.LlamaForCausalLM(short).save_pretrained(folder)
+    with pytest.raises(ValueError, match="^ref_model_name_or_path=.*: max_length=96 is more than"):
+        find_reference(changed, model, model.tokenizer, pairs)
+    short.max_position_embeddings = 256
+    own = hf.LlamaForCausalLM(short)
+    own.lm_head.weight.data[7] = torch.nan
+    own.save_pretrained(folder)
+    with pytest.raises(ValueError, match="^ref_model_name_or_path=.*not finite"):
         find_reference(changed, model, model.tokenizer, pairs)
     missing = dataclasses.replace(config, ref_model_name_or_path=str(tmp_path / "none"))
     with pytest.raises(ValueError, match="ref_model_name_or_path='.*none' cannot be loaded"):
