@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def prepare_folder(path: Path) -> None:
     """Make the folder of ``path``; ValueError, before any work, where nothing can be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.{os.getpid()}")
+        probe = _aside(path)
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -47,7 +48,7 @@ def write_logp(path: Path, pair_ids: np.ndarray, logp: np.ndarray, made_of: dict
     table = pa.table(dict(zip(COLUMNS, columns, strict=True)))
     table = table.replace_schema_metadata({"fastpref.reference": json.dumps(made_of)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = _aside(path)
     try:
         with aside.open("wb") as file:
             pq.write_table(table, file)
@@ -108,6 +109,12 @@ def remove_leftovers(path: Path) -> None:
             pass
 
 
+def _aside(path: Path) -> Path:
+    """Where ``path`` is written first. No process id: containers and machines that share the folder
+    have the same ones."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
 def _partials(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f".{path.stem}.partial-*.parquet"))
 
@@ -115,6 +122,10 @@ def _partials(path: Path) -> list[Path]:
 def _columns(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Ascending pair_ids (M,) and their log-probs (M, 2)."""
     table = pq.read_table(path, columns=list(COLUMNS))
+    kinds = [table.schema.field(name).type for name in COLUMNS]
+    if not (pa.types.is_int64(kinds[0]) and all(map(pa.types.is_floating, kinds[1:]))):
+        told = ", ".join(f"{name} {kind}" for name, kind in zip(COLUMNS, kinds, strict=True))
+        raise pa.ArrowInvalid(f"its columns are {told}, not an int64 and two floats")
     ids, *both = (table[name].to_numpy() for name in COLUMNS)
     return ids, np.stack(both, axis=1)
 

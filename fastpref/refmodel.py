@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -29,8 +28,8 @@ def find_reference(
     progress: bool = True,
     pack: Packer = pack_pairs,
 ) -> tuple[Found, str]:
-    """``pairs`` with their reference log-probs; and what names the reference, which a resumed run
-    must find the same.
+    """``pairs`` with their reference log-probs; and what names the reference's weights, which a
+    resumed run must find the same.
 
     The reference is ``model``, which has not been trained yet, or the model that
     ``ref_model_name_or_path`` names: that one is in memory here and nowhere else, and ``model`` may
@@ -41,7 +40,11 @@ def find_reference(
     if config.ref_model_name_or_path:
         reference = load_reference(config)
         demand_same_tokens(config.ref_model_name_or_path, reference, tokenizer, pairs)
-        worst = check_model(reference, pairs, config.max_tokens_per_microbatch)
+        try:
+            worst = check_model(reference, pairs, config.max_tokens_per_microbatch)
+        except ValueError as refusal:
+            where = f"ref_model_name_or_path={config.ref_model_name_or_path!r}"
+            raise ValueError(f"{where}: {refusal}") from None
         log.info("self-check of the reference: packed equals separate sequences to %.1e", worst)
     assert reference is not None, "without a reference of its own a run's model is the reference"
     found = look_up(
@@ -54,7 +57,7 @@ def find_reference(
         progress=progress,
         pack=pack if reference is model else pack_pairs,
     )
-    name = f"{reference.identity} {_given_digest(pairs)}".strip()
+    name = reference.identity
     if reference is not model:
         device = reference.device
         del reference
@@ -90,13 +93,3 @@ def demand_same_tokens(
                 f"{where}: token id {number} of the data is {other!r} to this model and {own!r} to "
                 "model_name_or_path. A reference needs the model's own tokenizer."
             )
-
-
-def _given_digest(pairs: Sequence[TokenPair]) -> str:
-    """Of the log-probs that the data brought: a resumed run must find the same ones."""
-    given = [
-        (p.pair_id, p.ref_chosen, p.ref_rejected)
-        for p in pairs
-        if p.ref_chosen is not None and p.ref_rejected is not None
-    ]
-    return hashlib.sha256(repr(sorted(given)).encode()).hexdigest()[:16] if given else ""

@@ -79,7 +79,10 @@ def read_weights(
     with _loading(source):
         name, options = source.locate()
         model_config = AutoConfig.from_pretrained(name, **options)
-    check_architecture(model_config, max_length)
+    try:
+        check_architecture(model_config, max_length)
+    except ValueError as refusal:  # a reference is refused as well, and may be of the same class
+        raise ValueError(f"{source}: {refusal}") from None
     identity = weights_identity(name, options.get("revision"), device)
     with _loading(source):
         module, found = AutoModelForCausalLM.from_pretrained(

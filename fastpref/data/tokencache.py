@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def _write(path: Path, digests: Sequence[bytes], ids: Ids) -> None:
         }
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    # No process id: containers and machines that share the folder have the same ones.
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with aside.open("wb") as file:
             pq.write_table(

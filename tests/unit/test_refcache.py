@@ -31,7 +31,7 @@ from fastpref.refcache import (
     reference_plan,
     with_reference,
 )
-from fastpref.reffile import remove_leftovers
+from fastpref.reffile import COLUMNS, read_logp, remove_leftovers, write_logp
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +255,32 @@ def test_incomplete_or_unreadable_is_refused(
     pq.write_table(whole.drop_columns(["ref_chosen"]), file)
     with pytest.raises(ValueError, match="cannot be read.*ref_chosen"):
         with_reference(model, pairs, cache_dir=str(tmp_path))
+    for place, kind in ((0, pa.string()), (1, pa.string())):  # as other programs may write them
+        changed = whole.set_column(place, COLUMNS[place], whole[COLUMNS[place]].cast(kind))
+        pq.write_table(changed, file)
+        with pytest.raises(ValueError, match="cannot be read.*string.*not an int64 and two floats"):
+            with_reference(model, pairs, cache_dir=str(tmp_path))
+        partial = file.with_name(f".{file.stem}.partial-1-7.parquet")
+        file.rename(partial)
+        assert look_up(model, pairs, cache_dir=str(tmp_path)).computed and not partial.exists()
+
+
+def test_processes_of_one_number_share_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers have the same process ids: what one writes aside is not the other's."""
+    path, ids, logp = tmp_path / "x.parquet", np.arange(3), np.full((3, 2), -1.0, np.float32)
+    write, inside = pq.write_table, [False, True]
+
+    def meanwhile(*given: Any) -> None:
+        write(*given)
+        if inside.pop():
+            write_logp(path, ids, logp, {})
+
+    monkeypatch.setattr(pq, "write_table", meanwhile)
+    write_logp(path, ids, logp, {})
+    assert not inside and list(tmp_path.iterdir()) == [path]
+    assert np.array_equal(read_logp(path, ids), logp)
 
 
 def test_values_of_another_model_are_refused(

@@ -127,20 +127,6 @@ def test_a_run_begins_away_from_its_reference_and_goes_on_with_the_same_one(
     assert (once / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
 
-def test_reference_values_of_the_data_are_part_of_what_a_run_goes_on_with(
-    config: Config, model: PairModel, pairs: list[TokenPair]
-) -> None:
-    plain = dataclasses.replace(config, ref_model_name_or_path=None)
-
-    def name(pairs: list[TokenPair]) -> str:
-        return find_reference(plain, model, model.tokenizer, pairs, progress=False)[1]
-
-    given = [dataclasses.replace(p, ref_chosen=-1.0, ref_rejected=-2.0) for p in pairs[:3]]
-    changed = [dataclasses.replace(given[0], ref_chosen=-1.5), *given[1:]]
-    assert name(given) == name(given[::-1]) != name(changed)
-    assert name(given) != name(pairs)
-
-
 def test_another_tokenizer_is_refused(
     config: Config, model: PairModel, pairs: list[TokenPair], other_dir: Path, tmp_path: Path
 ) -> None:
@@ -182,7 +168,20 @@ def test_a_reference_that_packing_would_get_wrong_is_refused(
     for file in tiny_model_dir.glob("tokenizer*"):
         shutil.copy(file, folder)
     changed = dataclasses.replace(config, ref_model_name_or_path=str(folder))
-    with pytest.raises(ValueError, match="BloomForCausalLM .bloom. does not call"):
+    with pytest.raises(ValueError, match="^ref_model_name_or_path=.*: BloomForCausalLM .bloom. "):
+        find_reference(changed, model, model.tokenizer, pairs)
+    short = hf.LlamaConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=40,
+    )  # fmt: skip
+    hf.LlamaForCausalLM(short).save_pretrained(folder)
+    with pytest.raises(ValueError, match="^ref_model_name_or_path=.*: max_length=96 is more than"):
+        find_reference(changed, model, model.tokenizer, pairs)
+    short.max_position_embeddings = 256
+    own = hf.LlamaForCausalLM(short)
+    own.lm_head.weight.data[7] = torch.nan
+    own.save_pretrained(folder)
+    with pytest.raises(ValueError, match="^ref_model_name_or_path=.*not finite"):
         find_reference(changed, model, model.tokenizer, pairs)
     missing = dataclasses.replace(config, ref_model_name_or_path=str(tmp_path / "none"))
     with pytest.raises(ValueError, match="ref_model_name_or_path='.*none' cannot be loaded"):

@@ -253,3 +253,23 @@ def test_a_write_that_fails_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     assert made(tokenizer, pairs, tmp_path / "file" / "folder") == made(tokenizer, pairs, None)
+
+
+def test_processes_of_one_number_share_a_folder(
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Containers have the same process ids: what one writes aside is not the other's."""
+    write, inside = tokencache.pq.write_table, [False, True]
+
+    def meanwhile(*given: Any, **named: Any) -> None:
+        write(*given, **named)
+        if inside.pop():
+            made(tokenizer, [pair(0)], tmp_path)
+
+    monkeypatch.setattr(tokencache.pq, "write_table", meanwhile)
+    with caplog.at_level(logging.WARNING):
+        made(tokenizer, [pair(0)], tmp_path)
+    assert not inside and "not kept" not in caplog.text and len(list(tmp_path.iterdir())) == 1
