@@ -120,7 +120,7 @@ def test_caches_made_ahead_are_those_that_a_run_uses(
     (tmp_path / "run.yaml").write_text(own.to_yaml())
     assert main(["refcache", str(tmp_path / "run.yaml")]) == 0
     monkeypatch.setattr("fastpref.features._write", lambda *_: pytest.fail("computed again"))
-    monkeypatch.setattr("fastpref.refcache._write", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("fastpref.refcache.write_logp", lambda *_: pytest.fail("computed again"))
     assert same_bits(straight, run(own, tmp_path / "run"))
 
 
