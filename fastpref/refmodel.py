@@ -61,7 +61,7 @@ def find_reference(
     if reference is not model:
         device = reference.device
         del reference
-        gc.collect()  # a module's parts point at each other
+        gc.collect()  # a module may point at itself, through its hooks
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return found, name

@@ -87,13 +87,17 @@ def test_the_values_are_the_other_models_and_it_is_freed(
 
     def noted(*given: Any) -> PairModel:
         loaded = load(*given)
+        loaded.module.__dict__["itself"] = [loaded.module]  # as hooks do
         alive.append(weakref.ref(loaded.module))
         return loaded
 
     monkeypatch.setattr(pair_model, "_load", noted)
-    monkeypatch.setattr(gc, "isenabled", lambda: False)
-    found, name = find_reference(config, model, model.tokenizer, pairs, progress=False)
-    assert [own() for own in alive] == [None]
+    gc.disable()
+    try:
+        found, name = find_reference(config, model, model.tokenizer, pairs, progress=False)
+        assert [own() for own in alive] == [None]
+    finally:
+        gc.enable()
     other = load_model(dataclasses.replace(config, model_name_or_path=str(other_dir)))
     assert values(found.pairs) == values(
         with_reference(other, pairs, cache_dir=config.ref_cache_dir)

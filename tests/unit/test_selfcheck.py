@@ -14,6 +14,7 @@ from fastpref.config import Config
 from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel, load_model, prepare
 from fastpref.selfcheck import TOLERANCE, check_model
+from tests.architectures import PAIRS, packed, tiny_model
 
 
 def some_pairs() -> list[TokenPair]:
@@ -79,6 +80,12 @@ def test_a_model_without_the_interface_is_refused() -> None:
     config = hf.BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=4)
     with pytest.raises(ValueError, match="Bloom.*AttentionInterface"):
         check_model(wrap(hf.BloomForCausalLM(config)), some_pairs())
+
+
+def test_dropout_that_a_layer_keeps_as_a_number_is_off() -> None:
+    """OPT's and BioGPT's is no nn.Dropout, and layers may be left out whole."""
+    module = tiny_model("opt", torch.float32, dropout=0.5, layerdrop=0.5).train()
+    assert check_model(packed(module), PAIRS) < 1e-4
 
 
 def test_bfloat16_is_checked_in_float32_so_that_a_small_mistake_shows() -> None:
