@@ -51,7 +51,7 @@ def write_logp(path: Path, pair_ids: np.ndarray, logp: np.ndarray, made_of: dict
     aside = _aside(path)
     try:
         with aside.open("wb") as file:
-            pq.write_table(table, file)
+            pq.write_table(table, file, write_page_checksum=True)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -121,7 +121,7 @@ def _partials(path: Path) -> list[Path]:
 
 def _columns(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Ascending pair_ids (M,) and their log-probs (M, 2)."""
-    table = pq.read_table(path, columns=list(COLUMNS))
+    table = pq.read_table(path, columns=list(COLUMNS), page_checksum_verification=True)
     kinds = [table.schema.field(name).type for name in COLUMNS]
     if not (pa.types.is_int64(kinds[0]) and all(map(pa.types.is_floating, kinds[1:]))):
         told = ", ".join(f"{name} {kind}" for name, kind in zip(COLUMNS, kinds, strict=True))

@@ -44,6 +44,8 @@ class Source:
             return str(base.base_dir()), options
         if Path(name).is_dir():
             self._refuse_revision("is a folder")
+        elif name.startswith(("/", ".")) or name.count("/") > 1:  # no Hub name can be like that
+            raise ValueError("there is no such folder.")
         else:  # one commit for all files, whatever is pushed meanwhile
             options["revision"] = _commit(name, self.revision)
         return name, options
@@ -155,5 +157,7 @@ def _loading(source: Source) -> Iterator[None]:
     except Exception as error:
         raise ValueError(
             f"{source} cannot be loaded: {error}\nExpected: a folder with config.json, "
-            f"model.safetensors and a tokenizer, a Hub name, or {base.BASE_NAME!r}."
+            f"model.safetensors and a tokenizer, a Hub name, or {base.BASE_NAME!r}. Pickled "
+            "weights (pytorch_model.bin) are not read: transformers' save_pretrained makes "
+            "safetensors of them."
         ) from error

@@ -265,6 +265,22 @@ def test_incomplete_or_unreadable_is_refused(
         assert look_up(model, pairs, cache_dir=str(tmp_path)).computed and not partial.exists()
 
 
+def test_a_changed_bit_is_seen(tmp_path: Path) -> None:
+    """Also where the number stays a finite one, which the spot check would rarely meet."""
+    path, ids = tmp_path / "x.parquet", np.arange(50)
+    logp = -np.arange(1.0, 101.0, dtype=np.float32).reshape(50, 2)
+    write_logp(path, ids, logp, {})
+    whole = path.read_bytes()
+    wrong = 0
+    for place in range(4, len(whole) - 8, 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            wrong += not np.array_equal(read_logp(path, ids), logp)
+        except ValueError as error:
+            assert "Remove the file" in str(error)
+    assert wrong == 0
+
+
 def test_processes_of_one_number_share_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,8 +288,8 @@ def test_processes_of_one_number_share_a_folder(
     path, ids, logp = tmp_path / "x.parquet", np.arange(3), np.full((3, 2), -1.0, np.float32)
     write, inside = pq.write_table, [False, True]
 
-    def meanwhile(*given: Any) -> None:
-        write(*given)
+    def meanwhile(*given: Any, **named: Any) -> None:
+        write(*given, **named)
         if inside.pop():
             write_logp(path, ids, logp, {})
 

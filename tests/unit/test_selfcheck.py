@@ -160,8 +160,11 @@ def test_weights_that_are_not_there_or_not_safetensors(
     shutil.copytree(tiny_model_dir, pickled)
     (pickled / "model.safetensors").unlink()
     torch.save({"lm_head.weight": torch.zeros(2)}, pickled / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="(?s)cannot be loaded.*pytorch_model.bin. are not read"):
         load_model(Config(model_name_or_path=str(pickled), max_length=64))
+    for name in (str(tmp_path / "none"), "./none", "runs/none/final"):
+        with pytest.raises(ValueError, match="cannot be loaded: there is no such folder"):
+            load_model(Config(model_name_or_path=name))
 
 
 @pytest.mark.parametrize("damage", ["one weight missing", "file cut", "not a number"])
