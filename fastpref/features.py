@@ -226,14 +226,18 @@ def _held(path: Path) -> Iterator[BinaryIO]:
 def _read(path: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
     remedy = "Remove the file, and it will be made again."
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        table = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # NumPy's parser of a damaged header raises whatever Python's can
         raise ValueError(f"hidden states {path} cannot be read: {error}. {remedy}") from error
-    if table.shape != shape or table.dtype != dtype:
+    if table.shape != shape or table.dtype != dtype or not table.flags.c_contiguous:
+        order = "" if table.flags.c_contiguous else " column by column"
         raise ValueError(
-            f"hidden states {path}: expected {shape} {dtype}, got {table.shape} {table.dtype}. "
-            f"{remedy}"
+            f"hidden states {path}: expected {shape} {dtype}, got {table.shape} {table.dtype}"
+            f"{order}. {remedy}"
         )
+    size, wanted = path.stat().st_size, table.offset + table.nbytes
+    if size != wanted:
+        raise ValueError(f"hidden states {path}: expected {wanted} bytes, got {size}. {remedy}")
     return table
 
 

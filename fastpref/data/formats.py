@@ -282,8 +282,8 @@ def _pair(
 def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
     """The schemas of column ``tools``: a list of objects, of their JSON, or the JSON of one."""
     value = _given(row, "tools")
-    if not value:
-        return None
+    if not value and not isinstance(value, list):
+        return None  # an empty list is not the same: templates tell it from none
     tools: list[Any] = [from_json(t) for t in value] if isinstance(value, list) else [None]
     if not all(isinstance(tool, dict) for tool in tools):
         raise Unusable("column 'tools' is not a list of objects (or its JSON)", row["tools"])

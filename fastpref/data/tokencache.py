@@ -132,7 +132,7 @@ def _read(path: Path, digests: Sequence[bytes]) -> tuple[Ids, np.ndarray]:
 
 def _spot_check(coder: Coder, rows: Sequence[str], kept: Ids, place: np.ndarray) -> None:
     """Tokenise a few rows again: another version of a library may give other ids."""
-    drawn = np.unique(np.linspace(0, len(rows) - 1, CHECKED).astype(np.int64))
+    drawn = np.unique(np.linspace(0, len(rows) - 1, min(CHECKED, len(rows))).astype(np.int64))
     fresh = coder.ids([rows[i] for i in drawn])
     for n, at in enumerate(place[drawn].tolist()):
         same = all(map(np.array_equal, fresh.row(n), kept.row(at)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -241,6 +242,9 @@ def test_several_templates(tokenizer: Any) -> None:
     assert [got[n] for n in (0, 1)] == [trl_ids(pair, tokenizer) for pair in pairs]
     tokenizer.chat_template = LLAMA
     assert ours(pairs, tokenizer)[0] == got[0] and ours(pairs, tokenizer)[1] != got[1]
+    none = dataclasses.replace(CHATS[0], tools=())  # an empty list of tools is no missing one
+    tokenizer.chat_template = {"default": LLAMA, "tool_use": CHATML}
+    assert ours([none], tokenizer)[none.pair_id] == trl_ids(none, tokenizer) != got[0]
     tokenizer.chat_template = {"rag": LLAMA}
     with pytest.raises(ValueError, match=r"none called 'default' \(rag\)"):
         ours(pairs, tokenizer)

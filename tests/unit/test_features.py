@@ -165,6 +165,18 @@ def test_what_is_not_whole_is_refused(
     np.save(file, np.array([{}]), allow_pickle=True)
     with pytest.raises(ValueError, match="cannot be read"):
         make(model, pairs, tmp_path)
+    # Headers that NumPy's parser and mmap meet with errors of many kinds; other kinds of files.
+    broken = [whole.replace(b"'shape': (", own, 1) for own in (b"'shape': ((", b"'shape': (0")]
+    for damaged in (*broken, whole.replace(b"(", b"{", 1), b"PK\x03\x04" + whole):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot be read: .*Remove the file"):
+            make(model, pairs, tmp_path)
+    file.write_bytes(whole + b"0")
+    with pytest.raises(ValueError, match=rf"expected {len(whole)} bytes, got {len(whole) + 1}\."):
+        make(model, pairs, tmp_path)
+    np.save(file, np.asfortranarray(np.load(file)))
+    with pytest.raises(ValueError, match="column by column"):
+        make(model, pairs, tmp_path)
 
 
 def test_states_of_another_body_are_refused(

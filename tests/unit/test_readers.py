@@ -116,10 +116,11 @@ def test_small_rows_are_the_same_pairs_in_every_format(tmp_path: Path) -> None:
     rows = [
         {"prompt": turns, "chosen": answers[0], "rejected": answers[1], **more},
         {"prompt": turns[:2], "chosen": answers[1], "rejected": answers[0]},
+        {"prompt": turns[1:2], "chosen": answers[1], "rejected": answers[0], "tools": []},
     ]
     read = in_all_formats(rows, tmp_path)
     pairs, bad = read[".jsonl"]
-    assert len(pairs) == 2 and not bad
+    assert len(pairs) == 3 and not bad
     kept = {"role": "assistant", "content": "", "tool_calls": [{"function": {
         "name": "add", "arguments": {"a": 2}}}]}  # fmt: skip
     assert pairs[0].prompt == (*turns[:2], kept, turns[3])
@@ -127,6 +128,7 @@ def test_small_rows_are_the_same_pairs_in_every_format(tmp_path: Path) -> None:
     assert pairs[0].template_kwargs == {"enable_thinking": False}
     assert (pairs[0].ref_chosen, pairs[0].id, pairs[0].label) == (-1.5, "x7", "hard")
     assert pairs[1].prompt == tuple(turns[:2]) and pairs[1].tools is None
+    assert pairs[2].tools == ()  # templates tell an empty list from none
     for kind, other in read.items():
         assert content(other[0]) == content(pairs), kind
 

@@ -178,6 +178,10 @@ def test_kept_ids_are_the_same(
     assert seen == [3]
 
 
+def test_no_pairs_are_kept_too(tokenizer: Any, tmp_path: Path) -> None:
+    assert made(tokenizer, [], tmp_path) == made(tokenizer, [], tmp_path) == []
+
+
 def test_damaged_files_are_never_believed(
     tokenizer: Any,
     tmp_path: Path,
