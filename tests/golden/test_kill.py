@@ -62,7 +62,10 @@ def test_killed_and_resumed_equals_straight(
         if n == 0:
             in_writing = kill_inside_a_checkpoint(run, process)
         else:
-            time.sleep(moments.uniform(0, (ended - began) / KILLS))
+            # By what is done, not by the clock alone: other work may make one run slower than
+            # another. Of the 15 checkpoints at most 2 + 4 x 3 are reached before the last kill.
+            wait_for_checkpoint(run, newest_checkpoint(run) + 4 * moments.randrange(3), process)
+            time.sleep(moments.uniform(0, (ended - began) / 30))
             process.kill()
         process.join(timeout=60)
         assert process.exitcode == -signal.SIGKILL, "the run ended by itself"
@@ -87,6 +90,17 @@ def wait_for_training(run: Path, process: BaseProcess) -> None:
     while process.is_alive():
         if written.exists() and written.stat().st_mtime >= started - 0.5:
             return
+        time.sleep(0.001)
+
+
+def newest_checkpoint(run: Path) -> int:
+    """Step of the newest checkpoint that stands in ``run``, 0 if there is none."""
+    return max((int(p.name.split("-")[1]) for p in run.glob("checkpoint-*")), default=0)
+
+
+def wait_for_checkpoint(run: Path, step: int, process: BaseProcess) -> None:
+    """Until the checkpoint of ``step`` stands."""
+    while process.is_alive() and newest_checkpoint(run) < step:
         time.sleep(0.001)
 
 

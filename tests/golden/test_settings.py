@@ -247,7 +247,8 @@ def test_the_page_of_metrics_names_all_of_them_and_no_others(stopped: Path) -> N
         found = set()
         for line in read_jsonl(stopped / file):
             found |= {re.sub("behavior/[^/]+/", "behavior/<name>/", key) for key in line}
-        assert found - {"step", "epoch", "split"} == names, file
+        of_experts = {"aux_loss"}  # which this model has none of; tests/golden/test_router.py
+        assert found - {"step", "epoch", "split"} == names - of_experts, file
 
 
 def test_every_optimizer_resumes(
