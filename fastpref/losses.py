@@ -166,18 +166,12 @@ def pair_norms(gram: Tensor, tail_weight: float = 1.0) -> dict[str, Tensor]:
         fold = gram.new_tensor([[1, 0, 0, 0, 0], [0, 1, w, 0, 0], [0, 0, 0, 1, w]])
         gram = fold @ gram @ fold.T
 
-    def square(a: int, b: int) -> Tensor:
-        return gram[:, a, a] + 2 * gram[:, a, b] + gram[:, b, b]
-
-    margin = gram[:, 1, 1] - 2 * gram[:, 1, 2] + gram[:, 2, 2]
-    dot = gram[:, 0, 0] + gram[:, 0, 1] + gram[:, 0, 2] + gram[:, 1, 2]
+    g00, g01, g02, _, g11, g12, _, _, g22 = gram.flatten(1).unbind(dim=1)
+    margin, chosen, rejected = g11 - 2 * g12 + g22, g00 + 2 * g01 + g11, g00 + 2 * g02 + g22
     # Rounding can push a square that is zero in exact arithmetic below it.
-    return {
-        "gnorm_m": margin.clamp(min=0).sqrt(),
-        "gnorm_chosen": square(0, 1).clamp(min=0).sqrt(),
-        "gnorm_rejected": square(0, 2).clamp(min=0).sqrt(),
-        "dot_chosen_rejected": dot,
-    }
+    norms = torch.stack((margin, chosen, rejected)).clamp(min=0).sqrt().unbind()
+    names = ("gnorm_m", "gnorm_chosen", "gnorm_rejected")
+    return {**dict(zip(names, norms, strict=True)), "dot_chosen_rejected": g00 + g01 + g02 + g12}
 
 
 def dpo_loss(

@@ -57,8 +57,11 @@ class PairModel:
         layer = self.module.get_output_embeddings()  # type: ignore[operator]
         if layer is None:
             raise ValueError(f"{type(self.module).__name__} has no output head to score tokens.")
-        transform = logit_transform(self.module.config)
-        return Head(layer.weight, getattr(layer, "bias", None), *transform)
+        return Head(layer.weight, getattr(layer, "bias", None), *self._transform)
+
+    @functools.cached_property
+    def _transform(self) -> tuple[float | None, float]:
+        return logit_transform(self.module.config)
 
     @functools.cached_property
     def head_is_all(self) -> bool:

@@ -98,7 +98,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         raise ValueError("clip_gradients: no parameter has a gradient; call it after backward")
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = (
+        torch.linalg.vector_norm(gradients[0])
+        if len(gradients) == 1
+        else torch.nn.utils.get_total_norm(gradients)
+    )
     if max_norm == 0:
         return norm, torch.ones_like(norm)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

@@ -6,6 +6,7 @@ renamed.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -87,12 +88,16 @@ def check_column(column: schema.Column, value: Any, rows: int) -> None:
             f"got {value.shape}"
         )
     if value.dtype.kind in "iu" and pa.types.is_integer(column.type):
-        limits = np.iinfo(column.type.to_pandas_dtype())
+        low, high = _limits(column.type)
         for number in (value.min(initial=0), value.max(initial=0)):
-            if not limits.min <= number <= limits.max:
-                raise ValueError(
-                    f"column {column.name!r}: {number} not in range: {limits.min} to {limits.max}"
-                )
+            if not low <= number <= high:
+                raise ValueError(f"column {column.name!r}: {number} not in range: {low} to {high}")
+
+
+@functools.cache
+def _limits(kind: pa.DataType) -> tuple[int, int]:
+    found = np.iinfo(kind.to_pandas_dtype())
+    return int(found.min), int(found.max)
 
 
 def arrow_array(column: schema.Column, values: Sequence[Any], rows: Sequence[int]) -> pa.Array:

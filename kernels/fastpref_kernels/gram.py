@@ -19,7 +19,7 @@ class RowTerms:
     maximum: Tensor
     total: Tensor
     weight: Tensor
-    phi: Tensor
+    phi: Tensor | None  # None: 1
 
 
 @dataclass(frozen=True)
@@ -103,23 +103,28 @@ class GroupGram:
         """The Gram matrices. `exps(raw logits, their vocabulary ids, row maximum)` gives F."""
         dtype = terms.total.dtype
         gram = terms.total.new_zeros(self.groups, self.group_size, self.group_size)
+        part = torch.arange(self.group_size, device=hidden.device)
         for batch in self.batches:
             hidden_BLD = batch.of(hidden).to(dtype)
             target_BL = batch.of(target)
-            total, weight_BL, phi = map(batch.of, (terms.total, terms.weight, terms.phi))
+            total, weight_BL = batch.of(terms.total), batch.of(terms.weight)
             same = target_BL.unsqueeze(2) == target_BL.unsqueeze(1)
             # other[t, s] = q_t[y_s]: what row t gives to the target of row s.
             other = torch.bmm(hidden_BLD, weight[target_BL].to(dtype).transpose(1, 2))
             other = exps(other, target_BL.unsqueeze(1), batch.of(terms.maximum).unsqueeze(2))
-            other = (other / total.unsqueeze(2)).masked_fill_(same, 0.0) * phi.unsqueeze(1)
+            other = (other / total.unsqueeze(2)).masked_fill_(same, 0.0)
             # One division after the other: the product of two totals may underflow.
             dots = batch.products / total.unsqueeze(2) / total.unsqueeze(1)
-            dots += same * (phi.unsqueeze(2) * phi.unsqueeze(1))
+            if terms.phi is None:
+                dots += same
+            else:
+                phi = batch.of(terms.phi)
+                other *= phi.unsqueeze(1)
+                dots += same * (phi.unsqueeze(2) * phi.unsqueeze(1))
             dots -= other + other.transpose(1, 2)
             dots *= weight_BL.unsqueeze(2) * weight_BL.unsqueeze(1)
             dots *= torch.bmm(hidden_BLD, hidden_BLD.transpose(1, 2))
-            member = torch.nn.functional.one_hot(
-                batch.of(self.segment_id) % self.group_size, self.group_size
-            ).to(dtype)
+            own = (batch.of(self.segment_id) % self.group_size).unsqueeze(2)
+            member = (own == part).to(dtype)
             gram[batch.group] = torch.bmm(member.transpose(1, 2), torch.bmm(dots, member))
         return gram

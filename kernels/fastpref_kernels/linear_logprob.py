@@ -200,7 +200,7 @@ def _forward_op(
         asked = [rows[name] for name in _SEGMENT_STATS if name in names]
         gram_out = empty
         if gram is not None:
-            phi = torch.ones_like(logp_R) if transform.softcap is None else saved.row_state[3]
+            phi = None if transform.softcap is None else saved.row_state[3]
             miss = sums.odds.sigmoid() * transform.slope
             terms = RowTerms(sums.maximum, sums.total, miss, phi)
             gram_out = gram.finish(
