@@ -73,8 +73,9 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(None, overrides)
     per_step = config.learning_rate if "learning_rate" in overrides else None
 
+    from fastpref.report.files import write_whole
     from fastpref.report.theory_plots import write_plots
-    from fastpref.report.theory_tables import overview_text, wrapped, write_tables, write_whole
+    from fastpref.report.theory_tables import overview_text, wrapped, write_tables
 
     view, about, notes = predict(config, per_step, double_norm=args.compat == "double_norm")
     print("\n".join(wrapped(f"{name}: {value}") for name, value in about.items()) + "\n")

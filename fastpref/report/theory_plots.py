@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastpref.report.svg import style
+from fastpref.report.pictures import BLUE, INK, ORANGE, SOFT, picture_style, write_picture
 from fastpref.report.tables import shorten
-from fastpref.report.theory_tables import write_whole
 from fastpref.theory.overview import Overview
 
-INK, SOFT, GRID = "#22262b", "#8a929b", "#e6e9ed"
-BLUE, ORANGE = "#0072b2", "#d55e00"  # Wong, Nature Methods 8:441
 LABELLED = 12  # up to so many behaviors a cell of the matrix holds its number
 NAME_WIDTH = 44
 
@@ -28,41 +22,11 @@ def write_plots(folder: Path, view: Overview) -> list[Path]:
     for name, draw in figures.items():
         for kind in ("png", "svg"):
             (folder / f"{name}.{kind}").unlink(missing_ok=True)  # of an earlier call
-        with _style() as plt:
+        with picture_style() as plt:
             figure = draw(plt, view)
-            if figure is None:
-                continue
-            for kind in ("png", "svg"):
-                buffer = io.BytesIO()
-                about = {"Date": None} if kind == "svg" else None
-                figure.savefig(buffer, format=kind, dpi=160, metadata=about)
-                path = folder / f"{name}.{kind}"
-                write_whole(path, buffer.getvalue())
-                written.append(path)
+            if figure is not None:
+                written += write_picture(figure, folder, name)
     return written
-
-
-@contextmanager
-def _style() -> Iterator[Any]:
-    """The report's style with colours of its own, since no page's style sheet gives them."""
-    import matplotlib
-
-    own: dict[Any, Any] = {
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.titlecolor": INK,
-        "axes.edgecolor": SOFT,
-        "grid.color": GRID,
-        "xtick.color": SOFT,
-        "ytick.color": SOFT,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "figure.facecolor": "white",
-        "axes.titlesize": 9.5,
-        "axes.titlelocation": "left",
-    }
-    with style() as plt, matplotlib.rc_context(own):
-        yield plt
 
 
 def _names(view: Overview) -> list[str]:
