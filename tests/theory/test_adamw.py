@@ -28,9 +28,10 @@ def trained(
         policy = torch.log_softmax(features @ head.T, dim=1)
         reference = torch.log_softmax(features @ start.T, dim=1)
         gain = policy - reference
-        return gain[rows, torch.from_numpy(pairs.chosen)] - gain[
-            rows, torch.from_numpy(pairs.rejected)
-        ]
+        return (
+            gain[rows, torch.from_numpy(pairs.chosen)]
+            - gain[rows, torch.from_numpy(pairs.rejected)]
+        )
 
     seen, norms = [margin().detach().numpy()], [0.0]
     for batch in batches:

@@ -125,7 +125,5 @@ def test_feature_rows_leave_undefined_what_is(
     chosen: list[int], rejected: list[int], value: float
 ) -> None:
     features = np.full((3, 2), value)
-    (row,) = feature_rows(
-        np.zeros(3, int), features, np.array(chosen), np.array(rejected)
-    ).values()
+    (row,) = feature_rows(np.zeros(3, int), features, np.array(chosen), np.array(rejected)).values()
     assert row == dict.fromkeys(("delta", "lambda_max", "trace", "mu_dot_d"))
