@@ -23,6 +23,21 @@ EXPERIMENTS: dict[str, Experiment] = {
         "the head alone, each behavior by itself, beside the exact recursion",
         STATEMENTS,
     ),
+    "full": Experiment(
+        "fastpref.reproduce.full",
+        "all weights, each behavior by itself, against distinguishability",
+        STATEMENTS,
+    ),
+    "lora": Experiment(
+        "fastpref.reproduce.lora",
+        "LoRA, each behavior by itself, against distinguishability",
+        STATEMENTS,
+    ),
+    "two-behaviors": Experiment(
+        "fastpref.reproduce.two_behaviors",
+        "two or more behaviors in one run, against their priorities",
+        STATEMENTS,
+    ),
     "rates": Experiment(
         "fastpref.reproduce.rates",
         "initial rate against distinguishability, alone and in the mixture of all",

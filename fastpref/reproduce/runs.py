@@ -20,8 +20,11 @@ from fastpref.train import train
 log = logging.getLogger(__name__)
 
 RUNS = "runs"  # folder of the runs within an experiment's
-WEIGHTS = ("checkpoint-*/*.safetensors", "*.safetensors")
-CURVES = ("n", "loss", "output_accuracy", "reward_accuracy", "margin")
+WEIGHTS = ("checkpoint-*/*.safetensors", "*.safetensors", "merged/*.safetensors")
+CURVES = (
+    *("n", "loss", "output_accuracy", "reward_accuracy", "margin", "logp_chosen", "logp_rejected"),
+    *("delta", "lambda_max", "trace"),
+)
 
 
 def run_config(
@@ -65,10 +68,15 @@ def run(config: Config, keep_weights: bool = False) -> Path:
     """
     folder = train(config, progress=False)
     if not keep_weights:
-        for pattern in WEIGHTS:
-            for file in folder.glob(pattern):
-                file.unlink()
+        drop_weights(folder)
     return folder
+
+
+def drop_weights(folder: Path) -> None:
+    """Remove every copy of the weights from a run folder; records and logs stay."""
+    for pattern in WEIGHTS:
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 def step_columns(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
