@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,7 @@ from fastpref.dynamics.schema import TRAIN
 from fastpref.reproduce.settings import Official, Settings
 from fastpref.train import train
 
-log = logging.getLogger(__name__)
-
 RUNS = "runs"  # folder of the runs within an experiment's
-WEIGHTS = ("checkpoint-*/*.safetensors", "*.safetensors")
 CURVES = ("n", "loss", "output_accuracy", "reward_accuracy", "margin")
 
 
@@ -65,9 +62,10 @@ def run(config: Config, keep_weights: bool = False) -> Path:
     """
     folder = train(config, progress=False)
     if not keep_weights:
-        for pattern in WEIGHTS:
-            for file in folder.glob(pattern):
-                file.unlink()
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
     return folder
 
 
