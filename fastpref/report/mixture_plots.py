@@ -39,7 +39,7 @@ def draw_mixture(
                     panels[1].plot(*points(rows, "output_accuracy", **labels), **look)
                 labels = {"behavior": own, "split": TRAIN_SAMPLE, "run": kind}
                 panels[0].plot(
-                    *points(rows, "margin_predicted", **labels),
+                    *points(rows, "predicted_margin", **labels),
                     color=INK if kind == "last-layer" else colors[own],
                     linestyle=PREDICTED,
                     linewidth=1.3,

@@ -48,7 +48,7 @@ def draw_behaviors(
             axes[1, 1].plot(step, delta / delta[0], color=colors[own], linewidth=1.5)
             labels = {"behavior": own, "split": TRAIN_SAMPLE}
             axes[0, 0].plot(
-                *points(rows, "loss_predicted", **labels),
+                *points(rows, "predicted_loss", **labels),
                 color=colors[own],
                 linestyle=PREDICTED,
                 linewidth=1.3,

@@ -21,7 +21,6 @@ from fastpref.reproduce.start import Curve
 log = logging.getLogger(__name__)
 
 ALIGN, BASE, ALIGNED = "align", "base", "aligned"  # names of the runs
-MERGED = "merged"  # within a run's folder: the model with its adapter added in
 FLIPPED = {"flip_behaviors": ("all",)}
 
 
@@ -43,7 +42,7 @@ def misalign(
     """Align by LoRA, then train towards the opposite from the base and from the aligned model."""
     first = runs.run_config(settings, official, files, ALIGN, save_merged=True, **fields)
     folder = Path(first.output_dir)
-    aligned_model = folder / MERGED
+    aligned_model = folder / runs.MERGED
     own = {"model_name_or_path": str(aligned_model)}
     configs = {
         ALIGN: first,

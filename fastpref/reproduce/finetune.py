@@ -152,7 +152,7 @@ def behavior_numbers(start: Start, rows: list[Curve], config: Config) -> dict[st
     (name,) = pairs.behaviors
     rate = initial_rates(directions(pairs), (1,), config.beta)
     margin = series(rows, name, TRAIN_SAMPLE, "margin")
-    alone = series(rows, name, TRAIN_SAMPLE, "margin_predicted")
+    alone = series(rows, name, TRAIN_SAMPLE, "predicted_margin")
     deltas = series(rows, name, TRAIN_SAMPLE, "delta")
     step = series(rows, name, TRAIN_SAMPLE, "step")
     concentration = (stats.concentration_plus, stats.concentration_minus)

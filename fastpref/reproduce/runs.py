@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,8 @@ from fastpref.dynamics.schema import TRAIN
 from fastpref.reproduce.settings import Official, Settings
 from fastpref.train import train
 
-log = logging.getLogger(__name__)
-
 RUNS = "runs"  # folder of the runs within an experiment's
-WEIGHTS = ("checkpoint-*/*.safetensors", "*.safetensors", "merged/*.safetensors")
+MERGED = "merged"  # within a run's folder: the model with its adapter added in
 CURVES = (
     *("n", "loss", "output_accuracy", "reward_accuracy", "margin", "logp_chosen", "logp_rejected"),
     *("delta", "lambda_max", "trace"),
@@ -74,9 +72,10 @@ def run(config: Config, keep_weights: bool = False) -> Path:
 
 def drop_weights(folder: Path) -> None:
     """Remove every copy of the weights from a run folder; records and logs stay."""
-    for pattern in WEIGHTS:
-        for file in folder.glob(pattern):
-            file.unlink()
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    for other in (*folder.glob("checkpoint-*"), folder / MERGED):
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def step_columns(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

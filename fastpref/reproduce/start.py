@@ -111,13 +111,13 @@ def lora_fields(model: PairModel) -> tuple[dict[str, Any], list[str]]:
 
 
 def observed(folder: Path, start: Start, config: Config, **labels: Any) -> list[Curve]:
-    """Rows for curves.csv: what the run showed, and in margin_predicted and loss_predicted what the
+    """Rows for curves.csv: what the run showed, and in predicted_margin and predicted_loss what the
     head alone would have, by AdamW from the same start (`theory.adamw`); nan: undefined."""
     rows = curves(folder, **labels)
     expected = {} if not start.linear else _head_alone(folder, start, config)
     for row in rows:
         key = (row["step"], row["split"], row["behavior"])
-        row["margin_predicted"], row["loss_predicted"] = expected.get(key, (np.nan, np.nan))
+        row["predicted_margin"], row["predicted_loss"] = expected.get(key, (np.nan, np.nan))
     return rows
 
 

@@ -139,7 +139,7 @@ def exact_curves(folder: Path, start: Start, config: Config, **labels: Any) -> l
         found |= predicted(folder, HELD_OUT, start.held_out, held_out, config.beta)
     for row in rows:
         margin, loss = found[row["step"], row["split"], row["behavior"]]
-        row["margin_predicted"], row["loss_predicted"] = margin, loss
+        row["predicted_margin"], row["predicted_loss"] = margin, loss
     return rows
 
 
@@ -168,8 +168,8 @@ def _numbers(start: Start, rows: list[Curve], taken: Official) -> dict[str, Any]
             seen = np.array([own["observed"][kind].get(what) for own in behaviors.values()], float)
             order[f"{kind} {what}"] = order_agreement(rate, seen)
     heads = [r for r in rows if r["run"] == HEAD]
-    error = [abs(r["margin"] - r["margin_predicted"]) for r in heads]
-    largest = max(abs(r["margin_predicted"]) for r in heads)
+    error = [abs(r["margin"] - r["predicted_margin"]) for r in heads]
+    largest = max(abs(r["predicted_margin"]) for r in heads)
     pull = directions(pairs)
     return {
         "behaviors": behaviors,
@@ -186,7 +186,7 @@ def _numbers(start: Start, rows: list[Curve], taken: Official) -> dict[str, Any]
 def _seen(rows: list[Curve], name: str, kind: str) -> dict[str, Any]:
     own = [row for row in rows if row["run"] == kind]
     margin = series(own, name, TRAIN_SAMPLE, "margin")
-    alone = series(own, name, TRAIN_SAMPLE, "margin_predicted")
+    alone = series(own, name, TRAIN_SAMPLE, "predicted_margin")
     step = series(own, name, TRAIN_SAMPLE, "step")
     found: dict[str, Any] = {
         "first_evaluation": step[1],
