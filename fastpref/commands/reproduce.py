@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="of split and batches")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float64 [auto]")
-    add("--max_length", type=int, default=256, help="tokens of a prompt with its answer [256]")
+    add("--max_length", type=int, help="tokens of a prompt with its answer [256, dialogues 512]")
     add("--output_dir", default="runs/reproduce", help="a folder each goes there [runs/reproduce]")
 
 

@@ -23,10 +23,10 @@ from fastpref.reproduce.names import STATEMENTS
 from fastpref.reproduce.outcome import Outcome, Verdict
 from fastpref.reproduce.runs import RUNS, described, drop_weights, run, run_config
 from fastpref.reproduce.settings import Official, Settings
-from fastpref.reproduce.small import adapted, compared, eval_steps
+from fastpref.reproduce.small import adapted, compared, eval_steps, rarer
 from fastpref.reproduce.start import (
-    LORA,
     ALL,
+    LORA,
     Curve,
     Start,
     load_ended,
@@ -132,7 +132,12 @@ def compare(settings: Settings, experiment: str, official: Official) -> Outcome:
         | ({"lora": LORA} if official.trainable == "lora" else {}),
         numbers={"behaviors": numbers, "order": summary},
         verdicts=_verdicts(summary),
-        caveats=[*before.caveats, *_departures(official.trainable, numbers), CORRECTED],
+        caveats=[
+            *before.caveats,
+            *rarer(settings),
+            *_departures(official.trainable, numbers),
+            CORRECTED,
+        ],
         curves=rows,
         runs=[f"{RUNS}/{name}" for name in numbers],
         figures=[path.name for path in figures],

@@ -1,4 +1,4 @@
-"""Is an aligned model easier to misalign? Labels exchanged, from the base and from an aligned start.
+"""Is an aligned model easier to misalign? Labels exchanged, from a base and an aligned start.
 
 What frozen features say is checked exactly, with the head alone: from a head that was aligned the
 margins are those from the base's (E35), and the answers turn later. What LoRA adds is that aligning
@@ -35,12 +35,12 @@ from fastpref.reproduce.aligning import (
 )
 from fastpref.reproduce.behaviors import choose, find_files
 from fastpref.reproduce.finetune import CORRECTED, FIELDS
-from fastpref.reproduce.head_only import precision
+from fastpref.reproduce.head_only import PLAIN, head_only, precision, sampled_delta
 from fastpref.reproduce.names import STATEMENTS
 from fastpref.reproduce.outcome import Outcome, Verdict
 from fastpref.reproduce.settings import Official, Settings
-from fastpref.reproduce.small import adapted, compared, eval_steps
-from fastpref.reproduce.start import ALL, LORA, Curve, Start, load_start, look, lora_fields
+from fastpref.reproduce.small import adapted, compared, eval_steps, rarer
+from fastpref.reproduce.start import LORA, Curve, Start, load_start, look, lora_fields
 from fastpref.theory.boundary import Misalignment, compare_starts
 from fastpref.theory.distinguish import behavior_statistics, directions
 from fastpref.theory.mixture import mixture_direction
@@ -78,7 +78,7 @@ def run(settings: Settings) -> Outcome:
     head."""
     check_available()
     taken, caveats = adapted(settings, OFFICIAL)
-    files, notes = _files(settings, taken)
+    files, notes = _files(settings)
     plain = runs.run_config(settings, taken, list(files.values()), "none", **FIELDS | FLIPPED)
     model = load_start(plain)
     extra, more = lora_fields(model)
@@ -112,23 +112,22 @@ def run(settings: Settings) -> Outcome:
         | {"last_layer": dataclasses.asdict(head) | {"dtype": dtype}},
         numbers=numbers,
         verdicts=_verdicts(numbers, dtype),
-        caveats=[*caveats, *notes, *more, *_caveats(numbers), CORRECTED],
+        caveats=[*caveats, *rarer(settings), *notes, *more, *_caveats(numbers), CORRECTED],
         curves=rows,
         runs=[f"{runs.RUNS}/{name}" for name in (*starts.folders, *frozen)],
         figures=[path.name for path in figures],
     )
 
 
-def _files(settings: Settings, taken: Official) -> tuple[dict[str, str], list[str]]:
+def _files(settings: Settings) -> tuple[dict[str, str], list[str]]:
     files = find_files(settings.data, STATEMENTS)
 
-    def delta(names: list[str]) -> np.ndarray:
-        config = runs.run_config(settings, taken, [files[n] for n in names], "none", **FIELDS)
-        pairs = look(load_start(config), config).train.pairs
-        found = {own.behavior: own.delta for own in behavior_statistics(pairs)}
-        return np.array([found[name] for name in names])
-
-    names, notes = choose(files, OFFICIAL.behaviors, settings.behaviors, delta)
+    names, notes = choose(
+        files,
+        OFFICIAL.behaviors,
+        settings.behaviors,
+        lambda names: sampled_delta(settings, OFFICIAL, files, names),
+    )
     return {name: files[name] for name in names}, notes
 
 
@@ -137,19 +136,18 @@ def _rows(model: Any, start: Start) -> np.ndarray:
     return model.head.weight[: start.train.pairs.tokens[-1] + 1].detach().cpu().double().numpy()
 
 
-def _head_runs(
-    settings: Settings, head: Official, starts: Starts, pairs: int
-) -> dict[str, Path]:
+def _head_runs(settings: Settings, head: Official, starts: Starts, pairs: int) -> dict[str, Path]:
     """The head alone: aligned, and misaligned from either head; one step on either's features."""
     dtype = precision(head, settings.dtype, settings.device, fine=True)
 
     def config(name: str, **changes: Any) -> Config:
         plain = {"trainable": "head", "optim": "sgd", "learning_rate": head.learning_rate}
-        own = plain | {"dtype": dtype, "max_grad_norm": 0.0, "eval_sample_size": ALL}
+        own = plain | PLAIN | {"dtype": dtype}
         own |= {"max_steps": head.steps, "eval_steps": max(1, head.steps // 20)}
         return without_lora(starts.configs[BASE], name, settings.folder, **own | changes)
 
     folders = {}
+    head_only(config(HEAD_BASE))  # refuses a head whose margins are not linear in its weight
     aligning = config(HEAD_ALIGN, flip_behaviors=())
     moved = {"model_name_or_path": aligning.output_dir}
     one = {"max_steps": 1, "eval_steps": 1, "train_batch_size": pairs}
@@ -158,9 +156,7 @@ def _head_runs(
         HEAD_BASE: config(HEAD_BASE),
         HEAD_ALIGNED: config(HEAD_ALIGNED, **moved),
         STEP_BASE: config(STEP_BASE, **one),
-        STEP_ALIGNED: config(
-            STEP_ALIGNED, **one, model_name_or_path=str(starts.aligned_model)
-        ),
+        STEP_ALIGNED: config(STEP_ALIGNED, **one, model_name_or_path=str(starts.aligned_model)),
     }.items():
         log.info("run %s", name)
         folders[name] = runs.run(own, keep_weights=name == HEAD_ALIGN)

@@ -38,6 +38,21 @@ EXPERIMENTS: dict[str, Experiment] = {
         "two or more behaviors in one run, against their priorities",
         STATEMENTS,
     ),
+    "misalign": Experiment(
+        "fastpref.reproduce.misalign",
+        "labels exchanged, from the base and from an aligned model",
+        STATEMENTS,
+    ),
+    "hh-misalign": Experiment(
+        "fastpref.reproduce.hh_misalign",
+        "the same on HH-RLHF, completions of many tokens",
+        DIALOGUES,
+    ),
+    "embeddings": Experiment(
+        "fastpref.reproduce.embeddings",
+        "features of a behavior before and after training, as points",
+        STATEMENTS,
+    ),
     "rates": Experiment(
         "fastpref.reproduce.rates",
         "initial rate against distinguishability, alone and in the mixture of all",

@@ -18,6 +18,7 @@ from fastpref.reproduce.settings import Official, Settings
 from fastpref.train import train
 
 RUNS = "runs"  # folder of the runs within an experiment's
+LENGTH = 256  # tokens; persona statements take less
 MERGED = "merged"  # within a run's folder: the model with its adapter added in
 CURVES = (
     *("n", "loss", "output_accuracy", "reward_accuracy", "margin", "logp_chosen", "logp_rejected"),
@@ -40,7 +41,7 @@ def run_config(
         "overwrite_output_dir": True,
         "device": settings.device,
         "dtype": settings.dtype,
-        "max_length": settings.max_length,
+        "max_length": settings.max_length or LENGTH,
         "seed": official.seed,
         "eval_fraction": official.eval_fraction,
         "trainable": official.trainable,

@@ -37,7 +37,7 @@ class Settings:
     seed: int | None = None
     device: str = "auto"
     dtype: str = "auto"
-    max_length: int = 256
+    max_length: int | None = None
 
     def over(self, official: Official) -> Official:
         """The hyper-parameters of the run: the user's where given, the official ones elsewhere."""

@@ -27,22 +27,26 @@ def eval_steps(settings: Settings, official: Official, pairs: int) -> int:
     return -(-steps // EVALUATIONS)
 
 
+def rarer(settings: Settings) -> list[str]:
+    """A note where `eval_steps` is not the official one."""
+    if settings.model != BASE_NAME:
+        return []
+    return [f"Evaluations come {EVALUATIONS} times a run and before it, not at every step."]
+
+
 def adapted(settings: Settings, official: Official) -> tuple[Official, list[str]]:
     """The hyper-parameters of a run: the user's, else fastpref-tiny's, else the official ones; and
     a note on every one of fastpref-tiny's that is taken."""
     wanted = settings.over(official)
-    if settings.model != BASE_NAME:
+    if settings.model != BASE_NAME or settings.learning_rate is not None:
         return wanted, []
-    every = f"Evaluations come {EVALUATIONS} times a run and before it, not at every step."
-    if settings.learning_rate is not None:
-        return wanted, [every]
     rate = LEARNING_RATE[official.trainable]
     note = (
         f"learning_rate {rate:g} in the place of the official {official.learning_rate:g}, which "
         f"moves next to nothing in the steps of an epoch on a model of 5M parameters "
         f"({BASE_NAME}); --learning_rate {official.learning_rate:g} runs the official one."
     )
-    return replace(wanted, learning_rate=rate), [note, every]
+    return replace(wanted, learning_rate=rate), [note]
 
 
 def compared(official: Official, taken: Official) -> dict[str, Any]:

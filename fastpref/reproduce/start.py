@@ -8,7 +8,6 @@ the run by one thing: that nothing but the head learns.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,23 +133,27 @@ def _head_alone(
         max_grad_norm=config.max_grad_norm or None,
         probes=None if start.held_out is None else start.held_out.pairs,
     )
-    found = predicted(folder, TRAIN_SAMPLE, start.train, path.margin, config.beta)
+    found = predicted(
+        folder, TRAIN_SAMPLE, start.train.ids, start.train.pairs, path.margin, config.beta
+    )
     if start.held_out is not None and path.probe_margin is not None:
-        found |= predicted(folder, HELD_OUT, start.held_out, path.probe_margin, config.beta)
+        side = start.held_out
+        found |= predicted(folder, HELD_OUT, side.ids, side.pairs, path.probe_margin, config.beta)
     return found
 
 
 def predicted(
     folder: Path,
     split: str,
-    side: Frozen,
+    ids: np.ndarray,  # (P,) pair_ids of that side
+    pairs: FrozenPairs,
     margin: np.ndarray,  # (steps + 1, P) of that side's pairs
     beta: float,
 ) -> dict[tuple[int, str, str], tuple[float, float]]:
     """(step, split, behavior) -> mean margin and mean loss of the pairs that the run's evaluations
     of ``split`` looked at."""
-    own = positions(side.ids, evaluated(folder, split))
-    pairs, found = side.pairs, {}
+    own = positions(ids, evaluated(folder, split))
+    found = {}
     for k, name in enumerate(pairs.behaviors):
         members = own[pairs.behavior[own] == k]
         if members.size:
@@ -180,9 +183,3 @@ def positions(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     found = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
     assert np.array_equal(ids[found], wanted), "a run trains on the pairs that were looked at"
     return found
-
-
-def behavior_pairs(pairs: FrozenPairs, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Name -> indices of its pairs."""
-    index = {name: k for k, name in enumerate(pairs.behaviors)}
-    return {name: np.flatnonzero(pairs.behavior == index[name]) for name in names}

@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from fastpref.config import Config
 from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
 from fastpref.report.mixture_plots import draw_mixture
 from fastpref.reproduce import runs
 from fastpref.reproduce.behaviors import choose, find_files
 from fastpref.reproduce.finetune import CORRECTED, FIELDS, ORDERED, series
+from fastpref.reproduce.head_only import PLAIN, HeadOnly, head_only, precision, sampled_delta
 from fastpref.reproduce.names import STATEMENTS
 from fastpref.reproduce.outcome import Outcome, Verdict
 from fastpref.reproduce.runs import RUNS, described, run_config
 from fastpref.reproduce.settings import Official, Settings
-from fastpref.reproduce.small import adapted, compared, eval_steps
+from fastpref.reproduce.small import adapted, compared, eval_steps, rarer
 from fastpref.reproduce.start import (
     Curve,
     Start,
@@ -33,7 +33,7 @@ from fastpref.reproduce.start import (
     predicted,
     run_batches,
 )
-from fastpref.theory.distinguish import behavior_statistics, directions
+from fastpref.theory.distinguish import directions
 from fastpref.theory.dual import dual_recursion
 from fastpref.theory.mixture import order_agreement
 from fastpref.theory.overview import overview
@@ -74,11 +74,14 @@ def run(settings: Settings) -> Outcome:
     start = look(load_start(full_config), full_config)
     every = eval_steps(settings, taken, len(start.train.ids))
     full_config = dataclasses.replace(full_config, eval_steps=every)
-    own = FIELDS | {"eval_steps": max(1, head.steps // EVALUATIONS), "max_grad_norm": 0.0}
-    head_config = run_config(settings, head, list(files.values()), HEAD, **own)
+    dtype = precision(head, settings.dtype, settings.device, fine=False)
+    own = FIELDS | PLAIN | {"eval_steps": max(1, head.steps // EVALUATIONS)}
+    plain = dataclasses.replace(settings, dtype=dtype)
+    head_config = run_config(plain, head, list(files.values()), HEAD, **own)
+    known = head_only(head_config)
 
     log.info("two-behaviors: %s", HEAD)
-    rows = exact_curves(runs.run(head_config), start, head_config, run=HEAD)
+    rows = exact_curves(runs.run(head_config), known, run=HEAD)
     log.info("two-behaviors: %s", FULL)
     folder = runs.run(full_config)
     rows += observed(folder, start, full_config, run=FULL)
@@ -95,7 +98,7 @@ def run(settings: Settings) -> Outcome:
         },
         numbers=numbers,
         verdicts=_verdicts(numbers),
-        caveats=[*caveats, *notes, *_departures(numbers), CORRECTED],
+        caveats=[*caveats, *rarer(settings), *notes, *_departures(numbers), CORRECTED],
         curves=rows,
         runs=[f"{RUNS}/{HEAD}", f"{RUNS}/{FULL}"],
         figures=[path.name for path in figures],
@@ -113,33 +116,38 @@ def _behaviors(settings: Settings) -> tuple[dict[str, str], list[str]]:
             "two or more with --behaviors, or give the files of more with --data."
         )
 
-    def delta(names: list[str]) -> np.ndarray:
-        config = run_config(settings, OFFICIAL, [files[n] for n in names], "none", **FIELDS)
-        pairs = look(load_start(config), config).train.pairs
-        found = {own.behavior: own.delta for own in behavior_statistics(pairs)}
-        return np.array([found[name] for name in names])
-
-    names, notes = choose(files, OFFICIAL.behaviors, asked, delta)
+    names, notes = choose(
+        files,
+        OFFICIAL.behaviors,
+        asked,
+        lambda names: sampled_delta(settings, OFFICIAL, files, names),
+    )
     return {name: files[name] for name in names}, notes
 
 
-def exact_curves(folder: Path, start: Start, config: Config, **labels: Any) -> list[Curve]:
+def exact_curves(folder: Path, known: HeadOnly, **labels: Any) -> list[Curve]:
     """Rows for curves.csv of a head-only SGD run, beside the dual recursion of its batches."""
-    rows = runs.curves(folder, **labels)
+    beta, dataset = known.config.beta, known.dataset
+    sides = {TRAIN_SAMPLE: dataset.train, HELD_OUT: dataset.held_out}
+    ids = {split: np.array([p.pair_id for p in own]) for split, own in sides.items()}
+    pairs = {split: known.pairs(own) for split, own in sides.items() if own}
     trajectory = dual_recursion(
-        start.train.pairs,
-        run_batches(folder, start.train.ids),
+        pairs[TRAIN_SAMPLE],
+        run_batches(folder, ids[TRAIN_SAMPLE]),
         runs.step_columns(folder, ["lr"])["lr"],
-        config.beta,
-        probes=None if start.held_out is None else start.held_out.pairs,
+        beta,
+        probes=pairs.get(HELD_OUT),
     )
-    found = predicted(folder, TRAIN_SAMPLE, start.train, trajectory.margin, config.beta)
-    if start.held_out is not None and trajectory.probe_margin is not None:
-        held_out = trajectory.probe_margin
-        found |= predicted(folder, HELD_OUT, start.held_out, held_out, config.beta)
+    margins = {TRAIN_SAMPLE: trajectory.margin, HELD_OUT: trajectory.probe_margin}
+    found: dict[tuple[int, str, str], tuple[float, float]] = {}
+    for split, own in pairs.items():
+        margin = margins[split]
+        assert margin is not None
+        found |= predicted(folder, split, ids[split], own, margin, beta)
+    rows = runs.curves(folder, **labels)
     for row in rows:
-        margin, loss = found[row["step"], row["split"], row["behavior"]]
-        row["predicted_margin"], row["predicted_loss"] = margin, loss
+        margin_loss = found[row["step"], row["split"], row["behavior"]]
+        row["predicted_margin"], row["predicted_loss"] = margin_loss
     return rows
 
 
