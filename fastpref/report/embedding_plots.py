@@ -68,7 +68,7 @@ def _title(method: str, when: str, numbers: Mapping[str, Any]) -> str:
     title = f"{when.capitalize()} training: delta {numbers['delta']:.3g}"
     if method == "PCA":
         first, second = (100 * share for share in numbers["explained_variance"])
-        title += f"; axes hold {first:.0f} % and {second:.0f} % of the variance"
+        title += f"; axes: {first:.0f} + {second:.0f} % of the variance"
     return title
 
 

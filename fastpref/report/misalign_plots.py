@@ -59,7 +59,7 @@ def draw_misalign(folder: Path, name: str, rows: Rows, numbers: Mapping[str, Any
         speed_panel(
             bars,
             {
-                "predicted: (δ\u2032/δ)²": numbers["predicted"]["speed"],
+                "predicted, (δ\u2032/δ)²": numbers["predicted"]["speed"],
                 "head, one full step": seen["speed_of_the_head"],
                 "LoRA, first evaluation": seen["speed"]["first"],
                 "LoRA, end of the run": seen["speed"]["last"],
@@ -87,24 +87,25 @@ def _both(axes: Any, rows: Rows, column: Any, runs: Mapping[str, str]) -> None:
 
 def speed_panel(axes: Any, values: Mapping[str, float]) -> None:
     """How many times as fast the loss falls from the aligned start: predicted and observed."""
-    place = np.arange(len(values))
-    colors = [SOFT if name.startswith("predicted") else ORANGE for name in values]
     known = [v if np.isfinite(v) else 0.0 for v in values.values()]
-    axes.barh(place, known, 0.6, color=colors)
-    axes.axvline(1, color=BLUE, linewidth=1.4)
-    for y, (value, end) in enumerate(zip(values.values(), known, strict=True)):
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+    axes.axvline(1, color=BLUE, linewidth=1.4, zorder=0.5)
+    for place, (name, value) in enumerate(values.items()):
+        color = SOFT if name.startswith("predicted") else ORANGE
+        axes.barh(place, known[place], 0.42, color=color)
         text = f"{value:.3g}" if np.isfinite(value) else "undefined"
-        axes.text(max(end, 0.0), y, f" {text}", va="center", fontsize=8)
+        # Above its bar: beside it there is no room between two panels.
+        axes.text(
+            *(0.02, place - 0.26, f"{name}: {text}"), va="bottom", fontsize=8, color=INK, bbox=paper
+        )
     axes.set(
         title="Aligned start over base: fall of the loss",
         xlabel="times as far (1: the base)",
-        yticks=place,
-        yticklabels=list(values),
-        ylim=(len(values) - 0.4, -0.6),
-        xlim=(min(0.0, *known), 1.18 * max(1.0, *known)),
+        yticks=[],
+        ylim=(len(values) - 0.6, -0.75),
+        xlim=(min(0.0, *known), 1.08 * max(1.0, *known)),
     )
     axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
 
 
 def start_legend(plt: Any, figure: Any, aligning: bool) -> None:
@@ -159,7 +160,7 @@ def draw_dialogues(folder: Path, name: str, rows: Rows, numbers: Mapping[str, An
         speed_panel(
             axes[1, 1],
             {
-                "predicted: (δ\u2032/δ)²": numbers["predicted"]["speed"],
+                "predicted, (δ\u2032/δ)²": numbers["predicted"]["speed"],
                 "squared gradient": seen["speed_of_gradient"],
                 "first evaluation": seen["speed"]["first"],
                 "end of the run": seen["speed"]["last"],

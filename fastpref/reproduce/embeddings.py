@@ -113,7 +113,8 @@ def all_pairs(start: Start) -> FrozenPairs:
     """The training and the held-out pairs of one behavior together."""
     sides = [own.pairs for own in (start.train, start.held_out) if own is not None]
     return frozen_pairs(
-        *(np.concatenate([getattr(own, f) for own in sides]) for f in ("features", "chosen")),
+        np.concatenate([own.features for own in sides]),
+        np.concatenate([own.chosen for own in sides]),
         np.concatenate([own.rejected for own in sides]),
         behaviors=sides[0].behaviors,
     )
