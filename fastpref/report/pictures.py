@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastpref.report.files import write_whole
 from fastpref.report.svg import style
 
@@ -48,3 +50,30 @@ def write_picture(figure: Any, folder: Path, name: str) -> list[Path]:
         written.append(folder / f"{name}.{kind}")
         write_whole(written[-1], buffer.getvalue())
     return written
+
+
+def number_points(figure: Any, axes: Any, x: np.ndarray, y: np.ndarray) -> None:
+    """1, 2, ... beside the points, each where it covers the fewest others."""
+    figure.canvas.draw()
+    points = axes.transData.transform(np.column_stack([x, y])) * 72 / figure.dpi
+    taken = [points]
+    for k, point in enumerate(points):
+        around = [
+            np.array([np.cos(turn), np.sin(turn)]) * radius
+            for radius in (9.0, 14.0)
+            for turn in np.arange(8) * np.pi / 4
+        ]
+        others = np.concatenate(taken)
+        space = [np.sort(np.linalg.norm(others - (point + way), axis=1))[0] for way in around]
+        good = next((w for w, s in zip(around, space, strict=True) if s > 8.5), None)
+        way = around[int(np.argmax(space))] if good is None else good
+        taken.append((point + way)[None])
+        axes.annotate(
+            str(k + 1),
+            (x[k], y[k]),
+            way,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=7,
+        )

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from fastpref.report.pictures import BLUE, INK, ORANGE, SOFT, picture_style, write_picture
+from fastpref.report.pictures import (
+    BLUE,
+    INK,
+    ORANGE,
+    SOFT,
+    number_points,
+    picture_style,
+    write_picture,
+)
 from fastpref.report.tables import shorten
 from fastpref.theory.overview import Overview
 
@@ -98,7 +106,7 @@ def _scatter(plt: Any, view: Overview) -> Any:
     right.set(title="In this mixture", ylabel=f"initial rate of the mean margin, nat per {unit}")
     for axes, rate in ((left, alone), (right, mixed)):
         axes.set(xlabel="distinguishability delta, feature units", xlim=(0, line[1]))
-        _number(figure, axes, delta, rate)
+        number_points(figure, axes, delta, rate)
     return figure
 
 
@@ -107,33 +115,6 @@ def _delta(view: Overview) -> np.ndarray:
     delta = np.array([own.statistics.delta for own in view.behaviors])
     effective = np.array([own.statistics.effective_delta for own in view.behaviors])
     return np.where(np.isnan(delta), effective, delta)
-
-
-def _number(figure: Any, axes: Any, x: np.ndarray, y: np.ndarray) -> None:
-    """The behaviors' numbers beside their points, each where it covers the fewest others."""
-    figure.canvas.draw()
-    points = axes.transData.transform(np.column_stack([x, y])) * 72 / figure.dpi
-    taken = [points]
-    for k, point in enumerate(points):
-        around = [
-            np.array([np.cos(turn), np.sin(turn)]) * radius
-            for radius in (9.0, 14.0)
-            for turn in np.arange(8) * np.pi / 4
-        ]
-        others = np.concatenate(taken)
-        space = [np.sort(np.linalg.norm(others - (point + way), axis=1))[0] for way in around]
-        good = next((w for w, s in zip(around, space, strict=True) if s > 8.5), None)
-        way = around[int(np.argmax(space))] if good is None else good
-        taken.append((point + way)[None])
-        axes.annotate(
-            str(k + 1),
-            (x[k], y[k]),
-            way,
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=7,
-        )
 
 
 def _matrix(plt: Any, view: Overview) -> Any:

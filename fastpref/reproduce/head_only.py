@@ -6,6 +6,7 @@ differ by nothing but how they are computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +36,7 @@ PLAIN: dict[str, Any] = {
     "max_grad_norm": 0.0,
     "weight_decay": 0.0,
 }
+EVERYONE = 10**9  # pairs of a batch, or of a behavior in an evaluation: all there are
 SAMPLED = 100  # pairs of a behavior whose delta only decides which behaviors are taken
 
 
@@ -149,3 +151,9 @@ def precision(official: Official, asked: str, device: str, fine: bool) -> str:
     if asked != "auto":
         return asked
     return "float64" if fine and resolve_device(device).type == "cpu" else "float32"
+
+
+def relative(observed: np.ndarray, predicted: np.ndarray) -> float:
+    """||observed - predicted|| / ||predicted||; nan where nothing is predicted to move."""
+    size = float(np.linalg.norm(predicted))
+    return float(np.linalg.norm(observed - predicted)) / size if size else math.nan

@@ -21,7 +21,15 @@ from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
 from fastpref.report.last_layer_plot import BehaviorCurves, write_last_layer
 from fastpref.reproduce import runs
 from fastpref.reproduce.behaviors import choose, find_files
-from fastpref.reproduce.head_only import PLAIN, HeadOnly, head_only, precision, sampled_delta
+from fastpref.reproduce.head_only import (
+    EVERYONE,
+    PLAIN,
+    HeadOnly,
+    head_only,
+    precision,
+    relative,
+    sampled_delta,
+)
 from fastpref.reproduce.names import STATEMENTS
 from fastpref.reproduce.outcome import Outcome, Verdict
 from fastpref.reproduce.settings import Official, Settings
@@ -46,7 +54,6 @@ OFFICIAL = Official(
 BATCHES, FULL = "batches", "full"  # the two runs of a behavior
 EVALUATIONS = {BATCHES: 20, FULL: 2}  # besides the one before training; a full step sees all pairs
 LIMIT = {"float64": 1e-6, "float32": 1e-2}  # of relative differences from the recursion
-EVERYONE = 10**9  # pairs per behavior that an evaluation looks at: all of them
 CORRECTED = [
     "Features have passed the final norm once; the official code applies it twice.",
     "The answers' token ids are the tokenizer's; the official code has Llama-2's written in.",
@@ -190,12 +197,6 @@ def _compare(folder: Path, kind: str, known: HeadOnly) -> Compared:
         relative(*np.array(held).T) if held else math.nan,
         curves,
     )
-
-
-def relative(observed: np.ndarray, predicted: np.ndarray) -> float:
-    """||observed - predicted|| / ||predicted||; nan where nothing is predicted to move."""
-    size = float(np.linalg.norm(predicted))
-    return float(np.linalg.norm(observed - predicted)) / size if size else math.nan
 
 
 def _margin_error(step: np.ndarray, observed: np.ndarray, predicted: np.ndarray) -> float:

@@ -99,6 +99,23 @@ def curves(folder: Path, **labels: Any) -> list[dict[str, Any]]:
     return [labels | row for row in table.to_pylist()]
 
 
+def margin_rates(folder: Path, behaviors: Sequence[str]) -> dict[str, np.ndarray]:
+    """Split -> (K,) change of every behavior's mean margin from the first evaluation to the last,
+    in nats; nan where a behavior has no pairs of the split."""
+    rows = read_records(folder, "behaviors", ["step", "split", "behavior", "margin"]).to_pylist()
+    seen = {(row["split"], row["behavior"], row["step"]): row["margin"] for row in rows}
+    first, last = min(row["step"] for row in rows), max(row["step"] for row in rows)
+    return {
+        split: np.array(
+            [
+                seen.get((split, name, last), np.nan) - seen.get((split, name, first), np.nan)
+                for name in behaviors
+            ]
+        )
+        for split in sorted({row["split"] for row in rows})
+    }
+
+
 def described(settings: Settings, official: Official, names: Sequence[str]) -> dict[str, Any]:
     """The settings of outcome.json: what was run on what, without paths of this machine."""
     own = dataclasses.asdict(official)
