@@ -19,13 +19,13 @@ from fastpref.config import Config
 from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
 from fastpref.report.training_plots import draw_behaviors
 from fastpref.reproduce.behaviors import choose, find_files
+from fastpref.reproduce.head_only import EVERYONE
 from fastpref.reproduce.names import STATEMENTS
 from fastpref.reproduce.outcome import Outcome, Verdict
 from fastpref.reproduce.runs import RUNS, described, drop_weights, run, run_config
 from fastpref.reproduce.settings import Official, Settings
 from fastpref.reproduce.small import adapted, compared, eval_steps, rarer
 from fastpref.reproduce.start import (
-    ALL,
     LORA,
     Curve,
     Start,
@@ -47,7 +47,7 @@ ORDERED = 0.8  # of the pairs of behaviors, decided before anything was run
 FIELDS: dict[str, Any] = {
     "append_eos": "false",
     "stratify": True,
-    "eval_sample_size": ALL,
+    "eval_sample_size": EVERYONE,
 }
 CORRECTED = (
     "Defects of the official code that are corrected here: answers are one token each (it appends "

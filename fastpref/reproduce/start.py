@@ -33,7 +33,6 @@ LORA: dict[str, Any] = {
     "lora_dropout": 0.05,
     "lora_target_modules": ("q_proj", "v_proj"),
 }
-ALL = 1_000_000_000  # eval_sample_size: evaluations look at every pair
 Curve = dict[str, Any]  # a row of curves.csv
 
 
