@@ -12,7 +12,7 @@ from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
 from fastpref.report.pictures import INK, SOFT, picture_style, write_picture
 from fastpref.report.svg import palette
 from fastpref.report.tables import shorten
-from fastpref.report.training_plots import LINES, PREDICTED, Rows, points
+from fastpref.report.training_plots import LINES, PREDICTED, Rows, distance, points
 
 TITLES = {"last-layer": "The head alone, SGD", "full": "All weights, AdamW"}
 
@@ -89,10 +89,10 @@ def _legends(
     line = plt.Line2D
     named = []
     for own in order:
-        known = numbers[own]["predicted"]
+        share = numbers[own]["predicted"]["share_of_update"]
         label = (
-            f"{shorten(own, 60)}, delta {known['delta']:.3g}, "
-            f"share of first update {100 * known['share_of_update']:.0f} %"
+            f"{shorten(own, 60)}, delta {distance(numbers[own]):.3g}, "
+            f"share of first update {100 * share:.0f} %"
         )
         named.append(line([], [], color=colors[own], linewidth=2.2, label=label))
     kinds = [

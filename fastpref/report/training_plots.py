@@ -25,11 +25,17 @@ def points(rows: Rows, column: str, **labels: Any) -> tuple[np.ndarray, np.ndarr
     return np.array([r["step"] for r in own]), np.array(values, np.float64)
 
 
+def distance(numbers: Mapping[str, Any]) -> float:
+    """delta of a behavior; where it has more than two answers, the effective one."""
+    known = numbers["predicted"]
+    return float(known["effective_delta"] if np.isnan(known["delta"]) else known["delta"])
+
+
 def draw_behaviors(
     folder: Path, name: str, rows: Rows, numbers: Mapping[str, Mapping[str, Any]]
 ) -> list[Path]:
     """A run per behavior: loss, accuracy, rate against delta, and what becomes of delta."""
-    order = sorted(numbers, key=lambda own: -numbers[own]["predicted"]["delta"])
+    order = sorted(numbers, key=lambda own: -distance(numbers[own]))
     colors = dict(zip(order, palette(len(order), dark=False), strict=True))
     with picture_style() as plt:
         bottom = 0.62 + 0.19 * len(order)  # inches: the legend
@@ -69,7 +75,7 @@ def _rate_panel(
     axes: Any, numbers: Mapping[str, Any], order: Sequence[str], colors: Mapping[str, str]
 ) -> None:
     """The mean margin of the first evaluation against delta, with that of the head alone."""
-    delta = np.array([numbers[own]["predicted"]["delta"] for own in order])
+    delta = np.array([distance(numbers[own]) for own in order])
     alone = np.array([numbers[own]["predicted"]["head_alone_margin_first"] for own in order])
     seen = np.array([numbers[own]["observed"]["margin_first"] for own in order])
     axes.plot(delta, alone, color=SOFT, linestyle=PREDICTED, linewidth=1.2)
@@ -116,7 +122,7 @@ def _legends(
             [],
             color=colors[own],
             linewidth=2.2,
-            label=f"{shorten(own, 72)}, delta {numbers[own]['predicted']['delta']:.3g}",
+            label=f"{shorten(own, 72)}, delta {distance(numbers[own]):.3g}",
         )
         for own in order
     ]

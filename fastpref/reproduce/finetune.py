@@ -17,7 +17,7 @@ import torch
 
 from fastpref.config import Config
 from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
-from fastpref.report.training_plots import draw_behaviors
+from fastpref.report.training_plots import distance, draw_behaviors
 from fastpref.reproduce.behaviors import choose, find_files
 from fastpref.reproduce.head_only import EVERYONE
 from fastpref.reproduce.names import STATEMENTS
@@ -29,6 +29,7 @@ from fastpref.reproduce.start import (
     LORA,
     Curve,
     Start,
+    head_notes,
     load_ended,
     load_start,
     look,
@@ -54,7 +55,8 @@ CORRECTED = (
     "EOS to both, so that margins hold a second token); prompts of prediction and training are the "
     "same texts; the final norm is applied once; batches hold both answers in the data's "
     "proportion (a random batch of 128 is off balance, which adds the mean of the features to "
-    "every step); the head's change is measured (it logs none for these runs)."
+    "every step); one run logs every behavior's training and held-out curves (it runs once per "
+    "evaluated set)."
 )
 
 
@@ -80,6 +82,7 @@ def prepare(settings: Settings, official: Official) -> Prepared:
         name: run_config(settings, taken, [file], name, **FIELDS) for name, file in files.items()
     }
     model = load_start(next(iter(configs.values())))
+    caveats += head_notes(model)
     if official.trainable == "lora":
         extra, notes = lora_fields(model)
         configs = {n: dataclasses.replace(own, **extra) for n, own in configs.items()}
@@ -156,6 +159,7 @@ def behavior_numbers(start: Start, rows: list[Curve], config: Config) -> dict[st
     (stats,) = behavior_statistics(pairs)
     (name,) = pairs.behaviors
     rate = initial_rates(directions(pairs), (1,), config.beta)
+    linear = 1.0 if start.linear else np.nan
     margin = series(rows, name, TRAIN_SAMPLE, "margin")
     alone = series(rows, name, TRAIN_SAMPLE, "predicted_margin")
     deltas = series(rows, name, TRAIN_SAMPLE, "delta")
@@ -174,10 +178,10 @@ def behavior_numbers(start: Start, rows: list[Curve], config: Config) -> dict[st
         "concentration": stats.concentration,
         "trace": stats.trace,
         "mu_dot_d": stats.mu_dot_d,
-        "sgd_margin_per_step": float(rate.margin[0]) * config.learning_rate,
-        "sgd_head_per_step": rate.head * config.learning_rate,
-        "first_step_accuracy": float((pair_rates(pairs, config.beta) > 0).mean()),
-        "first_step_accuracy_guaranteed": guaranteed,
+        "sgd_margin_per_step": float(rate.margin[0]) * config.learning_rate * linear,
+        "sgd_head_per_step": rate.head * config.learning_rate * linear,
+        "first_step_accuracy": float((pair_rates(pairs, config.beta) > 0).mean()) * linear,
+        "first_step_accuracy_guaranteed": guaranteed * linear,
         "head_alone_margin_first": alone[1],
         "head_alone_margin_last": alone[-1],
     }
@@ -215,7 +219,7 @@ def order_numbers(numbers: dict[str, Any]) -> dict[str, float]:
     """Share of the pairs of behaviors that observations put in the order of delta."""
     if len(numbers) < 2:
         return {}
-    delta = np.array([own["predicted"]["delta"] for own in numbers.values()])
+    delta = np.array([distance(own) for own in numbers.values()])
     alone = np.array([own["predicted"]["head_alone_margin_first"] for own in numbers.values()])
     observed: dict[str, list[float]] = {
         "margin_first": [n["observed"]["margin_first"] for n in numbers.values()],

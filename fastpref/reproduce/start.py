@@ -95,6 +95,24 @@ def look(model: PairModel, config: Config) -> Start:
     )
 
 
+def head_notes(model: PairModel) -> list[str]:
+    """What the prediction of the head alone leaves out, or cannot say, of this model's head."""
+    notes, head = [], model.head
+    if head.softcap is not None:
+        notes.append(
+            f"The model caps its logits at {head.softcap:g}, so that margins are not linear in the "
+            "head: what the head alone would do is undefined. Delta is that of its features."
+        )
+    if head.weight is model.module.get_input_embeddings().weight:  # type: ignore[operator]
+        notes.append(
+            "The head is also the input embedding: the head alone, as predicted, would not move "
+            "the features; here it does."
+        )
+    if head.bias is not None:
+        notes.append("The head has a bias; what it adds where it learns is not predicted.")
+    return notes
+
+
 def lora_fields(model: PairModel) -> tuple[dict[str, Any], list[str]]:
     """The official LoRA, on all linear layers where the model has none of the official names."""
     ends = {name.rpartition(".")[2] for name, _ in model.module.named_modules()}

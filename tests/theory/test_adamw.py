@@ -8,7 +8,7 @@ import torch
 
 from fastpref.theory.adamw import HeadPath, adamw_recursion
 from fastpref.theory.pairs import FrozenPairs, frozen_pairs
-from tests.theory.simulate import VOCABULARY, gaussian_pairs, mixed_pairs
+from tests.theory.simulate import VOCABULARY, YES, gaussian_pairs, mixed_pairs
 
 BETA, RATE = 0.3, 0.02
 
@@ -73,6 +73,9 @@ def test_first_step_moves_every_weight_by_the_rate() -> None:
     assert found.head_norm[1] == pytest.approx(
         RATE * np.sqrt(2 * pairs.features.shape[1]), rel=1e-5
     )
+    plus = pairs.chosen == YES
+    d = pairs.features[plus].mean(axis=0) - pairs.features[~plus].mean(axis=0)
+    assert found.margin[1].mean() == pytest.approx(RATE * np.abs(d).sum(), rel=1e-5)
 
 
 def test_refuses_probes_of_other_answers() -> None:
