@@ -60,9 +60,9 @@ OFFICIAL = Official(
 EVERY = 100  # steps between evaluations, as the official code logs
 EARLY = 5  # steps of its --early, every one of them evaluated
 LENGTH = 512  # tokens
-SAMPLE = 512  # pairs of either split that evaluations and predictions look at
-# Of the dialogues, for fastpref-tiny: what two CPU cores take a minute per run for, LENGTH too.
-SMALL_ROWS, SMALL_LENGTH = 640, 256
+SAMPLE = 512  # pairs of either split that evaluations look at, and training pairs of predictions
+# For fastpref-tiny: dialogues, tokens, and evaluated pairs, for a minute a run on two CPU cores.
+SMALL_ROWS, SMALL_LENGTH, SMALL_SAMPLE = 640, 256, 64
 
 
 def run(settings: Settings) -> Outcome:
@@ -75,7 +75,7 @@ def run(settings: Settings) -> Outcome:
         "max_length": settings.max_length or (SMALL_LENGTH if small else LENGTH),
         "truncation_mode": "keep_completion",
         "on_bad_rows": "drop",  # HH-RLHF has empty completions
-        "eval_sample_size": SAMPLE,
+        "eval_sample_size": SMALL_SAMPLE if small else SAMPLE,
     }
     plain = runs.run_config(settings, taken, files, "none", **fields | FLIPPED)
     extra, effective, pairs = _look(plain)
@@ -120,21 +120,30 @@ def _files(settings: Settings) -> tuple[list[str], list[str]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
     note = (
-        f"{SMALL_ROWS} of {len(rows)} dialogues, evenly spread, of {SMALL_LENGTH} tokens at most "
-        f"({LENGTH} for other models), so that {BASE_NAME} takes minutes on two CPU cores."
+        f"{SMALL_ROWS} of {len(rows)} dialogues, evenly spread, of {SMALL_LENGTH} tokens at most, "
+        f"and {SMALL_SAMPLE} pairs of a split in evaluations (other models: all, {LENGTH}, "
+        f"{SAMPLE}), so that {BASE_NAME} takes minutes on two CPU cores."
     )
     return [str(path)], [note]
 
 
-def _look(config: Config) -> tuple[tuple[dict[str, Any], list[str]], float, int]:
-    """The adapters that fit the model, the effective delta of the sampled training pairs' first
-    differing tokens (E11), and the number of training pairs."""
+def _look(
+    config: Config,
+) -> tuple[tuple[dict[str, Any], list[str]], dict[str, float], int]:
+    """The adapters that fit the model; the effective delta of the sampled training pairs' first
+    differing tokens (E11), and what it would be of pairs whose gradients have nothing in common;
+    the number of training pairs."""
     model = load_start(config)
     dataset = load_dataset(config, model.tokenizer)
     sample = sample_pairs(dataset.train, SAMPLE, config.seed)
     pairs = freeze(model, dataset, sample, config).pairs
     pull = mixture_direction(directions(pairs), pairs.fraction)
-    return lora_fields(model), float(np.linalg.norm(pull)), len(dataset.train)
+    square = float((pairs.features**2).sum(axis=1).mean())
+    found = {
+        "effective_delta": float(np.linalg.norm(pull)),
+        "by_chance": float(np.sqrt(4 * square / len(pairs.features))),  # (E12), C = 1 / P
+    }
+    return lora_fields(model), found, len(dataset.train)
 
 
 def _early(starts: Starts) -> dict[str, Path]:
@@ -155,10 +164,12 @@ def _early(starts: Starts) -> dict[str, Path]:
     return found
 
 
-def _numbers(starts: Starts, rows: list[Curve], effective: dict[str, float]) -> dict[str, Any]:
-    base, aligned = effective["base"], effective["aligned"]
+def _numbers(
+    starts: Starts, rows: list[Curve], delta: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    base, aligned = (delta[run]["effective_delta"] for run in ("base", "aligned"))
     return {
-        "effective_delta": effective,
+        "delta": delta,
         "predicted": {"speed": (aligned / base) ** 2 if base else np.nan},
         "observed": {
             "speed_of_gradient": gradient_speed(starts.folders),
@@ -201,6 +212,8 @@ def _caveats(numbers: dict[str, Any]) -> list[str]:
         f"is {seen['speed']['first']:.3g} times the base's at the first evaluation and "
         f"{seen['speed']['last']:.3g} at the end; the squared gradients of the adapters stand as "
         f"{seen['speed_of_gradient']:.3g} to 1 at the first step.",
+        "Where pairs share few tokens, effective delta is little more than the length of the "
+        "features over the root of the number of pairs: by_chance is that.",
         "Deltas of single evaluations are undefined: completions differ in more than two tokens.",
         "Defects of the official code that are corrected here: log files are read once, not seven "
         "times; folder names of writer and reader agree.",

@@ -287,7 +287,8 @@ def test_hh_misalign(settings: Settings, dialogues: Path, monkeypatch: pytest.Mo
     steps = {(r["run"], r["step"]) for r in outcome.curves}
     assert {s for run, s in steps if run == "base"} == {0, 2, 3}
     assert {s for run, s in steps if run == "aligned-early"} == {0, 1, 2}
-    assert outcome.numbers["effective_delta"]["aligned"] > 0
+    delta = outcome.numbers["delta"]["base"]
+    assert 0 < delta["effective_delta"] <= 5 * delta["by_chance"]
     for run in ("base", "aligned"):
         course = outcome.numbers["observed"]["runs"][run][HELD_OUT]
         assert {"loss", "logp_chosen", "logp_rejected"} <= course.keys()
