@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -41,6 +42,7 @@ def find_files(data: Sequence[str], needs: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+@functools.cache  # several experiments ask of the same files, which may be large
 def _kind(source: Source) -> str:
     """STATEMENTS or DIALOGUES by the first row; "" for neither."""
     table = read_source(source, (*ANSWERS, "question", "chosen", "rejected", "prompt"))

@@ -52,16 +52,13 @@ class HeadOnly:
         """These pairs with the states that the trainer reads them off.
 
         The feature is the state that predicts the first token in which the answers differ, times
-        the model's logit scale. Raises ValueError, naming file and line, for answers that go on
-        behind that token, and for states that are not finite.
+        the model's logit scale. Raises ValueError for states that are not finite.
         """
         batch = self.dataset.pack(pairs)
         assert batch.hidden is not None
         segment = batch.segment_id.numpy()
         rows = np.bincount(segment, minlength=GROUP * len(pairs)).reshape(-1, GROUP)
-        several = np.flatnonzero((rows[:, 1:] != 1).any(axis=1))
-        if several.size:
-            self._refuse_answers(pairs[several[0]], several.size, len(pairs))
+        assert (rows[:, 1:] == 1).all(), "`head_only` has refused other answers"
         own = np.searchsorted(segment, GROUP * np.arange(len(pairs)))  # first row of each pair
         chosen, rejected = own + rows[:, 0], own + rows[:, 0] + 1
         state = batch.rows[torch.from_numpy(chosen)]
@@ -73,21 +70,6 @@ class HeadOnly:
             *(target[chosen], target[rejected], behavior),
             [self.dataset.behaviors[k] for k in kept],
         )
-
-    def _refuse_answers(self, pair: TokenPair, count: int, total: int) -> None:
-        answers = [self.model.tokenizer.decode(own) for own in (pair.chosen, pair.rejected)]
-        lengths = f"{len(pair.chosen)} and {len(pair.rejected)} tokens"
-        raise ValueError(
-            f"{self.place(pair)}: this experiment needs answers that end with the first token in "
-            f"which they differ; {answers[0]!r} and {answers[1]!r} have {lengths}, as have "
-            f"{count} of {total} pairs. Later tokens have features of their own, and the theory is "
-            "not exact for them: take answers of one token such as Yes and No."
-        )
-
-    def place(self, pair: TokenPair) -> str:
-        """File and line of a pair."""
-        row = next(r for r in self.dataset.index if r["pair_id"] == pair.pair_id)
-        return f"{row['file']}:{row['line']}"
 
 
 def head_only(config: Config) -> HeadOnly:
@@ -106,6 +88,7 @@ def head_only(config: Config) -> HeadOnly:
     dataset = load_dataset(config, model.tokenizer)
     pairs = dataset.train + dataset.held_out
     demand_vocabulary(pairs, len(model.head.weight))
+    _demand_answers(model, dataset)
     model = freeze_body(model)
     check_model(model, dataset.train, config.max_tokens_per_microbatch)
     dataset = with_states(config, model, dataset, progress=False)
@@ -113,6 +96,29 @@ def head_only(config: Config) -> HeadOnly:
     count = len(dataset.train)
     dataset = replace(dataset, train=found.pairs[:count], held_out=found.pairs[count:])
     return HeadOnly(config, model, dataset)
+
+
+def _demand_answers(model: PairModel, dataset: Dataset) -> None:
+    """Raise ValueError, before any states are computed, for answers that the theory is not exact
+    for, naming file and line, and for a behavior one of whose two answers is never chosen."""
+    pairs = dataset.train + dataset.held_out
+    firsts = first_tokens(pairs)
+    if firsts.longer or firsts.without:
+        bad = [p for p in pairs if (one := first_tokens([p])).longer or one.without]
+        answers = [model.tokenizer.decode(own) for own in (bad[0].chosen, bad[0].rejected)]
+        place = next(r for r in dataset.index if r["pair_id"] == bad[0].pair_id)
+        raise ValueError(
+            f"{place['file']}:{place['line']}: this experiment needs answers that end with the "
+            f"first token in which they differ; {answers[0]!r} and {answers[1]!r} do not (tokens "
+            f"{bad[0].chosen.tolist()} and {bad[0].rejected.tolist()}), nor do those of "
+            f"{len(bad) - 1} more of {len(pairs)} pairs. For later tokens the theory is not exact: "
+            "take answers of one token, such as Yes and No."
+        )
+    train = first_tokens(dataset.train).pairs
+    kept, behavior = np.unique([pair.behavior for pair in train], return_inverse=True)
+    tokens = (np.array([own.chosen[0] for own in train]), np.array([p.rejected[0] for p in train]))
+    names = [dataset.behaviors[k] for k in kept]
+    behavior_statistics(frozen_pairs(np.ones((len(train), 1)), *tokens, behavior, names))
 
 
 def sampled_delta(
