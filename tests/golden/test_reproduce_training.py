@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +35,13 @@ from fastpref.theory.distinguish import behavior_statistics, directions
 from fastpref.theory.rates import initial_rates
 
 PERSONAS = ("likes-rain", "likes-tools", "plays-music")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTPREF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +140,10 @@ def test_learning_rates_of_fastpref_tiny_are_its_own_and_said(settings: Settings
     other = dataclasses.replace(settings, learning_rate=None)
     assert small.adapted(other, full.OFFICIAL)[0].learning_rate == 1e-5
     given = dataclasses.replace(plain, learning_rate=1e-5)
-    assert small.adapted(given, full.OFFICIAL) == (settings_over(given), [])
+    assert small.adapted(given, full.OFFICIAL) == (given.over(full.OFFICIAL), [])
     assert small.eval_steps(other, taken, 900) == 1
     epoch = dataclasses.replace(taken, steps=-1, train_batch_size=128)
     assert small.eval_steps(plain, epoch, 900) == 2  # of 8 steps
-
-
-def settings_over(settings: Settings) -> Any:
-    return settings.over(full.OFFICIAL)
 
 
 def test_full(tiny_model_dir: Path, personas: Path, tmp_path: Path) -> None:
