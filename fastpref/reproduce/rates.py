@@ -155,12 +155,14 @@ def _alone(known: HeadOnly, name: str) -> Alone:
     def moved(batch_size: int, seed: int, stratify: bool) -> float:
         return first_step(known, own, batch_size, seed, stratify) / rate
 
+    # The order of an epoch depends on the seed and the number of pairs: no two behaviors share one.
+    others = range(seed + 1 + DRAWS * index, seed + DRAWS * (index + 1))
     return Alone(
         statistics,
         line=config.beta * statistics.delta / math.sqrt(8),
         full=moved(EVERYONE, seed, False),
         stratified=moved(size, seed, True),
-        random=np.array([moved(size, seed + draw, False) for draw in range(DRAWS)]),
+        random=np.array([moved(size, draw, False) for draw in (seed, *others)]),
         batch_rate=batch_head_rate(pairs, size, config.beta),
     )
 
