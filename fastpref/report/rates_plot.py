@@ -118,7 +118,7 @@ def _batches(axis: Any, data: RatesFigure) -> None:
         axis.plot(
             *(data.delta, scale * rate, mark), color=color, mfc=face, ms=long, mew=1.2, label=label
         )
-    axis.set_ylim(0, 1.3 * scale * float(data.random.max()) or None)
+    axis.set_ylim(0, 1.45 * scale * float(data.random.max()) or None)
 
 
 def _mixtures(axis: Any, data: RatesFigure) -> None:
@@ -155,7 +155,7 @@ def _compared(
     axis.axline((low, low), slope=1, color=SOFT, linewidth=1.2, zorder=1, label="equal")
     axis.set(
         xlim=(low, high),
-        xlabel=f"predicted rate of the mean margin, {unit}nats {RATE}",
+        xlabel=f"predicted rate of mean margin, {unit}nats {RATE}",
         ylabel=f"observed, {unit}nats",
     )
 

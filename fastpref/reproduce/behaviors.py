@@ -106,7 +106,7 @@ def _asked(word: str, files: Mapping[str, str]) -> str:
     if number >= OFFICIAL_COUNT:
         raise ValueError(f"--behaviors: {number}, expected 0 to {OFFICIAL_COUNT - 1}")
     name = OFFICIAL_NAMES.get(number)
-    if len(files) == OFFICIAL_COUNT:
+    if name is None and len(files) == OFFICIAL_COUNT:
         name = list(files)[number]
     if name is None:
         known = ", ".join(map(str, OFFICIAL_NAMES))

@@ -155,12 +155,14 @@ def _alone(known: HeadOnly, name: str) -> Alone:
     def moved(batch_size: int, seed: int, stratify: bool) -> float:
         return first_step(known, own, batch_size, seed, stratify) / rate
 
+    # The order of an epoch depends on the seed and the number of pairs: no two behaviors share one.
+    others = range(seed + 1 + DRAWS * index, seed + DRAWS * (index + 1))
     return Alone(
         statistics,
         line=config.beta * statistics.delta / math.sqrt(8),
         full=moved(EVERYONE, seed, False),
         stratified=moved(size, seed, True),
-        random=np.array([moved(size, seed + draw, False) for draw in range(DRAWS)]),
+        random=np.array([moved(size, draw, False) for draw in (seed, *others)]),
         batch_rate=batch_head_rate(pairs, size, config.beta),
     )
 
@@ -233,6 +235,18 @@ def _excess(alone: list[Alone]) -> tuple[float, float]:
     return float(ratio.mean()), float(ratio.std(ddof=1) / math.sqrt(ratio.size))
 
 
+def _order(alone: list[Alone]) -> dict[str, float]:
+    """Share of the pairs of behaviors whose first steps are in the order of their delta."""
+    delta = np.array([own.statistics.delta for own in alone])
+    random = np.stack([own.random for own in alone], axis=1)
+    return {
+        "all_pairs": order_agreement(delta, np.array([own.full for own in alone])),
+        "stratified_batch": order_agreement(delta, np.array([own.stratified for own in alone])),
+        "random_batch": order_agreement(delta, random[0]),
+        "random_batches_mean": float(np.mean([order_agreement(delta, own) for own in random])),
+    }
+
+
 def _numbers(alone: list[Alone], mixtures: list[Mixed]) -> dict[str, Any]:
     mean, error = _excess(alone)
     behaviors = {
@@ -252,6 +266,7 @@ def _numbers(alone: list[Alone], mixtures: list[Mixed]) -> dict[str, Any]:
     }
     return {
         "behaviors": behaviors,
+        "head_order_by_delta": _order(alone),
         "random_batch_over_line": {
             "mean": float(np.mean([own.random[0] / own.line for own in alone if own.line])),
             "stratified_mean": float(np.mean([o.stratified / o.line for o in alone if o.line])),

@@ -126,6 +126,23 @@ def test_a_run_that_is_not_the_recursion_is_called_so(
     assert shown.count(" NO ") >= 2
 
 
+def test_answers_may_begin_alike(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What both answers begin with is the prompt's: it cancels in the margin, and all is exact."""
+    rows = [(q, f" Yes{a}", f" Yes{b}") for q, a, b in yes_no("alike", 9, 9)]
+    write_behavior(tmp_path / "data", "alike", rows)
+    words = ("--behaviors", "alike", "--steps", "4", "--dtype", "float64", "--learning_rate", "1")
+    code, _, error = reproduce(
+        capsys, "last-layer", tiny_model_dir, tmp_path / "data", tmp_path, *words
+    )
+    assert code == 0, error
+    found = outcome(tmp_path / "last-layer")
+    assert all(v["passed"] for v in found["verdicts"] if "recursion" in v["claim"])
+    run = read_records(tmp_path / "last-layer" / found["runs"][0], "pairs").to_pydict()
+    assert set(run["shared_len"]) == {1} and set(run["chosen_len"]) == {2}
+
+
 def test_rates(
     tiny_model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
