@@ -138,21 +138,21 @@ def draw_dialogues(folder: Path, name: str, rows: Rows, numbers: Mapping[str, An
             0.07 if apart else 0.09, 0.145, 0.985, 0.955, wspace=0.32, hspace=0.4
         )
         loss_panel(axes[0, 0], rows, numbers["predicted"]["speed"])
-        _both(axes[0, 1], rows, _difference, STARTS)
-        axes[0, 1].set(title="LoRA: chosen minus rejected", ylabel="log-probability, nats")
+        _both(axes[0, 1], rows, "margin", STARTS)
+        axes[0, 1].set(
+            title="LoRA: chosen minus rejected, since the start", ylabel="log-probability, nats"
+        )
         panels = [axes[0, 0], axes[0, 1]]
         if apart:
             _both(axes[0, 2], rows, "loss", early)
-            _both(axes[1, 2], rows, _difference, early)
+            _both(axes[1, 2], rows, "margin", early)
             axes[0, 2].set(title="First steps: loss", ylabel="mean loss, nats")
             axes[1, 2].set(
                 title="First steps: chosen minus rejected", ylabel="log-probability, nats"
             )
             panels += [axes[0, 2], axes[1, 2]]
-        _both(axes[1, 0], rows, "output_accuracy", STARTS)
-        axes[1, 0].set(
-            title="LoRA: accuracy of the output", ylabel="share with π(chosen) > π(rejected)"
-        )
+        _both(axes[1, 0], rows, _accuracy, STARTS)
+        axes[1, 0].set(title="LoRA: accuracy of the reward", ylabel="share with a margin above 0")
         for panel in (*panels, axes[1, 0]):
             panel.set_xlabel("optimizer step")
             panel.margins(x=0.02)
@@ -170,7 +170,6 @@ def draw_dialogues(folder: Path, name: str, rows: Rows, numbers: Mapping[str, An
         return write_picture(figure, folder, name)
 
 
-def _difference(row: Mapping[str, Any]) -> float | None:
-    if row["logp_chosen"] is None or row["logp_rejected"] is None:
-        return None
-    return float(row["logp_chosen"] - row["logp_rejected"])
+def _accuracy(row: Mapping[str, Any]) -> float | None:
+    """Before training every margin is 0 but for rounding, and says nothing."""
+    return None if row["step"] == 0 else row["reward_accuracy"]
