@@ -110,7 +110,7 @@ def written(folder: Path, name: str) -> dict[str, Any]:
 
 
 def test_official_values() -> None:
-    """Those of the official code, research/dynamics.md 2.3."""
+    """Those of the official scripts and their plots."""
     common = {"optim": "adamw_torch", "beta": 0.01, "train_batch_size": 128, "steps": -1}
     common |= {"eval_fraction": 0.1, "seed": 1234}
     own: list[tuple[Any, dict[str, Any]]] = [
