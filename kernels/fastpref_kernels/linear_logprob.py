@@ -92,7 +92,7 @@ def linear_logprob(
         stats=stats,
         norms=norms,
     )
-    _launch.resolve_backend(backend)
+    _launch.resolve_backend(backend, hidden.device, hidden.dtype)
     plan = _make_plan(hidden, weight, bias, cache, group_size if norms else 0)
     logp, sums, argmax, log1m_pmax, gram, *_ = _forward_op(
         hidden,
