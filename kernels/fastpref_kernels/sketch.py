@@ -75,13 +75,15 @@ def embedding_sketch(
     key: str,
     num_segments: int,
     scale: float = 1.0,
+    padding_idx: int | None = None,
     counts: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> Tensor:  # (S, k, k)
     """Sketch of an embedding's gradient, (V, D): sum_t scale dy_t at row token_id_t.
 
     Its vocabulary is the "out" side and its features the "in" side, as of a head (V, D): the
-    sketches of a tied embedding and head add up under one key, their common term included.
+    sketches of a tied embedding and head add up under one key, their common term included. `scale` and
+    `padding_idx` as in `embedding_norms`.
     """
     name = "embedding_sketch"
     _norm_checks.check_sketch_size(name, k)
@@ -93,6 +95,8 @@ def embedding_sketch(
     inputs = project(dy, Projection.of(seed, key, "in"), k, backend=backend, name=name)
     rows = token_id.to(torch.int64)
     outputs = Projection.of(seed, key, "out").signs(rows, k, inputs.dtype)
+    if padding_idx is not None:
+        outputs = outputs.masked_fill((rows == padding_idx).unsqueeze(1), 0.0)
     sketch = _combine(outputs, inputs, segment_id, num_segments, counts, k, backend, name)
     return sketch * scale
 
