@@ -298,5 +298,7 @@ def test_query_key_value_share_their_input() -> None:
     together = linear_norms(
         of[names[0]].x, [of[n].dy for n in names], seen.pair_id, **PAIR_ARGUMENTS
     )
-    apart = sum(parameter_norms(of[n], seen.pair_id, **PAIR_ARGUMENTS)[f"{n}.weight"] for n in names)
+    apart = sum(
+        parameter_norms(of[n], seen.pair_id, **PAIR_ARGUMENTS)[f"{n}.weight"] for n in names
+    )
     torch.testing.assert_close(together, apart, rtol=1e-12, atol=0)
