@@ -12,7 +12,7 @@ neighbours, exact; `linear_sketch` and its neighbours, sketches that add up over
 from __future__ import annotations
 
 from . import reference
-from .embedding_norms import embedding_norms, tied_norms, unique_ids
+from .embeddings import embedding_norms, tied_norms, unique_ids
 from .linear_logprob import LinearLogprob, linear_logprob
 from .pair_norms import bias_norms, layernorm_norms, linear_norms, lora_norms, rmsnorm_norms
 from .sketch import column_sketch, embedding_sketch, linear_sketch, weight_sketch

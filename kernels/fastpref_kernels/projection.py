@@ -26,6 +26,12 @@ MASK = 0xFFFFFFFF
 SIGNS_AT_ONCE = 1 << 20  # entries of R that stand in memory at a time
 
 
+@torch.compiler.assume_constant_result
+def _halves(seed: int, key: str, side: str) -> tuple[int, int]:
+    digest = hashlib.blake2b(f"{seed}\0{key}\0{side}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
 @dataclass(frozen=True)
 class Projection:
     """Signs of one side of one weight; raw, without the factor 1 / sqrt(k)."""
@@ -39,10 +45,7 @@ class Projection:
 
         Equal keys share it: give an embedding and the head that is tied to it one key.
         """
-        digest = hashlib.blake2b(f"{seed}\0{key}\0{side}".encode(), digest_size=8).digest()
-        return Projection(
-            int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-        )
+        return Projection(*_halves(seed, key, side))
 
     def signs(self, rows: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, k) of +-1 for the row numbers `rows` (N,) int64, 0 .. 2^32 - 1, on their device."""

@@ -82,8 +82,8 @@ def embedding_sketch(
     """Sketch of an embedding's gradient, (V, D): sum_t scale dy_t at row token_id_t.
 
     Its vocabulary is the "out" side and its features the "in" side, as of a head (V, D): the
-    sketches of a tied embedding and head add up under one key, their common term included. `scale` and
-    `padding_idx` as in `embedding_norms`.
+    sketches of a tied embedding and head add up under one key, their common term included. `scale`
+    and `padding_idx` as in `embedding_norms`.
     """
     name = "embedding_sketch"
     _norm_checks.check_sketch_size(name, k)

@@ -4,7 +4,8 @@ Shapes: T rows, d inputs, p outputs, S segments, g group_size; a tile is BLOCK r
 (`spans.cut`: some small groups, or one group), J the most tiles that a span has. One program takes
 a tile and the j-th tile after it of the same span: x . x and dy . dy of their rows accumulate in
 registers, their product is summed over the other tile's rows of each segment. What leaves the chip
-is (J, g, T) numbers, and (2, g, S) after the second kernel; no atomics. Formulas: kernels/README.md.
+is (J, g, T) numbers, and (2, g, S) after the second kernel; no atomics. Formulas:
+kernels/README.md.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .spans import cut, group_counts, runs, starts
 # per byte that is read.
 LARGE = (128, 64, 8, 3)
 SMALL = (64, 64, 4, 3)
+SPLIT = (64, 32, 4, 3)  # float32, which the tensor cores take in three parts
 
 
 @triton.jit
@@ -172,7 +174,8 @@ def _gram(
 ) -> Tensor:
     """All groups by the kernels."""
     rows, segments = x.shape[0], len(counts)
-    block, depth, warps, stages = tile_shape(x, max(group_counts(counts, group_size)))
+    wide = torch.float32 if any(a.dtype == torch.float32 for a in (x, *dy)) else x.dtype
+    block, depth, warps, stages = tile_shape(wide, max(group_counts(counts, group_size)))
     first, last, left, bounds = _tables(counts, group_size, block, str(x.device))
     tiles = int(_most_tiles(counts, group_size, block))
     sums = x.new_empty(tiles, group_size, rows, dtype=torch.float32)
@@ -224,13 +227,11 @@ def _gram(
     return own + later + later.transpose(1, 2)
 
 
-def tile_shape(x: Tensor, longest: int) -> tuple[int, int, int, int]:
-    """Tile rows, depth, warps, stages: by dtype, chip and the rows of the longest group."""
-    if x.dtype == torch.float32 or longest <= SMALL[0]:
-        return SMALL
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 10:
-        return SMALL  # LARGE spills there (`aot_cases`)
-    return LARGE
+def tile_shape(dtype: torch.dtype, longest: int) -> tuple[int, int, int, int]:
+    """Tile rows, depth, warps, stages, by dtype and the rows of the longest group."""
+    if dtype == torch.float32:
+        return SPLIT
+    return SMALL if longest <= SMALL[0] else LARGE
 
 
 @lru_cache(maxsize=8)
@@ -269,10 +270,10 @@ def aot_cases() -> list[AotCase]:
     strides = ("stride_x", "stride0", "stride1", "stride2")
     cases = []
     for dtype, shape, archs in (
-        ("bf16", LARGE, (80, 90)),
+        ("bf16", LARGE, (80, 90, 100)),
         ("bf16", SMALL, (80, 90, 100)),
         ("fp16", LARGE, (90,)),
-        ("fp32", SMALL, (80, 90, 100)),
+        ("fp32", SPLIT, (80, 90, 100)),
     ):
         for group, outputs in ((1, 1), (1, 3), (2, 1), (3, 2)):
             block, depth, warps, stages = shape

@@ -83,6 +83,7 @@ def segment_products_kernel(
     NARROW: tl.constexpr,  # r rounded up to a power of 2, at least 16
     WIDTH: tl.constexpr,  # columns of `right` of a program
     BLOCK: tl.constexpr,  # rows at a time
+    EVEN: tl.constexpr,  # r is NARROW, d a multiple of WIDTH: no mask on columns splits a load
 ):
     """left_s^T right_s of one segment, one block of columns."""
     segment, block = tl.program_id(0), tl.program_id(1)
@@ -94,8 +95,11 @@ def segment_products_kernel(
         row = start + lane
         inside = (row < hi)[:, None]
         at = row.to(tl.int64)[:, None]
-        a = tl.load(left + at * stride_left + i[None, :], mask=inside & (i < narrow), other=0.0)
-        b = tl.load(right + at * stride_right + j[None, :], mask=inside & (j < other), other=0.0)
+        mask_left, mask_right = inside, inside
+        if not EVEN:
+            mask_left, mask_right = inside & (i < narrow)[None, :], inside & (j < other)[None, :]
+        a = tl.load(left + at * stride_left + i[None, :], mask=mask_left, other=0.0)
+        b = tl.load(right + at * stride_right + j[None, :], mask=mask_right, other=0.0)
         a, b = tl.trans(a.to(tl.float32)), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision="tf32x3")
     place = (segment.to(tl.int64) * narrow + i[:, None]) * other + j[None, :]
@@ -107,8 +111,8 @@ def triton_project(x: Tensor, projection: Projection, k: int, first_row: int) ->
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, features = x.shape
     out = x.new_empty(rows, k, dtype=torch.float32)
-    width, depth = _width(k), 64
-    block = 64 if width > 32 or x.dtype == torch.float32 else 128
+    width = min(64, _power(k))
+    block, depth = project_shape(x.dtype, width)
     launch(
         project_kernel,
         (-(-rows // block), -(-k // width)),
@@ -141,7 +145,8 @@ def triton_segment_products(left: Tensor, right: Tensor, counts: Sequence[int]) 
     first = torch.tensor(starts(counts), dtype=torch.int32)
     if left.is_cuda:
         first = first.pin_memory().to(left.device, non_blocking=True)
-    width = min(64, _power(other))
+    size = _power(narrow)
+    width = min(32 if size > 64 else 64, _power(other))
     launch(
         segment_products_kernel,
         (segments, -(-other // width)),
@@ -154,9 +159,10 @@ def triton_segment_products(left: Tensor, right: Tensor, counts: Sequence[int]) 
             "other": other,
             "stride_left": left.stride(0),
             "stride_right": right.stride(0),
-            "NARROW": _power(narrow),
+            "NARROW": size,
             "WIDTH": width,
             "BLOCK": 32,
+            "EVEN": size == narrow and other % width == 0,
         },
         warps=4,
     )
@@ -168,8 +174,12 @@ def _power(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-def _width(k: int) -> int:
-    return min(64, _power(k))
+def project_shape(dtype: torch.dtype, width: int) -> tuple[int, int]:
+    """Rows and features at a time. float32 operands are split in three for the tensor cores, which
+    takes registers."""
+    if dtype == torch.float32:
+        return 64, 16
+    return (64 if width > 32 else 128), 64
 
 
 def _signed(n: int) -> int:
@@ -181,14 +191,16 @@ def _signed(n: int) -> int:
 def aot_cases() -> list[AotCase]:
     """Projections to 16 .. 64 columns and more, products of sketches and of adapters."""
     cases = []
-    for dtype, block, width in (
-        ("bf16", 128, 16),
-        ("bf16", 128, 32),
-        ("bf16", 64, 64),
-        ("fp16", 128, 32),
-        ("fp32", 64, 32),
-        ("fp32", 64, 64),
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for dtype, width in (
+        ("bf16", 16),
+        ("bf16", 32),
+        ("bf16", 64),
+        ("fp16", 32),
+        ("fp32", 32),
+        ("fp32", 64),
     ):
+        block, depth = project_shape(types[dtype], width)
         cases.append(
             AotCase(
                 name=f"project {dtype} {block}x{width}",
@@ -202,7 +214,7 @@ def aot_cases() -> list[AotCase]:
                 },
                 constexprs={
                     "BLOCK": block,
-                    "DEPTH": 64,
+                    "DEPTH": depth,
                     "WIDTH": width,
                     "EVEN": True,
                     "PRECISION": "tf32x3",
@@ -216,7 +228,7 @@ def aot_cases() -> list[AotCase]:
         ("fp32", "fp32", 32, 32),
         ("fp32", "fp32", 64, 64),
         ("fp32", "bf16", 16, 64),
-        ("fp32", "bf16", 128, 64),
+        ("fp32", "bf16", 128, 32),
     ):
         cases.append(
             AotCase(
@@ -229,7 +241,7 @@ def aot_cases() -> list[AotCase]:
                     "out": "*fp32",
                     **dict.fromkeys(("narrow", "other", "stride_left", "stride_right"), "i32"),
                 },
-                constexprs={"NARROW": narrow, "WIDTH": width, "BLOCK": 32},
+                constexprs={"NARROW": narrow, "WIDTH": width, "BLOCK": 32, "EVEN": True},
                 divisible=("left", "right", "out", "other", "stride_left", "stride_right"),
                 archs=(80, 90, 100),
             )

@@ -240,7 +240,7 @@ def test_both_sequences_and_their_inner_product(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_inputs(name: str) -> None:
-    """Inputs and gradients rounded to bfloat16: the whole norm within 2 %, cancellation included."""
+    """Inputs and gradients in bfloat16: the whole norm within 2 %, where it cancels too."""
     seen = separate(name)
     truth = sum(parts(seen, seen.pair_id, **PAIR_ARGUMENTS).values())
     for one in seen.captures:

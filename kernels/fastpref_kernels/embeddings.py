@@ -174,7 +174,7 @@ def _embedding_gram_op(
         if padding_idx is not None:
             columns = columns.masked_fill((token_id == padding_idx).unsqueeze(1), 0.0)
         table = columns.new_zeros(rows * group_size, columns.shape[1])
-        table = add_rows_(table, table_row, columns).view(rows, group_size, -1)
+        table = add_rows_(table, table_row, columns).unflatten(0, (rows, group_size))
         for a in range(group_size):
             for b in range(a + 1):
                 out[a, b] += (table[:, a] * table[:, b]).sum(-1)
@@ -182,8 +182,8 @@ def _embedding_gram_op(
     owner = group.new_zeros(rows)
     owner[slot] = group
     owner = owner.cummax(0).values if rows else owner
-    total = segment_sum(out.view(-1, rows), owner, segments // group_size)
-    total = total.view(group_size, group_size, -1).permute(2, 0, 1)
+    total = segment_sum(out.flatten(0, 1), owner, segments // group_size)
+    total = total.unflatten(0, (group_size, group_size)).permute(2, 0, 1)
     lower = total.tril()
     return lower + total.tril(-1).transpose(1, 2)
 
@@ -212,6 +212,12 @@ def _tied_gram_op(
     segments: int,
     group_size: int,
 ) -> Tensor:
+    if not dy.is_cuda and len(column) and int(column.max()) >= dz.shape[1]:
+        token = int(column.argmax())
+        raise ValueError(
+            f"tied_norms: column[{token}]={int(column[token])} but dz has {dz.shape[1]} columns. "
+            "Give dz at all ids of `unique_ids` of the same tokens and groups."
+        )
     dtype, groups = wide_dtype(dy, hidden, dz), segments // group_size
     tokens = starts(group_counts(row_counts(segment_id, segments, name="tied_norms"), group_size))
     rows = starts(group_counts(row_counts(row_segment, segments, name="tied_norms"), group_size))
