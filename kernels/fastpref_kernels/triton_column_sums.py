@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """The Triton kernel of `column_sums`: sums over every segment's rows, the norm's input read once.
 
 Shapes: T rows, H heads, D features, S segments.

@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """The Triton kernels of `linear_norms`: Gram matrices of rows, multiplied and summed on the chip.
 
 Shapes: T rows, d inputs, p outputs, S segments, g group_size; a tile is BLOCK rows of one span
@@ -251,7 +252,7 @@ def _tables(
     if device != "cpu":
         # From pinned memory, or the copy would wait for all that the device still has to do.
         packed = packed.pin_memory().to(device, non_blocking=True)
-    return tuple(packed.split([len(c) for c in columns]))  # type: ignore[return-value]
+    return tuple(packed.split([len(c) for c in columns]))
 
 
 def _span_bounds(counts: Sequence[int], group_size: int, block: int) -> list[tuple[int, int]]:

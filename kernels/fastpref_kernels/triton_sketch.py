@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """The Triton kernels of sketches: a projection whose signs are made on the chip, and products over
 the rows of every segment.
 

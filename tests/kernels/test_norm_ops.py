@@ -50,9 +50,7 @@ def test_opcheck(group_size: int, counts: list[int] | None) -> None:
         (OP.segment_products, (dy[:, :3], dy, segment_id, 4, counts, "torch linear_sketch")),
     ]
     hidden, dz = single(140), single(5)
-    checks.append(
-        (OP.tied_gram, (token_id, dy, segment_id, hidden, dz, segment_id, 4, group_size))
-    )
+    checks.append((OP.tied_gram, (token_id, dy, segment_id, hidden, dz, segment_id, 4, group_size)))
     for op, arguments in checks:
         torch.library.opcheck(op, arguments)
 
@@ -136,7 +134,10 @@ def linear(**changes: Any) -> Any:
         ({"dy": torch.zeros(5, 2, 2)}, r"expected dy \(rows, columns\), got \(5, 2, 2\)"),
         ({"x": torch.zeros(5)}, r"expected x \(T, \.\.\.\) .* got \(5,\)"),
         ({"x": torch.zeros(5, 3).long()}, "x must have a dtype of float64, .* got torch.int64"),
-        ({"dy": torch.zeros(5, 2, dtype=torch.complex64)}, "dy must have a dtype of .*, got torch.complex64"),
+        (
+            {"dy": torch.zeros(5, 2, dtype=torch.complex64)},
+            "dy must have a dtype of .*, got torch.complex64",
+        ),
         ({"dy": torch.zeros(5, 2, device="meta")}, "x is on cpu but dy on meta"),
         ({"backend": "tritn"}, "linear_norms: backend must be .* Did you mean 'triton'"),
         (

@@ -1,4 +1,4 @@
-"""Sketches: their projections, that they add up, their mean and spread over seeds, what they tell."""
+"""Sketches: their projections, that they add up, mean and spread over seeds, what they tell."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def sign_variance(gradient: Tensor, k: int) -> float:
 
 @pytest.mark.parametrize("k", [2, 8])
 def test_squared_norm_over_seeds(k: int) -> None:
-    """Mean within its error of the truth, spread as derived, own error estimate right on average."""
+    """Mean within its error of the truth, spread as derived, own error estimate on average."""
     x, dy, segment_id = layer()
     truth, seeds = linear_norms(x, dy, segment_id, num_segments=S), 1500
     options = {**OPTIONS, "counts": COUNTS}
