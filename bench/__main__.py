@@ -11,6 +11,7 @@ from collections.abc import Sequence
 CASES = {
     "train": "bench.train",
     "head": "bench.head",
+    "norms": "bench.norms",
 }  # name -> module with `add_arguments` and `run`
 PLANNED = ("kernels", "aot", "roofline", "track", "dropin", "faults", "gpu")
 

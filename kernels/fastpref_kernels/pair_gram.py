@@ -170,6 +170,9 @@ def product_gram(x: Tensor, dy: Sequence[Tensor], bounds: Sequence[int]) -> Tens
                 multiply(columns[a - lo : b - lo].t(), inputs[a - lo : b - lo], dtype).flatten()
                 for a, b in zip(bounds, bounds[1:], strict=False)
             ]
-            flat = torch.stack(gradients).double()
-            total += flat @ flat.t()
+            if size == 1:
+                total += gradients[0].square_().sum()  # no sign, so nothing cancels
+            else:
+                flat = torch.stack(gradients).double()
+                total += flat @ flat.t()
     return total
