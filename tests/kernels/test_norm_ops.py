@@ -34,8 +34,7 @@ def single(*shape: int) -> Tensor:
     return rows(COUNTS, *shape, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("group_size", [1, 2])
-@pytest.mark.parametrize("counts", [None, COUNTS])
+@pytest.mark.parametrize("group_size,counts", [(1, None), (2, COUNTS)])
 def test_opcheck(group_size: int, counts: list[int] | None) -> None:
     segment_id, token_id = ids(COUNTS), torch.arange(12) % 5
     wide, dy = single(150), single(140)

@@ -175,7 +175,7 @@ def sign_variance(gradient: Tensor, k: int) -> float:
 def test_squared_norm_over_seeds(k: int) -> None:
     """Mean within its error of the truth, spread as derived, own error estimate on average."""
     x, dy, segment_id = layer()
-    truth, seeds = linear_norms(x, dy, segment_id, num_segments=S), 1500
+    truth, seeds = linear_norms(x, dy, segment_id, num_segments=S), 1000
     options = {**OPTIONS, "counts": COUNTS}
     values, errors = [], []
     for seed in range(seeds):
@@ -198,7 +198,7 @@ def test_squared_norm_over_seeds(k: int) -> None:
 
 def test_inner_products_and_cosines_of_a_sum_over_layers() -> None:
     """Two weights and a bias in one sketch: what pairs have in common, over all of them."""
-    k, seeds, segment_id = 16, 800, ids(COUNTS)
+    k, seeds, segment_id = 16, 600, ids(COUNTS)
     layers = [layer(12, 9, seed) for seed in (0, 2)]
     bias = rows(COUNTS, 15, seed=9)
     flat = [
