@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import _launch, _norm_checks
 from .column_sums import column_sums
+from .pair_norms import adapter_sides
 from .projection import Projection, project
 from .segment_products import segment_products
 
@@ -63,6 +64,46 @@ def linear_sketch(
     inputs = project(x, inside, k, first_row=first_input, backend=backend, name=name)
     outputs = project(dy, outside, k, first_row=first_output, backend=backend, name=name)
     return _combine(outputs, inputs, segment_id, num_segments, counts, k, backend, name)
+
+
+def lora_sketch(
+    x: Tensor,  # (T, d), what A is applied to: after the adapter's dropout
+    dy: Tensor,  # (T, p)
+    lora_a: Tensor,  # (r, d)
+    lora_b: Tensor,  # (p, r)
+    segment_id: Tensor,  # (T,) non-decreasing
+    k: int,
+    *,
+    seed: int,
+    key: str,
+    scale: float,
+    num_segments: int,
+    counts: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> Tensor:  # (S, k, k)
+    """Sketch of both matrices of an adapter y = W x + scale B (A x), added.
+
+    Their keys, under which `weight_sketch` sketches their updates, are key + ".lora_A" and
+    ".lora_B".
+    """
+    name = "lora_sketch"
+    _norm_checks.check_sketch_size(name, k)
+    inner, outer = adapter_sides(name, x, dy, lora_a, lora_b)
+    sketches = [
+        linear_sketch(
+            inputs,
+            outputs,
+            segment_id,
+            k,
+            seed=seed,
+            key=f"{key}.{side}",
+            num_segments=num_segments,
+            counts=counts,
+            backend=backend,
+        )
+        for side, inputs, outputs in (("lora_A", x, outer), ("lora_B", inner, dy))
+    ]
+    return (sketches[0] + sketches[1]) * scale
 
 
 def embedding_sketch(

@@ -65,8 +65,15 @@ GROUPS = [None, 1, 2]
 
 @pytest.mark.parametrize("counts", LENGTHS)
 @pytest.mark.parametrize("group_size", GROUPS)
-@pytest.mark.parametrize("shape", [(150, 300), (9, 7), (1, 200)])
-def test_linear(counts: list[int], group_size: int | None, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape,tile", [((150, 300), 128), ((150, 300), 16), ((1, 200), 128)])
+def test_linear(
+    counts: list[int],
+    group_size: int | None,
+    shape: tuple[int, int],
+    tile: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pair_gram, "TILE", tile)
     d, p = shape
     segment_id, segments = ids(counts), len(counts)
     x, dy = rows(counts, d), rows(counts, p, seed=1)

@@ -13,6 +13,7 @@ from fastpref_kernels import (
     embedding_sketch,
     linear_norms,
     linear_sketch,
+    lora_sketch,
     relative_spread,
     sketch,
     sketch_cosine,
@@ -131,11 +132,13 @@ def test_change_of_a_weight_meets_the_gradients() -> None:
 def test_change_of_a_weight_keeps_its_digits_and_copies_nothing(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An update of an ulp or so here and there; the largest allocation is a tile's."""
+    """An update of an ulp here and there, and others that no half type holds; the largest
+    allocation is a tile's."""
     monkeypatch.setattr(sketch, "WEIGHT_ENTRIES", 64 * 256)
     old = torch.randn(512, 256).to(dtype)
     new = old.clone()
     new[::3] *= 1 + 2 * torch.finfo(dtype).eps
+    new[1::3] = torch.randn(new[1::3].shape).to(dtype)
     same: dict[str, Any] = {"seed": 3, "key": "w"}
     delta = weight_sketch(new, old, 4, **same)
     assert delta.dtype == F64
@@ -158,6 +161,23 @@ def test_tied_embedding_and_head_share_their_key() -> None:
         whole = dz[pick].t() @ hidden[pick]
         whole.index_add_(0, token_id[pick], 1.5 * dy[pick])
         truth = weight_sketch(whole, None, 4, seed=3, key="w")
+        torch.testing.assert_close(ours[s], truth, rtol=1e-10, atol=1e-10)
+
+
+def test_adapter() -> None:
+    x, dy, segment_id = layer()
+    a = torch.randn(3, 30, dtype=F64, requires_grad=True)
+    b = torch.randn(20, 3, dtype=F64, requires_grad=True)
+    ours = lora_sketch(x, dy, a, b, segment_id, 4, scale=0.7, **OPTIONS)
+    y = 0.7 * (x @ a.t()) @ b.t()
+    for s in range(S):
+        pick = segment_id == s
+        value = (y[pick] * dy[pick]).sum()
+        grads = torch.autograd.grad(value, (a, b), retain_graph=True)
+        truth = sum(
+            weight_sketch(grad, None, 4, seed=3, key=f"w.{side}")
+            for grad, side in zip(grads, ("lora_A", "lora_B"), strict=True)
+        )
         torch.testing.assert_close(ours[s], truth, rtol=1e-10, atol=1e-10)
 
 
