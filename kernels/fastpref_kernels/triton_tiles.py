@@ -129,7 +129,7 @@ def _weight_backward_(
     need_weight, need_bias = bool(len(grad_weight)), bool(len(grad_bias))
     scratch = _Scratch(hidden, tile, vocab, tile.row_block)
     operand = _ScaledRows(hidden, factor, offset) if need_weight else None
-    bias_unit = _unit(factor.abs()) if need_bias and hidden.dtype == torch.float16 else None
+    bias_unit = _unit(factor.abs()) if rows and hidden.dtype == torch.float16 else None
     if not rows:
         grad_weight.zero_()
     for i, (lo, hi) in enumerate(bounds(vocab, tile.width)):
