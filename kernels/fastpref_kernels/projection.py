@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
+from .linear_logprob import _surroundings
 from .segment_products import wide_dtype
 
 MASK = 0xFFFFFFFF
@@ -107,14 +108,12 @@ def _times(h: Tensor, factor: int) -> Tensor:
     schema="(Tensor x, int[] key, SymInt k, str backend) -> Tensor",
 )
 def _project_op(x: Tensor, key: list[int], k: int, backend: str) -> Tensor:
-    from .linear_logprob import _no_autocast
-
     low, high, first_row = key
-    if backend == "triton":
-        from .triton_sketch import triton_project
+    with _surroundings(x.device):
+        if backend == "triton":
+            from .triton_sketch import triton_project
 
-        return triton_project(x, Projection(low, high), k, first_row)
-    with _no_autocast(x.device):
+            return triton_project(x, Projection(low, high), k, first_row)
         return torch_project(x, Projection(low, high), k, first_row)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .linear_logprob import _no_autocast
+from .linear_logprob import _surroundings
 from .spans import row_counts, starts
 
 
@@ -79,11 +79,11 @@ def _segment_products_op(
         counts = row_counts(segment_id, segments, name=name)
     if counts is None:
         counts = row_counts(segment_id, segments, name=name)
-    if chosen == "triton":
-        from .triton_sketch import triton_segment_products
+    with _surroundings(left.device):
+        if chosen == "triton":
+            from .triton_sketch import triton_segment_products
 
-        return triton_segment_products(left, right, counts)
-    with _no_autocast(left.device):
+            return triton_segment_products(left, right, counts)
         return torch_segment_products(left, right, counts)
 
 

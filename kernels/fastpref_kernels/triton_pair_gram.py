@@ -301,6 +301,7 @@ def aot_cases() -> list[AotCase]:
                     warps=warps,
                     stages=stages,
                     archs=archs,
+                    wide_loads=True,
                 )
             )
     cases.append(

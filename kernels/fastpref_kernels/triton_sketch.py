@@ -223,6 +223,8 @@ def aot_cases() -> list[AotCase]:
                 divisible=("x", "out", "features", "stride", "columns"),
                 stages=3,
                 archs=(80, 90, 100),
+                wide_loads=True,
+                wide_stores=True,
             )
         )
     for left, right, narrow, width in (
