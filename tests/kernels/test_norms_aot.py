@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.kernels.test_aot import aot
 
 
@@ -13,6 +15,7 @@ def test_gram_of_a_bfloat16_model_on_an_h100(tmp_path: Path) -> None:
     assert json.loads(out.splitlines()[-1])["ok"]
 
 
+@pytest.mark.slow
 def test_projection_on_every_chip(tmp_path: Path) -> None:
     out = aot(tmp_path, "--only", "project bf16 128x32")
     assert json.loads(out.splitlines()[-1])["ok"]

@@ -103,6 +103,7 @@ def test_several_tiles_of_one_group_are_met(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(ours.double(), truth, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_a_pair_that_is_not_finite_spoils_no_other() -> None:
     counts = [4, 3, 5, 2]
     x, dy, segment_id = data(counts, 150), data(counts, 160, seed=1), ids(counts).to(DEVICE)
