@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+# Without a GPU Triton's kernels run in its interpreter; read when a kernel is decorated.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # No test needs the network; a name that is on no disk is to fail at once, not after retries.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -76,7 +76,8 @@ def _backend() -> str:
     try:
         from fastpref_kernels._launch import resolve_backend
 
-        return resolve_backend("auto")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return resolve_backend("auto", device)
     except ImportError as error:
         return f"unusable: {error}"
 

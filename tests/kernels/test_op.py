@@ -200,7 +200,14 @@ def test_auto_says_once_what_it_chose(
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"backend": "triton"}, "not implemented in this version"),
+        (
+            {
+                "backend": "triton",
+                "hidden": torch.zeros(5, 3).double(),
+                "weight": torch.zeros(9, 3).double(),
+            },
+            "computes in float32, got torch.float64",
+        ),
         ({"backend": "tritn"}, "Did you mean 'triton'"),
         ({"norms": "sketch"}, "comes with the sketch ops"),
         ({"norms": "both"}, "got 'both'"),
