@@ -167,7 +167,8 @@ def exp_tile_kernel(
     total_before = tl.load(here + TOTAL * rows, mask=later, other=0.0)
     # Stored before the statistics: later, phi would still be held in registers, and spill.
     if KEEP:
-        f = e * phi if SOFTCAP else e
+        # Padding gives 0 in E, whatever phi is there.
+        f = tl.where(valid, e * phi, 0.0) if SOFTCAP else e
         tl.store(exps + local * stride + cols, f.to(exps.dtype.element_ty), mask=inside)
         tl.store(tile_offset + row, offset)
     tl.store(here + OFFSET * rows, offset)
@@ -221,7 +222,7 @@ def exp_again_kernel(
     z, phi = _transform(raw, bias, low, cols, inside, scale, cap, SOFTCAP, BIAS)
     f = tl.exp(tl.where(valid, z, -float("inf")) - tl.load(offset + row))
     if SOFTCAP:
-        f *= phi
+        f = tl.where(valid, f * phi, 0.0)
     f = tl.where(cols == _place(target + row, low, width), tl.load(own + row), f)
     tl.store(exps + local * stride + cols, f.to(exps.dtype.element_ty), mask=inside)
 
