@@ -199,17 +199,20 @@ def _forward_fake(logp: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "fastpref::pair_loss_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor table, Tensor? segment_id, SymInt rows, int[] plan) -> Tensor",
+    schema="(Tensor grad, Tensor table, Tensor? segment_id, Tensor logp, int[] plan) -> Tensor",
 )
 def _backward_op(
-    grad: Tensor, table: Tensor, segment_id: Tensor | None, rows: int, plan: Sequence[int]
+    grad: Tensor, table: Tensor, segment_id: Tensor | None, logp: Tensor, plan: Sequence[int]
 ) -> Tensor:
-    """(R,) gradient of every row: its pair's gradient times its segment's slope."""
+    """(R,) gradient of every row: its pair's gradient times its segment's slope.
+
+    Of `logp` only the shape is read; it is here so that a second derivative is seen, and refused.
+    """
     what = Plan(*plan)
     if what.triton:
         from .pair_kernels import backward
 
-        return backward(grad, table, segment_id, rows, what)
+        return backward(grad, table, segment_id, logp.shape[0], what)
     chosen, rejected = table[-2], table[-1]
     parts = [chosen, rejected] if what.group == 2 else [chosen + rejected, chosen, rejected]
     segments = (torch.stack(parts, 1) * grad.unsqueeze(1)).flatten()
@@ -218,24 +221,22 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _backward_fake(
-    grad: Tensor, table: Tensor, segment_id: Tensor | None, rows: int, plan: Sequence[int]
+    grad: Tensor, table: Tensor, segment_id: Tensor | None, logp: Tensor, plan: Sequence[int]
 ) -> Tensor:
-    return table.new_empty(rows)
+    return logp.new_empty(logp.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logp, segment_id, *_, ctx.plan = inputs
-    ctx.rows = logp.shape[0]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(segment_id, output[1])
+    ctx.save_for_backward(output[1], segment_id, logp)
 
 
 def _autograd_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * 9
     if grad is not None:
-        segment_id, table = ctx.saved_tensors
-        grads[0] = _backward_op(grad, table, segment_id, ctx.rows, ctx.plan)
+        grads[0] = _backward_op(grad, *ctx.saved_tensors, ctx.plan)
     return tuple(grads)
 
 
@@ -285,7 +286,7 @@ def _losses(
         loss, slope = gap**2, 2 * gap
     elif plan.shape == HINGE:
         gap = 1 - beta * margin
-        loss, slope = torch.relu(gap), torch.where(gap > 0, -beta, 0.0).to(gap.dtype)
+        loss, slope = torch.relu(gap), -beta * (gap > 0).to(gap.dtype)
     else:
         z, other, norm = beta * margin, eps, 1.0
         if plan.robust:

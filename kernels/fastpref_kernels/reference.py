@@ -151,7 +151,8 @@ def pair_loss(
     """
     if segment_id is None:
         segment_id = torch.arange(logp.shape[0], device=logp.device)
-    members = torch.nn.functional.one_hot(segment_id.long(), num_segments).to(logp.dtype)
+    every = torch.arange(num_segments, device=logp.device)
+    members = (segment_id.unsqueeze(1) == every).to(logp.dtype)  # (R, S)
     segments = (members.t() @ logp).view(-1, group_size)
     counts = members.sum(0).view(-1, group_size)
     if group_size == 3:
