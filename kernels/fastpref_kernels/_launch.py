@@ -205,12 +205,12 @@ def _check_numbers(
     softcap: float | None, logit_scale: float, temperature: float, cache: int, group_size: int
 ) -> None:
     for name, value in (("softcap", softcap), ("temperature", temperature)):
-        if value is not None and not (math.isfinite(value) and value > 0):
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(
                 f"linear_logprob: {name} must be positive and finite, got {value!r}."
                 + (" Use None for no softcap." if name == "softcap" else "")
             )
-    if not math.isfinite(logit_scale):
+    if not abs(logit_scale) < math.inf:
         raise ValueError(f"linear_logprob: logit_scale must be finite, got {logit_scale!r}.")
     if cache < -1:
         raise ValueError(

@@ -73,7 +73,7 @@ def check_options(beta: float, loss_type: str, label_smoothing: float, group_siz
             f"pair_loss: loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}."
             f"{_launch._nearest(str(loss_type), LOSS_TYPES)}"
         )
-    if not (math.isfinite(beta) and beta > 0):
+    if not 0 < beta < math.inf:
         raise ValueError(f"pair_loss: beta must be positive and finite, got {beta!r}.")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(
