@@ -92,8 +92,8 @@ def linear_logprob(
         stats=stats,
         norms=norms,
     )
-    _launch.resolve_backend(backend, hidden.device, hidden.dtype)
-    plan = _make_plan(hidden, weight, bias, cache, group_size if norms else 0)
+    triton = _launch.resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
+    plan = _make_plan(hidden, weight, bias, cache, group_size if norms else 0, triton)
     logp, sums, argmax, log1m_pmax, gram, *_ = _forward_op(
         hidden,
         weight,
@@ -125,13 +125,25 @@ class Plan(NamedTuple):
     need_hidden: int
     need_weight: int
     need_bias: int
+    warps: int = 0  # of `TritonTile`; 0: the torch backend
+    row_block: int = 0
 
 
 def _make_plan(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, cache: int, group_size: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cache: int,
+    group_size: int,
+    triton: bool,
 ) -> Plan:
     """Tile width, tiles to keep (none with weight and bias frozen) and the gradients wanted."""
-    width = _launch.tile_width(hidden.shape[1], weight.shape[0], hidden.dtype)
+    head = (hidden.shape[1], weight.shape[0], hidden.dtype)
+    warps = row_block = 0
+    if triton:
+        width, warps, row_block = _launch.triton_tile(*head, _launch.arch_of(hidden.device))
+    else:
+        width = _launch.tile_width(*head)
     grad = torch.is_grad_enabled()
     need_weight = grad and weight.requires_grad
     need_bias = grad and bias is not None and bias.requires_grad
@@ -143,6 +155,8 @@ def _make_plan(
         need_hidden=grad and hidden.requires_grad,
         need_weight=need_weight,
         need_bias=need_bias,
+        warps=warps,
+        row_block=row_block,
     )
 
 
@@ -151,21 +165,31 @@ def _transform(bias: Tensor | None, scales: Sequence[float]) -> torch_tiles.Tran
     return torch_tiles.Transform(bias, logit_scale, softcap[0] if softcap else None, temperature)
 
 
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast would round the tile products to a half type behind the op's back."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+def _surroundings(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Without autocast, which would round the tile products to a half type behind the op's back,
+    and on CUDA with the tensors' device as the current one, on which Triton launches."""
+    autocast = torch.is_autocast_enabled(device.type) if device.type != "meta" else False
+    if not autocast and device.type != "cuda":
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    if autocast:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if device.type == "cuda":
+        stack.enter_context(torch.cuda.device(device))
+    return stack
 
 
-@torch.library.custom_op(
-    "fastpref::linear_logprob_forward",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, Tensor? bias, "
-    "SymInt segments, float[] scales, int[] plan, str stats) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward_op(
+def _tiles(what: Plan) -> tuple[Any, dict[str, Any]]:
+    """The backend's module, and how it is told to cut the logits."""
+    if not what.warps:
+        return torch_tiles, {"width": what.width}
+    from . import triton_tiles  # here, so that machines without triton need not have it
+
+    tile = _launch.TritonTile(what.width, what.warps, what.row_block)
+    return triton_tiles, {"tile": tile}
+
+
+def forward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -176,20 +200,24 @@ def _forward_op(
     plan: Sequence[int],
     stats: str,
 ) -> tuple[Tensor, ...]:
-    """logp, segment statistics, argmax, log1m_pmax, gram, and the four of `torch_tiles.Saved`."""
+    """logp, segment statistics, argmax, log1m_pmax, gram, and the four of `torch_tiles.Saved`.
+
+    As the custom op `_forward_op` it is opaque to torch.compile; `bench roofline` calls it bare.
+    """
     _launch.check_values(target, segment_id, weight.shape[0], segments)
     transform, what = _transform(bias, scales), Plan(*plan)
     dtype = torch_tiles.accumulate_dtype(hidden.dtype)
     empty = hidden.new_empty(0, dtype=dtype)
     names = frozenset(stats.split(",")) - {""}
     gram = GroupGram(segment_id, segments, what.group_size, empty) if what.group_size else None
-    with _no_autocast(hidden.device):
-        sums, saved = torch_tiles.forward(
+    backend, cut = _tiles(what)
+    with _surroundings(hidden.device):
+        sums, saved = backend.forward(
             hidden,
             weight,
             target,
             transform,
-            width=what.width,
+            **cut,
             kept=what.kept,
             need_hidden=bool(what.need_hidden),
             stats=names,
@@ -227,6 +255,16 @@ def _forward_op(
     )
 
 
+_forward_op = torch.library.custom_op(
+    "fastpref::linear_logprob_forward",
+    forward,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, Tensor? bias, "
+    "SymInt segments, float[] scales, int[] plan, str stats) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
 @_forward_op.register_fake
 def _forward_fake(
     hidden: Tensor,
@@ -244,27 +282,24 @@ def _forward_fake(
     names = stats.split(",")
     what, g = Plan(*plan), plan[2]
     groups = (segments // g, g, g) if g else (0,)
+    states, exps_width, offsets = 4, _launch.padded(vocab), what.kept
+    if not what.warps:
+        states, exps_width = 4 if len(scales) == 3 else 3, vocab
+        offsets = torch_tiles.offset_rows(what.kept, -(-vocab // what.width))
     return (
         wide.new_empty(segments),
         wide.new_empty(sum(name in _SEGMENT_STATS for name in names), segments),
         target.new_empty(rows if "argmax" in names else 0),
         wide.new_empty(rows if "log1m_pmax" in names else 0),
         wide.new_empty(groups),
-        wide.new_empty(4 if len(scales) == 3 else 3, rows),
+        wide.new_empty(states, rows),
         wide.new_empty(rows if what.need_hidden else 0, dim),
-        hidden.new_empty(min(what.kept * what.width, vocab), rows),
-        wide.new_empty(torch_tiles.offset_rows(what.kept, -(-vocab // what.width)), rows),
+        hidden.new_empty(min(what.kept * what.width, exps_width), rows),
+        wide.new_empty(offsets, rows),
     )
 
 
-@torch.library.custom_op(
-    "fastpref::linear_logprob_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, "
-    "Tensor? bias, Tensor row_state, Tensor hidden_grad, Tensor exps, Tensor offsets, "
-    "float[] scales, int[] plan) -> (Tensor, Tensor, Tensor)",
-)
-def _backward_op(
+def backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -278,20 +313,33 @@ def _backward_op(
     scales: Sequence[float],
     plan: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, from the gradient of every segment's logp."""
     what = Plan(*plan)
-    with _no_autocast(hidden.device):
-        return torch_tiles.backward(
+    backend, cut = _tiles(what)
+    with _surroundings(hidden.device):
+        gradients: tuple[Tensor, Tensor, Tensor] = backend.backward(
             segment_expand(grad, segment_id),
             hidden,
             weight,
             target,
             _transform(bias, scales),
             torch_tiles.Saved(row_state, hidden_grad, exps, offsets),
-            width=what.width,
+            **cut,
             need_hidden=bool(what.need_hidden),
             need_weight=bool(what.need_weight),
             need_bias=bool(what.need_bias),
         )
+    return gradients
+
+
+_backward_op = torch.library.custom_op(
+    "fastpref::linear_logprob_backward",
+    backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, "
+    "Tensor? bias, Tensor row_state, Tensor hidden_grad, Tensor exps, Tensor offsets, "
+    "float[] scales, int[] plan) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_backward_op.register_fake
