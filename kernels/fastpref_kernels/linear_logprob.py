@@ -93,7 +93,7 @@ def linear_logprob(
         norms=norms,
     )
     triton = _launch.resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
-    plan = _make_plan(hidden, weight, bias, cache, group_size if norms else 0, triton)
+    plan = make_plan(hidden, weight, bias, cache, group_size if norms else 0, triton)
     logp, sums, argmax, log1m_pmax, gram, *_ = _forward_op(
         hidden,
         weight,
@@ -129,7 +129,7 @@ class Plan(NamedTuple):
     row_block: int = 0
 
 
-def _make_plan(
+def make_plan(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -180,7 +180,20 @@ def test_target_out_of_range_gives_nan_there_and_nowhere_else() -> None:
         gram=None,
     )
     assert sums.odds.isnan().tolist() == [False, True, True, True]
-    assert saved.hidden_grad[0].isfinite().all()
+    grad, *_ = triton_tiles.backward(
+        torch.ones(4, device=TRITON_DEVICE),
+        case.hidden,
+        case.weight,
+        target,
+        Transform(None, 1.0, None, 1.0),
+        saved,
+        tile=TritonTile(16, 1, 8),
+        need_hidden=True,
+        need_weight=False,
+        need_bias=False,
+    )
+    assert grad.isnan().all(1).tolist() == [False, True, True, True]
+    assert grad[0].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
