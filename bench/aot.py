@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HELP = "registers, spills and load widths of the Triton kernels, compiled ahead of time"
 # Modules with `aot_cases() -> list[AotCase]`.
-MODULES = ("fastpref_kernels.tile_cases",)
+MODULES = ("fastpref_kernels.tile_cases", "fastpref_kernels.pair_kernels")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

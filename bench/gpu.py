@@ -1,4 +1,4 @@
-"""`python -m bench gpu --part correctness|op|e2e`: what only a GPU can show, each part in 9 minutes.
+"""`python -m bench gpu --part correctness|op|e2e`: what only a GPU shows, each part in 9 minutes.
 
 The most important cases come first, and every case is written down as soon as it is measured: what
 was cut off by the clock is missing from the end, and said. It runs with what is installed, torch

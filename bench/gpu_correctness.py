@@ -7,6 +7,7 @@ failed. Without a GPU (`--dry_run`) the same checks run small, through the torch
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -60,16 +61,19 @@ def checks() -> Iterator[tuple[str, Check]]:
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for mode, cache in (("full", -1), ("frozen", -1), ("full", 0), ("full", 3)):
             name = f"against float64, {str(dtype)[6:]}, {mode}, cache {cache}"
-            yield name, lambda s, d=dtype, m=mode, c=cache: _against_float64(s, d, m, c)
+            yield name, functools.partial(_against_float64, dtype=dtype, mode=mode, cache=cache)
     yield "same bits twice, second backward included", _same_bits
     yield "captured in a CUDA graph", _cuda_graph
     yield "no wait for the device", _no_wait
     for group in (2, 3):
-        yield f"pair_loss, every loss, groups of {group}", lambda s, g=group: _pair_loss(s, g)
+        yield (
+            f"pair_loss, every loss, groups of {group}",
+            functools.partial(_pair_loss, group=group),
+        )
     yield "confident rows keep their digits", _confident_rows
     yield "logits of standard deviation 150", _wide_logits
     for dtype in (torch.bfloat16, torch.float32):
-        yield f"transforms, ragged, {str(dtype)[6:]}", lambda s, d=dtype: _transforms(s, d)
+        yield f"transforms, ragged, {str(dtype)[6:]}", functools.partial(_transforms, dtype=dtype)
     yield "statistics", _statistics
     yield "Gram matrices of head gradients", _gram
     yield "a policy that is its own reference", _own_reference
@@ -101,9 +105,7 @@ def _bounded(errors: Mapping[str, float], gradient: float, rows: float = 3e-5) -
 def _against_float64(session: Session, dtype: torch.dtype, mode: str, cache: int) -> Found:
     problem = _problem(session, dtype)
     truth = head_ops.truth_of(problem, mode)
-    return _bounded(
-        head_ops.errors_of(_op(cache=cache), problem, truth, mode), GRADIENT[dtype]
-    )
+    return _bounded(head_ops.errors_of(_op(cache=cache), problem, truth, mode), GRADIENT[dtype])
 
 
 def _dpo(problem: head_ops.Problem, leaves: tuple[Tensor, Tensor], **options: Any) -> Any:
@@ -205,9 +207,7 @@ def _pair_loss(session: Session, group: int) -> Found:
             results.append([out.loss.detach(), out.margin, out.reward_chosen, grad])
         # Sums of some thousand nats, rounded to float32.
         bound = 1e-5 * (50.0 if loss_type == "ipo" else 1.0) * max(1.0, rows / 2000)
-        gap = max(
-            float((a.double() - b).abs().max()) for a, b in zip(*results, strict=True)
-        )
+        gap = max(float((a.double() - b).abs().max()) for a, b in zip(*results, strict=True))
         found[f"{loss_type}, {rows} rows"] = (gap, bound)
     return found
 
@@ -256,7 +256,7 @@ def _transforms(session: Session, dtype: torch.dtype) -> Found:
     problem = _problem(session, dtype, rows=161, dim=83, vocab=4999, pairs=1)
     generator = torch.Generator(session.device).manual_seed(3)
     bias = torch.randn(len(problem.weight), generator=generator, device=session.device).to(dtype)
-    options = {"softcap": 6.0, "logit_scale": -1.3, "temperature": 1.7}
+    options: dict[str, Any] = {"softcap": 6.0, "logit_scale": -1.3, "temperature": 1.7}
     results = []
     for function, to in ((linear_logprob, dtype), (reference.linear_logprob, torch.float64)):
         leaves = [x.to(to).requires_grad_() for x in (problem.hidden, problem.weight, bias)]
@@ -295,8 +295,12 @@ def _statistics(session: Session) -> Found:
 def _gram(session: Session) -> Found:
     problem = _problem(session, torch.float32, rows=96, dim=24, vocab=900)
     segment_id = (torch.arange(96, device=session.device) // 8).int()
-    results = [
-        function(
+    results: list[Tensor] = []
+    for function, to in (
+        (linear_logprob, torch.float32),
+        (reference.linear_logprob, torch.float64),
+    ):
+        out: LinearLogprob = function(
             problem.hidden.to(to),
             problem.weight.to(to),
             problem.target,
@@ -304,21 +308,16 @@ def _gram(session: Session) -> Found:
             num_segments=12,
             group_size=3,
             norms="exact",
-        ).gram.double()
-        for function, to in (
-            (linear_logprob, torch.float32),
-            (reference.linear_logprob, torch.float64),
         )
-    ]
+        assert out.gram is not None
+        results.append(out.gram.double())
     gap = (results[0] - results[1]).abs().max() / results[1].abs().max()
     return {"relative": (float(gap), 1e-4)}
 
 
 def _own_reference(session: Session) -> Found:
     problem = _problem(session, torch.bfloat16)
-    segment_id = (
-        torch.arange(192, device=session.device) // (192 // (2 * problem.pairs))
-    ).int()
+    segment_id = (torch.arange(192, device=session.device) // (192 // (2 * problem.pairs))).int()
     call = (problem.hidden, problem.weight, problem.target, segment_id)
     ref = sequence_logprob(*call, num_segments=2 * problem.pairs)
     out = linear_dpo(*call, *ref, beta=0.1)
@@ -354,8 +353,6 @@ def _compiled(session: Session) -> Found:
 def _real_size(session: Session) -> Found:
     problem = _problem(session, torch.bfloat16, rows=2048, dim=1024, vocab=128256, pairs=8)
     truth = head_ops.truth_of(problem, "full")
-    found = _bounded(
-        head_ops.errors_of(_op(), problem, truth, "full"), GRADIENT[torch.bfloat16]
-    )
+    found = _bounded(head_ops.errors_of(_op(), problem, truth, "full"), GRADIENT[torch.bfloat16])
     free = head_ops.errors_of(_op(cache=0), problem, truth, "full")
     return {**found, **{f"{k}, cache 0": v for k, v in _bounded(free, 5e-3).items()}}

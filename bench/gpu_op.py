@@ -119,9 +119,7 @@ def measure_ceilings(session: Session) -> dict[str, float]:
     out = torch.empty_like(a)
     for _ in range(3):
         torch.mm(a, b, out=out)
-    product = median(
-        seconds_of(lambda: torch.mm(a, b, out=out), session.device) for _ in range(20)
-    )
+    product = median(seconds_of(lambda: torch.mm(a, b, out=out), session.device) for _ in range(20))
     return {"copy_gb_s": 2 * size / copy / 1e9, "tflop_s": 2 * edge**3 / product / 1e12}
 
 

@@ -241,7 +241,7 @@ def make_problem(
     nats: float = 2.0,
     weight: Tensor | None = None,
 ) -> Problem:
-    """Random states and weights whose softmax has an entropy of about `nats`, targets drawn from it.
+    """Random states and weights with a softmax of about `nats` of entropy, targets drawn from it.
 
     Gaussian logits of standard deviation s over V entries have entropy log V - s^2 / 2. Flat logits
     would flatter ops that leave out small gradients, and draw less power.

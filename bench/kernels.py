@@ -10,13 +10,14 @@ process of its own, the least of three calls. Shapes: R rows, D hidden, V vocab.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -215,13 +216,18 @@ def _own_peaks(name: str, seed: int) -> dict[str, int]:
         for _ in range(2):  # code, threads and their workspaces are no contender's memory
             _call(op, problem, *leaves)
         gc.collect()
-        one = [measure.peak_memory(lambda: lambda: _call(op, problem, *leaves)) for _ in range(3)]
-        found[mode] = min(peak["used"] for peak in one)
+        call = functools.partial(_call, op, problem, *leaves)
+        peaks = [measure.peak_memory(functools.partial(_ready, call)) for _ in range(3)]
+        found[mode] = min(peak["used"] for peak in peaks)
     return found
 
 
+def _ready(call: Callable[[], object]) -> Callable[[], object]:
+    return call
+
+
 def _memory(peaks: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float] | None]:
-    """Ours over another's: all of E kept against eager; none kept and frozen against the leanest."""
+    """Ours over another's: all of E kept against eager; none kept against the leanest."""
     found: dict[str, dict[str, float] | None] = {
         "memory_full_vs_eager": None,
         "memory_cache0_vs_leanest": None,

@@ -45,7 +45,9 @@ def linear_dpo(
     Oracle    reference.linear_logprob into reference.pair_loss
     """
     check_options(beta, loss_type, label_smoothing, group_size)
-    rows = _row_logp(hidden, weight, target, bias, softcap, logit_scale, temperature, cache, backend)
+    rows = _row_logp(
+        hidden, weight, target, bias, softcap, logit_scale, temperature, cache, backend
+    )
     return pair_loss(
         rows,
         segment_id,

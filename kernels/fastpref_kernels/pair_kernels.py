@@ -4,17 +4,19 @@ Shapes: R rows, P pairs, g group_size. A program of the forward is a pair: it fi
 bisection, sums each of its segments in float64 and forms everything that follows. No atomics.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _launch
-from ._aot import AotCase
+from ._aot import AotCase, case_of
 
 if TYPE_CHECKING:
     from .pair_loss import Plan
@@ -45,8 +47,8 @@ def pair_forward(
     table_ptr,  # (COLUMNS, P)
     rows,
     pairs,
-    beta: "fp64",  # noqa: F821  Triton's name of the type
-    eps: "fp64",  # noqa: F821
+    beta: tl.float64,
+    eps: tl.float64,
     GROUP: tl.constexpr,  # 2 | 3
     SHAPE: tl.constexpr,  # 0 logistic, 1 hinge, 2 square
     PER_TOKEN: tl.constexpr,
@@ -221,7 +223,9 @@ def forward(
     ids, given = _contiguous(segment_id), [_contiguous(x) for x in (*reference, *lengths)]
     names = ("ref_chosen_ptr", "ref_rejected_ptr", "chosen_len_ptr", "rejected_len_ptr")
     # An argument that its flag switches off is never read; any tensor may stand there.
-    arguments = {name: logp if x is None else x for name, x in zip(names, given, strict=True)}
+    arguments: dict[str, Any] = {
+        name: logp if x is None else x for name, x in zip(names, given, strict=True)
+    }
     arguments |= {
         "logp_ptr": logp,
         "segment_ptr": logp if ids is None else ids,
@@ -275,47 +279,29 @@ def backward(
 
 
 def aot_cases() -> list[AotCase]:
-    """Both layouts of every loss as linear_dpo and a trainer with segments launch them."""
+    """Every loss in both layouts, float32: launches recorded on tensors without memory."""
     from .pair_loss import LOSS_TYPES, make_plan
 
-    pointers = {
-        **dict.fromkeys(("logp_ptr", "loss_ptr", "table_ptr"), "*fp32"),
-        **dict.fromkeys(("ref_chosen_ptr", "ref_rejected_ptr"), "*fp32"),
-        **dict.fromkeys(("chosen_len_ptr", "rejected_len_ptr"), "*i64"),
-        "segment_ptr": "*i32",
-    }
-    numbers = {"rows": "i32", "pairs": "i32", "beta": "fp64", "eps": "fp64"}
-    cases = [
-        AotCase(
-            f"pair_forward {loss_type} group {group}",
-            pair_forward,
-            {**pointers, **numbers},
-            constexprs(make_plan(loss_type, group, "triton"), True, True, False),
-            divisible=tuple(pointers),
-            warps=WARPS,
-            archs=(80, 90, 100) if loss_type == "sigmoid" else (90,),
-        )
-        for loss_type in LOSS_TYPES
-        for group in (2, 3)
-    ]
-    names = ("grad_ptr", "table_ptr", "out_ptr")
-    signature = {**dict.fromkeys(names, "*fp32"), "segment_ptr": "*i32"}
-    sizes = dict.fromkeys(("rows", "pairs", "grad_stride"), "i32")
-    constants = {"GROUP": 3, "HAS_SEGMENTS": True, "BLOCK": BACKWARD_ROWS}
-    cases.append(
-        AotCase(
-            "pair_backward group 3",
-            pair_backward,
-            {**signature, **sizes},
-            constants,
-            divisible=tuple(signature),
-            warps=WARPS,
-            archs=(80, 90, 100),
-        )
-    )
+    pairs, rows = 16, 4096
+    of_pair = torch.empty(pairs, device="meta")
+    logp = torch.empty(rows, device="meta")
+    ids = torch.empty(rows, device="meta", dtype=torch.int32)
+    cases = []
+    for loss_type in LOSS_TYPES:
+        for group in (2, 3):
+            plan = make_plan(loss_type, group, "triton")
+            seen: list[_launch.Launch] = []
+            with _launch.recorded(seen.append):
+                reference = (of_pair, of_pair)
+                _, table = forward(logp, ids, reference, (None, None), pairs, [0.1, 0.0], plan)
+                if loss_type == "sigmoid":
+                    backward(of_pair, table, ids, rows, plan)
+            for launch in seen:
+                name = "pair_forward" if launch.kernel is pair_forward else "pair_backward"
+                archs = (80, 90, 100) if loss_type == "sigmoid" else (90,)
+                cases.append(case_of(f"{name} {loss_type}, groups of {group}", launch, archs))
     return cases
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
-

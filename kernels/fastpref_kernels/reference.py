@@ -185,6 +185,5 @@ def pair_loss(
     sums = segments.detach()
     ratios = sums - torch.stack(ref).to(sums.dtype)
     accuracy = (ratios[0] > ratios[1]).to(sums.dtype)
-    return PairLoss(
-        losses(segments), *sums, *ratios, ratios[0] - ratios[1], *(beta * ratios), accuracy, *slopes
-    )
+    rows = (*sums, *ratios, ratios[0] - ratios[1], *(beta * ratios), accuracy, *slopes)
+    return PairLoss(losses(segments), *rows)

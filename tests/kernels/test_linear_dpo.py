@@ -1,4 +1,4 @@
-"""`linear_dpo` and `sequence_logprob` against the oracles; the example of the README, as it stands."""
+"""`linear_dpo` and `sequence_logprob` against the oracles; the example of the README as it is."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def by_oracles(case: Case, group: int, ref: tuple[Tensor, Tensor], **options: An
 @pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-11), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("group", [2, 3])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_equal_to_the_oracles(
-    loss_type: str, group: int, dtype: torch.dtype, bound: float
-) -> None:
+def test_equal_to_the_oracles(loss_type: str, group: int, dtype: torch.dtype, bound: float) -> None:
     head: dict[str, Any] = {"softcap": 9.0, "logit_scale": 0.7, "temperature": 1.3}
     case = make_case(60, 8, 120, dtype=dtype, segments=4 * group, bias=True, **head)
     ref = tuple(x.to(dtype) for x in refs(4))
@@ -80,9 +78,7 @@ def test_equal_to_the_oracles(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", [2, 3])
-def test_a_policy_that_is_its_own_reference_has_margin_zero(
-    group: int, dtype: torch.dtype
-) -> None:
+def test_a_policy_that_is_its_own_reference_has_margin_zero(group: int, dtype: torch.dtype) -> None:
     case = make_case(70, 16, 300, dtype=dtype, segments=5 * group)
     head = (case.hidden, case.weight, case.target, case.segment_id)
     assert case.segment_id is not None

@@ -80,7 +80,9 @@ def close(ours: tuple[PairLoss, Tensor], truth: tuple[PairLoss, Tensor], bound: 
     for name in FIELDS:
         a, b = getattr(ours[0], name).detach().double(), getattr(truth[0], name).detach().double()
         size = max(1.0, float(b.abs().max())) if b.numel() else 1.0
-        torch.testing.assert_close(a, b, rtol=0, atol=bound * size, msg=lambda m, n=name: f"{n} {m}")
+        torch.testing.assert_close(
+            a, b, rtol=0, atol=bound * size, msg=lambda m, n=name: f"{n} {m}"
+        )
     size = max(1.0, float(truth[1].abs().max())) if truth[1].numel() else 1.0
     torch.testing.assert_close(ours[1].double(), truth[1].double(), rtol=0, atol=bound * size)
 
@@ -139,9 +141,7 @@ def test_equal_to_the_losses_of_fastpref(loss_type: str, group: int, backend: st
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "sigmoid_norm"])
-def test_large_margins_neither_overflow_nor_lose_their_digits(
-    loss_type: str, backend: str
-) -> None:
+def test_large_margins_neither_overflow_nor_lose_their_digits(loss_type: str, backend: str) -> None:
     """beta m from -10^5 to 10^5: relative to the loss's own size, 1e-44 included as 0."""
     margins = torch.tensor([0.0, 1e-4, 5.0, 20.0, 60.0, 85.0, 300.0, 1e5])
     margins = torch.cat((margins, -margins)) * 4
