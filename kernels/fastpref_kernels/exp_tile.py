@@ -145,8 +145,9 @@ def exp_tile_kernel(
         top_before = tl.load(here + TOP * rows, mask=later, other=LOWEST)
         first_before = tl.load(here + ARGMAX * rows, mask=later, other=0.0)
         rest_before = tl.load(here + REST * rows, mask=later, other=0.0)
+        # The offset stays where the largest entry does: shrink is 1 then.
         rises = top > top_before
-        rest = tl.where(rises, total_before * shrink + others, rest_before * shrink + total)
+        rest = tl.where(rises, total_before * shrink + others, rest_before + total)
         tl.store(here + TOP * rows, tl.where(rises, top, top_before))
         tl.store(here + ARGMAX * rows, tl.where(rises, (first + low).to(tl.float32), first_before))
         tl.store(here + REST * rows, rest)
