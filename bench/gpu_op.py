@@ -257,9 +257,9 @@ def peak_of(device: torch.device, op: HeadOp, problem: Problem, mode: str) -> in
 
 
 def release(device: torch.device) -> None:
-    """Give back what nobody holds."""
-    gc.collect()
+    """Give back what nobody holds, where that is scarce."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
