@@ -227,18 +227,18 @@ def shrink_rows_kernel(
     mixed,  # (B, D) fp32, in place
     shrink,  # (R,) fp32
     first_row,
-    dim,
+    DIM: tl.constexpr,  # D
     BLOCK: tl.constexpr,
 ):
     """Rows whose offset has moved, brought to the new one; the others are not touched."""
     local = tl.program_id(0).to(tl.int64)
     factor = tl.load(shrink + local + first_row)
     if factor != 1.0:
-        for start in range(0, dim, BLOCK):
+        for start in range(0, DIM, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            inside = cols < dim
-            value = tl.load(mixed + local * dim + cols, mask=inside, other=0.0)
-            tl.store(mixed + local * dim + cols, value * factor, mask=inside)
+            inside = cols < DIM
+            value = tl.load(mixed + local * DIM + cols, mask=inside, other=0.0)
+            tl.store(mixed + local * DIM + cols, value * factor, mask=inside)
 
 
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)
@@ -251,7 +251,7 @@ def hidden_grad_kernel(
     phi,  # (R,) fp32
     scale,  # (R,) fp32: g k (1 - p)
     vocab,  # V
-    dim,  # D
+    DIM: tl.constexpr,  # D
     row_stride,  # of weight
     column_stride,
     BLOCK: tl.constexpr,
@@ -266,13 +266,13 @@ def hidden_grad_kernel(
     # Nothing but the target is possible: U and scale are 0.
     by_mixed = by / tl.where(sum_of_exps == 0.0, 1.0, sum_of_exps)
     line = weight + y * row_stride
-    for start in range(0, dim, BLOCK):
+    for start in range(0, DIM, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        inside = cols < dim
-        u = tl.load(mixed + row * dim + cols, mask=inside, other=0.0)
+        inside = cols < DIM
+        u = tl.load(mixed + row * DIM + cols, mask=inside, other=0.0)
         lead = tl.load(line + cols * column_stride, mask=inside, other=0.0).to(tl.float32)
         grad = by_lead * lead - by_mixed * u
-        tl.store(out + row * dim + cols, grad.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + row * DIM + cols, grad.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)
@@ -283,7 +283,7 @@ def scale_rows_kernel(
     now,  # (R,) fp32 offset of the tile that comes next
     before,  # (R,) fp32 offset that `scaled` stands for so far
     final,  # (R,) fp32
-    dim,
+    DIM: tl.constexpr,  # D
     FIRST: tl.constexpr,  # `scaled` holds nothing yet
     BLOCK: tl.constexpr,
 ):
@@ -297,8 +297,8 @@ def scale_rows_kernel(
     if stale:
         # A row without any entry but its target's has the least number as both offsets.
         by = tl.load(factor + row) * tl.exp(offset - tl.load(final + row))
-        for start in range(0, dim, BLOCK):
+        for start in range(0, DIM, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            inside = cols < dim
-            value = tl.load(hidden + row * dim + cols, mask=inside, other=0.0).to(tl.float32) * by
-            tl.store(scaled + row * dim + cols, value.to(scaled.dtype.element_ty), mask=inside)
+            inside = cols < DIM
+            value = tl.load(hidden + row * DIM + cols, mask=inside, other=0.0).to(tl.float32) * by
+            tl.store(scaled + row * DIM + cols, value.to(scaled.dtype.element_ty), mask=inside)
