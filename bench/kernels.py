@@ -6,7 +6,7 @@ other, over and over, each repeat beginning with another one; a ratio is formed 
 the median over repeats counts. Peak memory beyond the inputs is measured for each contender in a
 process of its own, the least of three calls. Shapes: R rows, D hidden, V vocab.
 
-Wall time on all threads, or, where other work keeps the machine busy, `--cpu_time`: CPU time of one.
+Wall time on all threads, or, where other work keeps a machine busy, `--cpu_time`: that of one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The benchmarks of the kernels: their truth, their gate, their clock, what they write and refuse."""
+"""The benchmarks of the kernels: their truth, gate and clock, what they write and refuse."""
 
 from __future__ import annotations
 
