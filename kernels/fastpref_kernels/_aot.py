@@ -79,7 +79,8 @@ def case_of(name: str, launch: Launch, archs: tuple[int, ...] = (90,)) -> AotCas
             if not parameter.do_not_specialize_on_alignment:
                 divisible.append(argument)
         else:
-            signature[argument] = "fp32" if isinstance(value, float) else "i32"
+            by_value = "fp32" if isinstance(value, float) else "i32"
+            signature[argument] = parameter.annotation_type or by_value
             if special and value % 16 == 0:
                 divisible.append(argument)
     return AotCase(

@@ -256,12 +256,12 @@ def _check_numbers(
     softcap: float | None, logit_scale: float, temperature: float, cache: int, group_size: int
 ) -> None:
     for name, value in (("softcap", softcap), ("temperature", temperature)):
-        if value is not None and not (math.isfinite(value) and value > 0):
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(
                 f"linear_logprob: {name} must be positive and finite, got {value!r}."
                 + (" Use None for no softcap." if name == "softcap" else "")
             )
-    if not math.isfinite(logit_scale):
+    if not abs(logit_scale) < math.inf:
         raise ValueError(f"linear_logprob: logit_scale must be finite, got {logit_scale!r}.")
     if cache < -1:
         raise ValueError(
@@ -332,13 +332,19 @@ def check_values(target: Tensor, segment_id: Tensor | None, vocab: int, num_segm
             f"linear_logprob: target[{row}] = {value} is not a row of weight, which has rows "
             f"0..{vocab - 1}.{hint}"
         )
-    if segment_id is None:
+    if segment_id is not None:
+        check_segments("linear_logprob", segment_id, num_segments)
+
+
+def check_segments(op: str, segment_id: Tensor, num_segments: int) -> None:
+    """Order and range of segment ids; only on the CPU, where reading is free."""
+    if segment_id.device.type != "cpu" or not segment_id.numel():
         return
     falls = segment_id[1:] < segment_id[:-1]
     if bool(falls.any()):
         row = int(falls.nonzero()[0]) + 1
         raise ValueError(
-            "linear_logprob: segment_id must be non-decreasing, but "
+            f"{op}: segment_id must be non-decreasing, but "
             f"segment_id[{row}]={int(segment_id[row])} follows {int(segment_id[row - 1])}. "
             "Sort the rows by segment_id."
         )
@@ -346,7 +352,7 @@ def check_values(target: Tensor, segment_id: Tensor | None, vocab: int, num_segm
     if first < 0 or last >= num_segments:
         row, value = (0, first) if first < 0 else (segment_id.shape[0] - 1, last)
         raise ValueError(
-            f"linear_logprob: segment_id[{row}]={value} is outside 0..{num_segments - 1} "
+            f"{op}: segment_id[{row}]={value} is outside 0..{num_segments - 1} "
             f"(num_segments={num_segments})."
         )
 

@@ -1,6 +1,6 @@
 """Every op in plain torch, any dtype and device: the oracles of the tests, slow and large.
 
-Shapes: R rows, D hidden, V vocab, S segments, g group_size.
+Shapes: R rows, D hidden, V vocab, S segments, P pairs, g group_size.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .linear_logprob import LinearLogprob
+from .pair_loss import PairLoss
 
 
 def transformed_logits(
@@ -149,3 +150,62 @@ def gradient_gram(gradients: Sequence[Tensor], group_size: int | None = None) ->
         return flat.square().sum(1)
     grouped = flat.view(-1, group_size, flat.shape[1])
     return grouped @ grouped.transpose(1, 2)
+
+
+def pair_loss(
+    logp: Tensor,  # (R,)
+    segment_id: Tensor | None = None,  # (R,)
+    ref_chosen: Tensor | None = None,  # (P,)
+    ref_rejected: Tensor | None = None,  # (P,)
+    *,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    group_size: int = 2,
+    num_segments: int,
+    chosen_len: Tensor | None = None,  # (P,)
+    rejected_len: Tensor | None = None,  # (P,)
+) -> PairLoss:
+    """What `fastpref_kernels.pair_loss` computes, loss by loss as its paper writes it.
+
+    Rafailov et al. 2023 (sigmoid), Mitchell 2023 (its smoothing), Chowdhury et al. 2024 (robust),
+    Zhao et al. 2023 (hinge), Azar et al. 2023 (ipo), Lambert et al. 2024 (sigmoid_norm).
+    """
+    if segment_id is None:
+        segment_id = torch.arange(logp.shape[0], device=logp.device)
+    every = torch.arange(num_segments, device=logp.device)
+    members = (segment_id.unsqueeze(1) == every).to(logp.dtype)  # (R, S)
+    segments = (members.t() @ logp).view(-1, group_size)
+    counts = members.sum(0).view(-1, group_size)
+    if group_size == 3:
+        segments = torch.stack((segments[:, 0] + segments[:, 1], segments[:, 0] + segments[:, 2]))
+        counts = torch.stack((counts[:, 0] + counts[:, 1], counts[:, 0] + counts[:, 2]))
+    else:
+        segments, counts = segments.t(), counts.t()
+    if chosen_len is not None and rejected_len is not None:
+        counts = torch.stack((chosen_len, rejected_len))
+    leaf = segments.detach().requires_grad_()
+    nothing = torch.zeros_like(segments[0])
+    ref = [nothing if x is None else x for x in (ref_chosen, ref_rejected)]
+
+    def losses(sums: Tensor) -> Tensor:
+        chosen, rejected = sums[0] - ref[0], sums[1] - ref[1]
+        if loss_type in ("ipo", "sigmoid_norm"):
+            chosen, rejected = chosen / counts[0].clamp(min=1), rejected / counts[1].clamp(min=1)
+        z, eps = beta * (chosen - rejected), label_smoothing
+        right, wrong = -torch.sigmoid(z).log(), -torch.sigmoid(-z).log()
+        return {
+            "sigmoid": lambda: (1 - eps) * right + eps * wrong,
+            "robust": lambda: ((1 - eps) * right - eps * wrong) / (1 - 2 * eps),
+            "hinge": lambda: torch.clamp(1 - z, min=0),
+            "ipo": lambda: (chosen - rejected - 1 / (2 * beta)) ** 2,
+            "sigmoid_norm": lambda: (1 - eps) * right + eps * wrong,
+        }[loss_type]()
+
+    with torch.enable_grad():
+        (slopes,) = torch.autograd.grad(losses(leaf).sum(), leaf)
+    sums = segments.detach()
+    ratios = sums - torch.stack(ref).to(sums.dtype)
+    accuracy = (ratios[0] > ratios[1]).to(sums.dtype)
+    rows = (*sums, *ratios, ratios[0] - ratios[1], *(beta * ratios), accuracy, *slopes)
+    return PairLoss(losses(segments), *rows)

@@ -33,7 +33,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", ["kernels", "gpu", "trian"])
+@pytest.mark.parametrize("name", ["track", "faults", "trian"])
 def test_front_refuses_what_is_not_there_and_says_what_is(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,10 +131,10 @@ def test_targets_of_the_head_are_those_of_the_issue() -> None:
 
 def _record(time: str, speed: float, memory: float | None) -> results.Record:
     values = {
-        "speed": {"value": speed, "q20": speed - 0.5, "q80": speed + 0.5, "bound": 7.25},
+        "speed_vs_x": {"value": speed, "q20": speed - 0.5, "q80": speed + 0.5, "bound": 7.25},
         "memory_vs_x": None if memory is None else {"value": memory},
     }
-    check = results.Verdict("speed", speed, "at least 3", speed >= 3)
+    check = results.Verdict("speed_vs_x", speed, "at least 3", speed >= 3)
     where = {
         "time": time,
         "device": "A CPU (R) @ 2.50GHz x2",
@@ -155,7 +155,7 @@ def test_results_keep_everything_and_say_what_we_lose(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 2
     text = page.read_text()
     assert text.index("2026-01-03") < text.index("2026-01-02")
-    assert "| speed | 4.00 | 3.50 to 4.50 | 7.25 | at least 3: met |" in text
+    assert "| speed_vs_x | 4.00 | 3.50 to 4.50 | 7.25 | at least 3: met |" in text
     assert "What we lose: nothing of the above." in text
     assert "0123456789 (changed)" in text and "torch 2.13.0" in text and "trl None" not in text
 
