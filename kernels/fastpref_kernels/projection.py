@@ -44,12 +44,15 @@ class Projection:
             int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
         )
 
+    def words(self, rows: Tensor, count: int) -> Tensor:
+        """(N, count) int64 of hashes, 0 .. 2^32 - 1, for the row numbers `rows` (N,) int64."""
+        stirred = _stir((rows + self.low) & MASK).unsqueeze(1)
+        of_word = _stir((torch.arange(count, device=rows.device) + self.high) & MASK)
+        return _stir(stirred ^ of_word)
+
     def signs(self, rows: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, k) of +-1 for the row numbers `rows` (N,) int64, 0 .. 2^32 - 1, on their device."""
-        words = -(-k // 32)
-        stirred = _stir((rows + self.low) & MASK).unsqueeze(1)
-        of_word = _stir((torch.arange(words, device=rows.device) + self.high) & MASK)
-        hashed = _stir(stirred ^ of_word)  # (N, words)
+        hashed = self.words(rows, -(-k // 32))
         # Back to 32 bits: int32 arithmetic is twice as fast, and only single bits are read.
         hashed = torch.where(hashed > 0x7FFFFFFF, hashed - (1 << 32), hashed).to(torch.int32)
         shift = torch.arange(32, device=rows.device, dtype=torch.int32)
@@ -104,14 +107,14 @@ def _times(h: Tensor, factor: int) -> Tensor:
     schema="(Tensor x, int[] key, SymInt k, str backend) -> Tensor",
 )
 def _project_op(x: Tensor, key: list[int], k: int, backend: str) -> Tensor:
-    from .linear_logprob import _no_autocast
+    from ._launch import surroundings
 
     low, high, first_row = key
     if backend == "triton":
         from .triton_sketch import triton_project
 
         return triton_project(x, Projection(low, high), k, first_row)
-    with _no_autocast(x.device):
+    with surroundings(x.device):
         return torch_project(x, Projection(low, high), k, first_row)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .linear_logprob import _no_autocast
+from ._launch import surroundings
 from .spans import row_counts, starts
 
 
@@ -83,7 +83,7 @@ def _segment_products_op(
         from .triton_sketch import triton_segment_products
 
         return triton_segment_products(left, right, counts)
-    with _no_autocast(left.device):
+    with surroundings(left.device):
         return torch_segment_products(left, right, counts)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import _launch, _norm_checks
 from .column_sums import column_sums
+from .count_sketch import vocabulary_signs
 from .projection import Projection, project
 from .segment_products import segment_products
 
@@ -40,6 +41,7 @@ def linear_sketch(
     counts: Sequence[int] | None = None,
     first_input: int = 0,
     first_output: int = 0,
+    buckets: int | None = None,
     backend: str = "auto",
 ) -> Tensor:  # (S, k, k)
     """Sketch of sum_t dy_t x_t^T over the rows of each segment.
@@ -76,6 +78,7 @@ def embedding_sketch(
     num_segments: int,
     scale: float = 1.0,
     counts: Sequence[int] | None = None,
+    buckets: int | None = None,
     backend: str = "auto",
 ) -> Tensor:  # (S, k, k)
     """Sketch of an embedding's gradient, (V, D): sum_t scale dy_t at row token_id_t.
@@ -92,7 +95,7 @@ def embedding_sketch(
     _norm_checks.check_segments(name, dy.shape[0], num_segments, None, counts)
     inputs = project(dy, Projection.of(seed, key, "in"), k, backend=backend, name=name)
     rows = token_id.to(torch.int64)
-    outputs = Projection.of(seed, key, "out").signs(rows, k, inputs.dtype)
+    outputs = _row_signs(rows, k, inputs.dtype, seed, key, buckets)
     sketch = _combine(outputs, inputs, segment_id, num_segments, counts, k, backend, name)
     return sketch * scale
 
@@ -140,6 +143,7 @@ def weight_sketch(
     seed: int,
     key: str,
     transposed: bool = False,
+    buckets: int | None = None,
     first_input: int = 0,
     first_output: int = 0,
 ) -> Tensor:  # (k, k) float64
@@ -175,7 +179,7 @@ def weight_sketch(
             return flat.view(k, k) / k
         if transposed:
             new, old = new.t(), None if old is None else old.t()
-        return _matrix_sketch(new, old, k, seed, key, first_input, first_output)
+        return _matrix_sketch(new, old, k, seed, key, buckets, first_input, first_output)
 
 
 def _matrix_sketch(
@@ -184,10 +188,10 @@ def _matrix_sketch(
     k: int,
     seed: int,
     key: str,
+    buckets: int | None,
     first_input: int,
     first_output: int,
 ) -> Tensor:
-    side = Projection.of(seed, key, "out")
     total = new.new_zeros(k, k, dtype=torch.float64)
     step = max(WEIGHT_ENTRIES // max(new.shape[1], 1), 1)
     inputs = Projection.of(seed, key, "in")
@@ -195,8 +199,16 @@ def _matrix_sketch(
         change = _difference(new[i : i + step], None if old is None else old[i : i + step])
         inner = project(change, inputs, k, first_row=first_input, backend="torch")
         rows = torch.arange(i, i + change.shape[0], device=new.device) + first_output
-        total.addmm_(side.signs(rows, k, torch.float64).t(), inner)
+        total.addmm_(_row_signs(rows, k, torch.float64, seed, key, buckets).t(), inner)
     return total / k
+
+
+def _row_signs(
+    rows: Tensor, k: int, dtype: torch.dtype, seed: int, key: str, buckets: int | None
+) -> Tensor:  # (N, k)
+    if buckets is None:
+        return Projection.of(seed, key, "out").signs(rows, k, dtype)
+    return vocabulary_signs(rows, k, dtype, seed=seed, key=key, buckets=buckets)
 
 
 def _difference(new: Tensor, old: Tensor | None) -> Tensor:

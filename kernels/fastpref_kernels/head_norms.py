@@ -1,0 +1,222 @@
+"""Norms of head gradients that `linear_logprob` computes on request: exact, sketched, per row.
+
+Shapes: R rows, D hidden, V vocab, S segments, g group_size, K buckets, k sketch size; B groups of L
+rows. Formulas, cost and variance: kernels/README.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .count_sketch import Buckets, CountSketch, SquareSums, vocabulary_signs
+from .gram import GroupGram, Groups, RowTerms, hidden_dots
+from .gram_products import longest_gram, product_gram
+from .projection import Projection, torch_project
+from .row_sums import RowSums
+from .segment_products import torch_segment_products
+from .torch_tiles import Rider, Saved, Transform, tiles_again
+
+
+@dataclass(frozen=True)
+class SketchPlan:
+    """What `norms="sketch"` was asked for."""
+
+    size: int  # k
+    buckets: int  # K
+    seed: int
+    key: str
+
+    def text(self) -> str:
+        """As one argument of a custom op."""
+        return f"{self.size} {self.buckets} {self.seed} {self.key}"
+
+    @staticmethod
+    def read(text: str) -> SketchPlan:
+        size, buckets, seed, key = text.split(" ", 3)
+        return SketchPlan(int(size), int(buckets), int(seed), key)
+
+
+@dataclass(frozen=True)
+class NormResults:
+    """Tensors of size 0 where not asked for."""
+
+    gram: Tensor  # (S / g, g, g)
+    gram_error: Tensor  # (S / g, g, g)
+    sketch: Tensor  # (S, k, k)
+
+
+@dataclass
+class HeadNorms:
+    """What rides on the forward's loop, and what is made of it afterwards."""
+
+    groups: Groups | None
+    sketch: SketchPlan | None
+    like: Tensor  # dtype and device of the results
+    riders: list[Rider] = field(default_factory=list)
+    gram: GroupGram | None = None
+    squares: SquareSums | None = None
+    counted: CountSketch | None = None
+    long: list[int] = field(default_factory=list)  # groups whose gradients are formed
+
+    @staticmethod
+    def make(
+        segment_id: Tensor | None,
+        segments: int,
+        group_size: int,  # 0: no Gram matrices
+        sketch: SketchPlan | None,
+        row_norms: bool,
+        rows: int,
+        weight: Tensor,  # (V, D)
+        kept: bool,  # all tiles of E
+        like: Tensor,
+    ) -> HeadNorms:
+        vocab, dim = weight.shape
+        norms = HeadNorms(None, sketch, like)
+        if group_size:
+            norms.groups = Groups.make(segment_id, segments, group_size, like.device)
+            most = rows
+            if sketch is None:
+                most = longest_gram(vocab, dim, group_size, kept)
+                norms.long = [i for i, n in enumerate(norms.groups.lengths) if n > most]
+            batches = norms.groups.by_length(1, most)
+            norms.gram = GroupGram(norms.groups, batches, like, products=sketch is None)
+            norms.riders.append(norms.gram)
+        if sketch is not None:
+            buckets = Buckets.of(sketch.seed, sketch.key, sketch.buckets)
+            norms.counted = CountSketch(buckets, vocab, rows, like)
+            norms.squares = norms.counted.squares
+            norms.riders.append(norms.counted)
+        elif row_norms:
+            norms.squares = SquareSums(rows, like)
+            norms.riders.append(norms.squares)
+        return norms
+
+    def finish(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        transform: Transform,
+        sums: RowSums,
+        saved: Saved,
+        width: int,
+    ) -> NormResults:
+        """After the last tile."""
+        none = [self.like.new_empty(0) for _ in range(3)]  # outputs of an op are no aliases
+        if self.groups is None or self.gram is None:
+            return NormResults(*none)
+        terms = row_terms(transform, sums, saved)
+        size = self.groups.group_size
+        gram = self.like.new_zeros(self.groups.count, size, size)
+        if self.sketch is None or self.counted is None:
+            self.gram.finish(gram, hidden, target, terms)
+            self._long_groups(gram, hidden, weight, target, transform, terms, saved, width)
+            return NormResults(gram, *none[1:])
+        error = torch.zeros_like(gram)
+        self._sketched_gram(gram, error, hidden, target, terms, weight.shape[0])
+        return NormResults(gram, error, self._sketches(hidden, target, terms))
+
+    def _long_groups(
+        self,
+        out: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        transform: Transform,
+        terms: RowTerms,
+        saved: Saved,
+        width: int,
+    ) -> None:
+        assert self.groups is not None
+        for group in self.long:
+            bounds = self.groups.bounds(group)
+            rows = slice(bounds[0], bounds[-1])
+            tiles, with_own = tiles_again(rows, hidden, weight, target, transform, saved, width)
+            miss = terms.miss[rows]
+            per_unit = -miss / terms.total[rows]
+            own = miss if terms.phi is None else miss * terms.phi[rows]
+            out[group] = product_gram(
+                (
+                    (lo, hi, exps, per_unit if factor is None else per_unit * factor)
+                    for lo, hi, exps, factor in tiles
+                ),
+                hidden[rows],
+                target[rows],
+                None if with_own else own,
+                [row - bounds[0] for row in bounds],
+                out.dtype,
+            ).to(out.dtype)
+
+    def _sketched_gram(
+        self,
+        out: Tensor,
+        error: Tensor,
+        hidden: Tensor,
+        target: Tensor,
+        terms: RowTerms,
+        vocab: int,
+    ) -> None:
+        """The Gram matrices with q_t . q_s of different rows from the sketches, the rest exact.
+
+        Two ids of different blocks share a bucket with probability 1 / K, so with N_ab = sum over
+        t in a, s in b, t != s of (h_t . h_s) m_t q_t (m_s q_s)^T
+
+            variance of gram[a, b]  <=  (2 / K) (1 - K / V) ||N_ab||^2
+
+        and ||N_ab||^2 = tr(G_aa X_ab G_bb X_ba), G the dots of m q, X those of h, without t = s.
+        """
+        assert self.groups and self.gram and self.counted and self.squares
+        buckets = self.counted.buckets.count
+        spread = 2.0 / buckets * max(0.0, 1.0 - buckets / vocab)
+        squares = self.squares.total()
+        for j, batch in enumerate(self.gram.batches):
+            total, miss = batch.of(terms.total), batch.of(terms.miss)
+            counted = batch.columns(self.counted.sums) / total
+            products = torch.bmm(counted.permute(1, 2, 0), counted.permute(1, 0, 2))
+            exact = batch.of(squares) / total / total
+            products.diagonal(dim1=1, dim2=2).copy_(exact)
+            segment = batch.of(self.groups.segment_id)
+            same = segment.unsqueeze(2) == segment.unsqueeze(1)
+            dots = hidden_dots(batch, hidden, total.dtype)
+            others = dots.clone()
+            others.diagonal(dim1=1, dim2=2).zero_()
+            scaled = products * (miss.unsqueeze(2) * miss.unsqueeze(1)) * same
+            mixed = torch.bmm(scaled, others)
+            mixed = mixed * mixed.transpose(1, 2)
+            variance = self.groups.block_sums(batch, mixed).clamp_(min=0.0).mul_(spread)
+            error[batch.group] = variance.sqrt_().to(error.dtype)
+            dots *= self.gram.logit_dots(j, products, target, terms)
+            out[batch.group] = self.groups.block_sums(batch, dots).to(out.dtype)
+
+    def _sketches(self, hidden: Tensor, target: Tensor, terms: RowTerms) -> Tensor:  # (S, k, k)
+        """Sum over the rows of each segment of (R_out^T d_t) (R_in^T h_t)^T / k."""
+        assert self.groups and self.sketch and self.counted
+        plan, dtype = self.sketch, terms.total.dtype
+        side = Projection.of(plan.seed, plan.key, "out")
+        outputs = torch_project(self.counted.sums.t(), side, plan.size, 0)
+        outputs *= (-terms.miss / terms.total).unsqueeze(1)
+        own = vocabulary_signs(
+            target, plan.size, dtype, seed=plan.seed, key=plan.key, buckets=plan.buckets
+        )
+        miss = terms.miss if terms.phi is None else terms.miss * terms.phi
+        outputs.addcmul_(own, miss.unsqueeze(1))
+        side = Projection.of(plan.seed, plan.key, "in")
+        inputs = torch_project(hidden, side, plan.size, 0)
+        return torch_segment_products(outputs, inputs, self.groups.counts) / plan.size
+
+    def row_norm_sq(self, transform: Transform, sums: RowSums, saved: Saved) -> Tensor:  # (R,)
+        """||d logp_t / d raw logits||^2 = m^2 (phi^2 + sum F^2 / S'^2), no cancellation."""
+        assert self.squares is not None
+        terms = row_terms(transform, sums, saved)
+        others = self.squares.total() / terms.total / terms.total
+        own = 1.0 if terms.phi is None else terms.phi * terms.phi
+        return terms.miss * terms.miss * (others + own)
+
+
+def row_terms(transform: Transform, sums: RowSums, saved: Saved) -> RowTerms:
+    """What turns F into a row's gradient."""
+    phi = None if transform.softcap is None else saved.row_state[3]
+    return RowTerms(sums.total, sums.odds.sigmoid() * transform.slope, phi)
