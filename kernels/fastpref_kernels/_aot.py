@@ -17,8 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ._launch import Launch
+
 # Shared memory a block may have, bytes (CUDA C programming guide, table of compute capabilities).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,39 @@ class Compiled:
     shared: int  # bytes per block
     loads: dict[int, int]  # bits -> global load instructions (LDG, LDGSTS)
     stores: dict[int, int]
+
+
+def case_of(name: str, launch: Launch, archs: tuple[int, ...] = (90,)) -> AotCase:
+    """The specialisation that Triton would compile for a launch (`_launch.recorded`): integers and
+    addresses that are multiples of 16 are known to be, a 1 is a constant, None too."""
+    signature, constexprs, divisible = {}, {}, []
+    for parameter in launch.kernel.params:
+        argument, value = parameter.name, launch.arguments[parameter.name]
+        special = not parameter.do_not_specialize
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (special and type(value) is int and value == 1)
+        ):
+            constexprs[argument] = value
+        elif isinstance(value, torch.Tensor):
+            signature[argument] = f"*{_TYPES[value.dtype]}"
+            if not parameter.do_not_specialize_on_alignment:
+                divisible.append(argument)
+        else:
+            signature[argument] = "fp32" if isinstance(value, float) else "i32"
+            if special and value % 16 == 0:
+                divisible.append(argument)
+    return AotCase(
+        name,
+        launch.kernel,
+        signature,
+        constexprs,
+        tuple(divisible),
+        launch.warps,
+        launch.stages,
+        archs,
+    )
 
 
 def compile_case(case: AotCase, arch: int) -> Compiled:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,24 @@ SEGMENT_STATS = ("entropy", "sum_sq_prob", "log_sum_sq_prob", "top1", "mean_logi
 ROW_STATS = ("argmax", "log1m_pmax", "row_norm_sq")
 LEAST_BUCKETS, MOST_BUCKETS = 64, 8192  # of the vocabulary, in a CountSketch
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class TritonTile(NamedTuple):
+    """How the Triton backend cuts the logits."""
+
+    width: int  # vocabulary entries per tile, a multiple of 16
+    warps: int  # of the program that holds one row of a tile
+    row_block: int  # rows whose float32 logits of one tile exist at the same time
+
+
+# (arch at least, dtypes, D at most, V at most, tile), first match. 16 entries a thread: more spill,
+# fewer leave too few bytes in flight (kernels/README.md). No entry has been timed on a GPU.
+_ANY, _32, _16 = 10**9, (torch.float32,), (torch.float16, torch.bfloat16)
+TRITON_TILES = (
+    (0, _16 + _32, _ANY, 1024, TritonTile(1024, 2, 131072)),
+    (0, _16 + _32, _ANY, 4096, TritonTile(4096, 8, 32768)),
+    (0, _16 + _32, _ANY, _ANY, TritonTile(8192, 16, 16384)),
+)
 
 # Found, not imported: `import fastpref_kernels` works without triton, and kernels are decorated
 # only after the environment has been read (TRITON_INTERPRET).
@@ -96,6 +114,18 @@ def surroundings(device: torch.device) -> contextlib.AbstractContextManager[Any]
     return stack
 
 
+class Launch(NamedTuple):
+    """A launch of a Triton kernel, as `recorded` hands it on."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    warps: int
+    stages: int
+    rewritten: tuple[str, ...]
+    rarely: tuple[str, ...]
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -109,21 +139,19 @@ def launch(
     """Launch a Triton kernel; nothing where the grid is empty.
 
     Every tensor argument is to be read or written once by the launch as a whole, those named in
-    `rewritten` both; those named in `rarely` are touched only for rows that the data singles out.
-    `bench roofline` counts a launch's bytes by that (`recorded`).
+    `rewritten` both; those in `rarely` are touched only for rows that the data singles out, or by a
+    few bytes a row. `bench roofline` counts a launch's bytes by that.
     """
     if recorder := _recorder.get():
-        recorder(kernel, arguments, tuple(rewritten), tuple(rarely))
+        recorder(Launch(kernel, grid, arguments, warps, stages, tuple(rewritten), tuple(rarely)))
     elif all(grid):
         kernel[grid](**arguments, num_warps=warps, num_stages=stages)
 
 
 @contextlib.contextmanager
-def recorded(
-    recorder: Callable[[Any, Mapping[str, Any], Sequence[str], Sequence[str]], None],
-) -> Iterator[None]:
-    """Inside, `launch` calls recorder(kernel, arguments, rewritten, rarely) in place of the kernel,
-    so that an op can be followed on tensors of the meta device."""
+def recorded(recorder: Callable[[Launch], None]) -> Iterator[None]:
+    """Inside, `launch` hands what it would launch to `recorder` and runs nothing, so that an op can
+    be followed on tensors of the meta device."""
     token = _recorder.set(recorder)
     try:
         yield
@@ -139,6 +167,28 @@ def tile_width(dim: int, vocab: int, dtype: torch.dtype) -> int:
     """
     width = 4096 if dim * vocab <= 4_000_000 else 2048
     return min(vocab, width // 2 if dtype == torch.float64 else width)
+
+
+def triton_tile(dim: int, vocab: int, dtype: torch.dtype, arch: int) -> TritonTile:
+    """The entry of TRITON_TILES for this head, cut down to its vocabulary."""
+    for least_arch, dtypes, most_dim, most_vocab, tile in TRITON_TILES:
+        if arch >= least_arch and dtype in dtypes and dim <= most_dim and vocab <= most_vocab:
+            return tile._replace(width=min(tile.width, padded(vocab)))
+    raise AssertionError(f"no tile for {dim=}, {vocab=}, {dtype=}, {arch=}")
+
+
+def padded(size: int) -> int:
+    """Up to a multiple of 16 entries: every row of a tile begins and ends on 16 bytes or more."""
+    return -(-size // 16) * 16
+
+
+@torch.compiler.assume_constant_result
+def arch_of(device: torch.device) -> int:
+    """90 for compute capability 9.0; of a device that is no GPU (the interpreter), 90 too."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def check_linear_logprob(

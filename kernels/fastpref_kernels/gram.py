@@ -14,6 +14,7 @@ from torch import Tensor
 from .row_sums import Tiles
 from .segment import add_rows_
 from .spans import group_counts, starts
+from .torch_tiles import Transform, exps_at
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,12 @@ class Groups:
         counts = torch.bincount(ids, minlength=num_segments).tolist()
         return Groups(ids, group_size, counts)
 
-    def by_length(self, least: int, most: int) -> list[GroupRows]:
-        """The groups of least .. most rows, those of equal length together; without rows, none."""
+    def by_length(self, most: int) -> list[GroupRows]:
+        """The groups of 1 .. most rows, those of equal length together."""
         of_length: dict[int, tuple[list[int], list[int]]] = {}  # groups, and their first rows
         start, device = 0, self.segment_id.device
         for group, length in enumerate(self.lengths):
-            if length and least <= length <= most:
+            if 0 < length <= most:
                 groups, starts = of_length.setdefault(length, ([], []))
                 groups.append(group)
                 starts.append(start)
@@ -169,6 +170,23 @@ class GroupGram:
                     products.mul_(factor.unsqueeze(2)).mul_(factor.unsqueeze(1))
                 products.baddbmm_(picked.permute(1, 2, 0), by_group)
 
+    def look_up_targets(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        transform: Transform,
+        maximum: Tensor,  # (R,) what F is relative to
+    ) -> None:
+        """Where no tile was handed in: F at the other rows' targets, of products with their rows of
+        the head; 2 R L D operations."""
+        for j, batch in enumerate(self.batches):
+            ids = batch.of(target)
+            bias = None if transform.bias is None else transform.bias[ids].unsqueeze(2)
+            logits = batched_dots(weight[ids], batch.of(hidden), maximum.dtype)
+            exps_at(logits, transform, bias, batch.of(maximum).unsqueeze(1))
+            self.target_terms[j] = logits
+
     def finish(
         self, out: Tensor, hidden: Tensor, target: Tensor, terms: RowTerms
     ) -> None:  # out (S / g, g, g), written for the groups of the batches
@@ -199,5 +217,12 @@ class GroupGram:
 
 def hidden_dots(batch: GroupRows, hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """h_t . h_s, (B, L, L)."""
-    wide = batch.of(hidden).to(dtype)
-    return torch.bmm(wide, wide.transpose(1, 2))
+    rows = batch.of(hidden)
+    return batched_dots(rows, rows, dtype)
+
+
+def batched_dots(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b^T for a, b (B, L, D), accumulated and returned in `dtype`; (B, L, L)."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.bmm(a, b.transpose(1, 2), out_dtype=dtype)
+    return torch.bmm(a.to(dtype), b.to(dtype).transpose(1, 2))

@@ -7,6 +7,7 @@ rows. Formulas, cost and variance: kernels/README.md.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .gram_products import longest_gram, product_gram
 from .projection import Projection, torch_project
 from .row_sums import RowSums
 from .segment_products import torch_segment_products
-from .torch_tiles import Rider, Saved, Transform, tiles_again
+from .torch_tiles import Rider, Saved, Transform
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class HeadNorms:
     gram: GroupGram | None = None
     squares: SquareSums | None = None
     counted: CountSketch | None = None
-    long: list[int] = field(default_factory=list)  # groups whose gradients are formed
+    longest: int = 0  # rows of a group up to which rows are multiplied with rows
+    triton: bool = False
 
     @staticmethod
     def make(
@@ -72,18 +74,19 @@ class HeadNorms:
         weight: Tensor,  # (V, D)
         kept: bool,  # all tiles of E
         like: Tensor,
+        triton: bool,
     ) -> HeadNorms:
         vocab, dim = weight.shape
-        norms = HeadNorms(None, sketch, like)
+        norms = HeadNorms(None, sketch, like, longest=rows, triton=triton)
         if group_size:
             norms.groups = Groups.make(segment_id, segments, group_size, like.device)
-            most = rows
             if sketch is None:
-                most = longest_gram(vocab, dim, group_size, kept)
-                norms.long = [i for i, n in enumerate(norms.groups.lengths) if n > most]
-            batches = norms.groups.by_length(1, most)
-            norms.gram = GroupGram(norms.groups, batches, like, products=sketch is None)
-            norms.riders.append(norms.gram)
+                norms.longest = longest_gram(vocab, dim, group_size, kept)
+            batches = norms.groups.by_length(norms.longest)
+            if sketch is not None or not triton:
+                norms.gram = GroupGram(norms.groups, batches, like, products=sketch is None)
+            if norms.gram is not None and not triton:
+                norms.riders.append(norms.gram)
         if sketch is not None:
             buckets = Buckets.of(sketch.seed, sketch.key, sketch.buckets)
             norms.counted = CountSketch(buckets, vocab, rows, like)
@@ -102,53 +105,60 @@ class HeadNorms:
         transform: Transform,
         sums: RowSums,
         saved: Saved,
-        width: int,
+        backend: Any,  # the module torch_tiles or triton_tiles
+        cut: dict[str, Any],  # how it cuts the logits
     ) -> NormResults:
         """After the last tile."""
         none = [self.like.new_empty(0) for _ in range(3)]  # outputs of an op are no aliases
-        if self.groups is None or self.gram is None:
+        if self.groups is None:
             return NormResults(*none)
-        terms = row_terms(transform, sums, saved)
-        size = self.groups.group_size
+        head = (hidden, weight, target, transform)
+        terms, size = row_terms(transform, sums, saved), self.groups.group_size
         gram = self.like.new_zeros(self.groups.count, size, size)
-        if self.sketch is None or self.counted is None:
+        if self.gram is not None and self.sketch is not None:
+            if self.triton:
+                self.gram.look_up_targets(*head, sums.maximum)
+            error = torch.zeros_like(gram)
+            self._sketched_gram(gram, error, hidden, target, terms, weight.shape[0])
+            return NormResults(gram, error, self._sketches(hidden, target, terms))
+        if self.gram is not None:
             self.gram.finish(gram, hidden, target, terms)
-            self._long_groups(gram, hidden, weight, target, transform, terms, saved, width)
-            return NormResults(gram, *none[1:])
-        error = torch.zeros_like(gram)
-        self._sketched_gram(gram, error, hidden, target, terms, weight.shape[0])
-        return NormResults(gram, error, self._sketches(hidden, target, terms))
+        else:
+            from .triton_norms import triton_gram
 
-    def _long_groups(
+            gram.copy_(triton_gram(self.groups, self.longest, *head, terms, saved, **cut))
+        for group, length in enumerate(self.groups.lengths):
+            if length > self.longest:
+                gram[group] = self._long_group(group, head, terms, saved, backend, cut)
+        return NormResults(gram, *none[1:])
+
+    def _long_group(
         self,
-        out: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        transform: Transform,
+        group: int,
+        head: tuple[Tensor, Tensor, Tensor, Transform],
         terms: RowTerms,
         saved: Saved,
-        width: int,
-    ) -> None:
+        backend: Any,
+        cut: dict[str, Any],
+    ) -> Tensor:  # (g, g)
         assert self.groups is not None
-        for group in self.long:
-            bounds = self.groups.bounds(group)
-            rows = slice(bounds[0], bounds[-1])
-            tiles, with_own = tiles_again(rows, hidden, weight, target, transform, saved, width)
-            miss = terms.miss[rows]
-            per_unit = -miss / terms.total[rows]
-            own = miss if terms.phi is None else miss * terms.phi[rows]
-            out[group] = product_gram(
-                (
-                    (lo, hi, exps, per_unit if factor is None else per_unit * factor)
-                    for lo, hi, exps, factor in tiles
-                ),
-                hidden[rows],
-                target[rows],
-                None if with_own else own,
-                [row - bounds[0] for row in bounds],
-                out.dtype,
-            ).to(out.dtype)
+        bounds = self.groups.bounds(group)
+        rows = slice(bounds[0], bounds[-1])
+        tiles, with_own = backend.tiles_again(rows, *head, saved, **cut)
+        miss = terms.miss[rows]
+        per_unit = -miss / terms.total[rows]
+        own = miss if terms.phi is None else miss * terms.phi[rows]
+        return product_gram(
+            (
+                (lo, hi, exps, per_unit if factor is None else per_unit * factor)
+                for lo, hi, exps, factor in tiles
+            ),
+            head[0][rows],
+            head[2][rows],
+            None if with_own else own,
+            [row - bounds[0] for row in bounds],
+            self.like.dtype,
+        )
 
     def _sketched_gram(
         self,
@@ -219,4 +229,6 @@ class HeadNorms:
 def row_terms(transform: Transform, sums: RowSums, saved: Saved) -> RowTerms:
     """What turns F into a row's gradient."""
     phi = None if transform.softcap is None else saved.row_state[3]
-    return RowTerms(sums.total, sums.odds.sigmoid() * transform.slope, phi)
+    # S' = 0 where nothing but the target is possible; 1 - p is then 0.
+    total = torch.where(sums.total == 0.0, 1.0, sums.total)
+    return RowTerms(total, sums.odds.sigmoid() * transform.slope, phi)

@@ -104,8 +104,8 @@ def linear_logprob(
         sketch_dim=sketch_dim,
         sketch_buckets=sketch_buckets,
     )
-    _launch.resolve_backend(backend, hidden.device, hidden.dtype)
-    plan = _make_plan(hidden, weight, bias, cache, group_size if norms else 0)
+    triton = _launch.resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
+    plan = _make_plan(hidden, weight, bias, cache, group_size if norms else 0, triton)
     sketch = SketchPlan(sketch_dim, sketch_buckets, sketch_seed, sketch_key)
     logp, sums, argmax, row_floats, *of_norms = _forward_op(
         hidden,
@@ -141,13 +141,25 @@ class Plan(NamedTuple):
     need_hidden: int
     need_weight: int
     need_bias: int
+    warps: int = 0  # of `TritonTile`; 0: the torch backend
+    row_block: int = 0
 
 
 def _make_plan(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, cache: int, group_size: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cache: int,
+    group_size: int,
+    triton: bool,
 ) -> Plan:
     """Tile width, tiles to keep (none with weight and bias frozen) and the gradients wanted."""
-    width = _launch.tile_width(hidden.shape[1], weight.shape[0], hidden.dtype)
+    head = (hidden.shape[1], weight.shape[0], hidden.dtype)
+    warps = row_block = 0
+    if triton:
+        width, warps, row_block = _launch.triton_tile(*head, _launch.arch_of(hidden.device))
+    else:
+        width = _launch.tile_width(*head)
     grad = torch.is_grad_enabled()
     need_weight = grad and weight.requires_grad
     need_bias = grad and bias is not None and bias.requires_grad
@@ -159,6 +171,8 @@ def _make_plan(
         need_hidden=grad and hidden.requires_grad,
         need_weight=need_weight,
         need_bias=need_bias,
+        warps=warps,
+        row_block=row_block,
     )
 
 
@@ -167,14 +181,17 @@ def _transform(bias: Tensor | None, scales: Sequence[float]) -> torch_tiles.Tran
     return torch_tiles.Transform(bias, logit_scale, softcap[0] if softcap else None, temperature)
 
 
-@torch.library.custom_op(
-    "fastpref::linear_logprob_forward",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, Tensor? bias, "
-    "SymInt segments, float[] scales, int[] plan, str stats, str sketch) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward_op(
+def _tiles(what: Plan) -> tuple[Any, dict[str, Any]]:
+    """The backend's module, and how it is told to cut the logits."""
+    if not what.warps:
+        return torch_tiles, {"width": what.width}
+    from . import triton_tiles  # here, so that machines without triton need not have it
+
+    tile = _launch.TritonTile(what.width, what.warps, what.row_block)
+    return triton_tiles, {"tile": tile}
+
+
+def forward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -187,7 +204,10 @@ def _forward_op(
     sketch: str,
 ) -> tuple[Tensor, ...]:
     """logp, segment statistics, argmax, other statistics per row, the three of `NormResults`, the
-    four of `torch_tiles.Saved`."""
+    four of `torch_tiles.Saved`.
+
+    As the custom op `_forward_op` it is opaque to torch.compile; `bench roofline` calls it bare.
+    """
     vocab = weight.shape[0]
     _launch.check_values(target, segment_id, vocab, segments)
     transform, what = _transform(bias, scales), Plan(*plan)
@@ -204,14 +224,16 @@ def _forward_op(
         weight,
         what.kept * what.width >= vocab,
         empty,
+        bool(what.warps),
     )
+    backend, cut = _tiles(what)
     with _launch.surroundings(hidden.device):
-        sums, saved = torch_tiles.forward(
+        sums, saved = backend.forward(
             hidden,
             weight,
             target,
             transform,
-            width=what.width,
+            **cut,
             kept=what.kept,
             need_hidden=bool(what.need_hidden),
             stats=names - {"row_norm_sq"},
@@ -221,7 +243,7 @@ def _forward_op(
         rows = row_statistics(sums, logp_R, vocab, target) if names else {}
         if "row_norm_sq" in names:
             rows["row_norm_sq"] = norms.row_norm_sq(transform, sums, saved)
-        found = norms.finish(hidden, weight, target, transform, sums, saved, what.width)
+        found = norms.finish(hidden, weight, target, transform, sums, saved, backend, cut)
     per_segment = [rows[name] for name in _SEGMENT_STATS if name in names]
     per_row = [rows[name] for name in _ROW_FLOATS if name in names]
     return (
@@ -239,6 +261,16 @@ def _forward_op(
         saved.exps,
         saved.offsets,
     )
+
+
+_forward_op = torch.library.custom_op(
+    "fastpref::linear_logprob_forward",
+    forward,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, Tensor? bias, "
+    "SymInt segments, float[] scales, int[] plan, str stats, str sketch) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_forward_op.register_fake
@@ -260,6 +292,10 @@ def _forward_fake(
     what, g = Plan(*plan), plan[2]
     groups = (segments // g, g, g) if g else (0,)
     size = SketchPlan.read(sketch).size if sketch else 0
+    states, exps_width, offsets = 4, _launch.padded(vocab), what.kept
+    if not what.warps:
+        states, exps_width = 4 if len(scales) == 3 else 3, vocab
+        offsets = torch_tiles.offset_rows(what.kept, -(-vocab // what.width))
     return (
         wide.new_empty(segments),
         wide.new_empty(sum(name in _SEGMENT_STATS for name in names), segments),
@@ -268,21 +304,14 @@ def _forward_fake(
         wide.new_empty(groups),
         wide.new_empty(groups if size else (0,)),
         wide.new_empty((segments, size, size) if size else (0,)),
-        wide.new_empty(4 if len(scales) == 3 else 3, rows),
+        wide.new_empty(states, rows),
         wide.new_empty(rows if what.need_hidden else 0, dim),
-        hidden.new_empty(min(what.kept * what.width, vocab), rows),
-        wide.new_empty(torch_tiles.offset_rows(what.kept, -(-vocab // what.width)), rows),
+        hidden.new_empty(min(what.kept * what.width, exps_width), rows),
+        wide.new_empty(offsets, rows),
     )
 
 
-@torch.library.custom_op(
-    "fastpref::linear_logprob_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, "
-    "Tensor? bias, Tensor row_state, Tensor hidden_grad, Tensor exps, Tensor offsets, "
-    "float[] scales, int[] plan) -> (Tensor, Tensor, Tensor)",
-)
-def _backward_op(
+def backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -296,20 +325,33 @@ def _backward_op(
     scales: Sequence[float],
     plan: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, from the gradient of every segment's logp."""
     what = Plan(*plan)
+    backend, cut = _tiles(what)
     with _launch.surroundings(hidden.device):
-        return torch_tiles.backward(
+        gradients: tuple[Tensor, Tensor, Tensor] = backend.backward(
             segment_expand(grad, segment_id),
             hidden,
             weight,
             target,
             _transform(bias, scales),
             torch_tiles.Saved(row_state, hidden_grad, exps, offsets),
-            width=what.width,
+            **cut,
             need_hidden=bool(what.need_hidden),
             need_weight=bool(what.need_weight),
             need_bias=bool(what.need_bias),
         )
+    return gradients
+
+
+_backward_op = torch.library.custom_op(
+    "fastpref::linear_logprob_backward",
+    backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, "
+    "Tensor? bias, Tensor row_state, Tensor hidden_grad, Tensor exps, Tensor offsets, "
+    "float[] scales, int[] plan) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_backward_op.register_fake

@@ -77,11 +77,14 @@ class RowSums:
 
     With E = exp(z - maximum): total = sum E, and on request square = sum E^2, plogp = sum E log E,
     rest = sum E without the (first) largest entry, logit = sum of z with the target. All (R,).
+    `top` is the largest entry itself; here the maximum, to which the Triton backend's offset only
+    comes near.
     A row that has seen no entry yet has the least finite number as its maximum, which makes every
     rescale factor 0 or 1 and never NaN.
     """
 
     maximum: Tensor
+    top: Tensor
     total: Tensor
     target_logit: Tensor
     odds: Tensor
@@ -132,7 +135,7 @@ class RowSums:
         if self.stats:
             self._add_moments(z, logs, maximum, shrink)
         self.total = _fold(total, None if shrink is None else self.total, shrink)
-        self.maximum = maximum
+        self.maximum = self.top = maximum
         return shrink
 
     def log_odds(self, may_be_certain: bool) -> Tensor:
@@ -225,8 +228,8 @@ def row_statistics(sums: RowSums, logp: Tensor, vocab: int, target: Tensor) -> d
         out["mean_logit"] = sums.logit / vocab
     if sums.stats & {"argmax", "top1", "log1m_pmax"}:
         target_logit = sums.target_logit
-        tie = (target_logit == maximum) & (target < sums.argmax)
-        top1 = (target_logit > maximum) | tie
+        tie = (target_logit == sums.top) & (target < sums.argmax)
+        top1 = (target_logit > sums.top) | tie
         if "top1" in sums.stats:
             out["top1"] = top1.to(logp.dtype)
         if "argmax" in sums.stats:

@@ -61,6 +61,6 @@ def test_auto_without_triton_says_what_is_missing(
 
 def test_a_launch_is_recorded_in_place_of_running() -> None:
     seen: list[Any] = []
-    with _launch.recorded(lambda *call: seen.append(call)):
+    with _launch.recorded(seen.append):
         _launch.launch("kernel", (3,), {"x": 1}, warps=4, rewritten=("x",))
-    assert seen == [("kernel", {"x": 1}, ("x",), ())]
+    assert seen == [("kernel", (3,), {"x": 1}, 4, 2, ("x",), ())]

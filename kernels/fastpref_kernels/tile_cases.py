@@ -1,0 +1,91 @@
+"""The kernels of `linear_logprob`'s Triton backend at every entry of its tile table, as cases for
+ahead-of-time compilation: launches recorded from the backend itself, on tensors without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from . import triton_tiles
+from ._aot import AotCase, case_of
+from ._launch import ROW_STATS, SEGMENT_STATS, TRITON_TILES, Launch, TritonTile, recorded
+from .torch_tiles import Transform
+
+ALL_STATS = frozenset(SEGMENT_STATS + ROW_STATS)
+# name -> softcap and bias, statistics, training
+VARIANTS: dict[str, tuple[bool, frozenset[str], bool]] = {
+    "training": (False, frozenset(), True),
+    "training, softcap, bias, statistics": (True, ALL_STATS, True),
+    "no grad": (False, frozenset(), False),
+    "no grad, statistics": (False, ALL_STATS, False),
+}
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def aot_cases() -> list[AotCase]:
+    """Every specialisation; those of the widest tile in bfloat16 for sm_80 and sm_100 too."""
+    cases: dict[str, AotCase] = {}
+    widest = max(TRITON_TILES, key=lambda entry: entry[-1].width)
+    for entry in TRITON_TILES:
+        _, dtypes, _, _, tile = entry
+        for dtype in dtypes:
+            archs = (80, 90, 100) if entry is widest and dtype == torch.bfloat16 else (90,)
+            for variant, (every, stats, train) in VARIANTS.items():
+                for launch in launches(tile, dtype, every=every, stats=stats, train=train):
+                    case = case_of("", launch, archs)
+                    # What the case depends on names it; the same thing again is left out.
+                    name = f"{_name(launch)} {SHORT[dtype]} {_flags(launch.arguments, variant)}"
+                    cases.setdefault(name, AotCase(**{**vars(case), "name": name}))
+    return list(cases.values())
+
+
+def launches(
+    tile: TritonTile, dtype: torch.dtype, *, every: bool, stats: frozenset[str], train: bool
+) -> Iterator[Launch]:
+    """What one call launches for a head of two tiles, one of them kept, of 4096 columns."""
+    rows, dim, vocab = 32, 4096, 2 * tile.width
+    options: dict[str, Any] = {"device": "meta", "dtype": dtype}
+    hidden, weight = torch.empty(rows, dim, **options), torch.empty(vocab, dim, **options)
+    target = torch.empty(rows, device="meta", dtype=torch.int64)
+    transform = Transform(None, 1.0, None, 1.0)
+    if every:
+        transform = Transform(torch.empty(vocab, **options), 1.5, 30.0, 0.9)
+    seen: list[Launch] = []
+    with recorded(seen.append):
+        _, saved = triton_tiles.forward(
+            hidden,
+            weight,
+            target,
+            transform,
+            tile=tile,
+            kept=int(train),
+            need_hidden=train,
+            stats=stats,
+        )
+        if train:
+            triton_tiles.backward(
+                torch.empty(rows, device="meta"),
+                hidden,
+                weight,
+                target,
+                transform,
+                saved,
+                tile=tile,
+                need_hidden=True,
+                need_weight=True,
+                need_bias=every,
+            )
+    yield from seen
+
+
+def _name(launch: Launch) -> str:
+    return str(launch.kernel.__name__).removesuffix("_kernel")
+
+
+def _flags(arguments: Mapping[str, Any], variant: str) -> str:
+    if "KEEP" in arguments:
+        return f"{arguments['BLOCK']} {variant}"
+    chosen = [name.lower() for name in ("SOFTCAP", "FIRST") if arguments.get(name)]
+    return " ".join([str(arguments["BLOCK"]), *chosen])
