@@ -206,7 +206,7 @@ def exp_again_kernel(
     z, phi = _transform(raw, bias, low, cols, inside, scale, cap, SOFTCAP, BIAS)
     f = tl.exp(tl.where(valid, z, -float("inf")) - tl.load(offset + row))
     if SOFTCAP:
-        f *= phi
+        f *= tl.where(valid, phi, 0.0)  # what lies beyond the vocabulary may be NaN
     f = tl.where(cols == _place(target + row, low, width), tl.load(own + row), f)
     tl.store(exps + local * stride + cols, f.to(exps.dtype.element_ty), mask=inside)
 

@@ -21,7 +21,10 @@ from ._aot import AotCase, case_of
 from ._launch import Launch, launch, recorded
 from .segment import add_rows_
 
-BLOCK_ROWS, BLOCK_COLUMNS, WARPS, STAGES = 64, 128, 4, 3
+BLOCK_ROWS, STAGES = 64, 3
+# (columns of E or hidden at a time, warps). float32 is multiplied as three products of TensorFloat32,
+# which keeps its digits. Other shapes spill: kernels/README.md.
+HALF_BLOCK, FLOAT_BLOCK = (128, 4), (32, 8)
 PROGRAMS = 512  # at least, where there are enough tiles to share out
 
 
@@ -76,7 +79,7 @@ def gram_tile_kernel(
     dots = tl.zeros((B, B), tl.float32)
     first = split * tiles_each * tile_width
     for low in range(first, min(first + tiles_each * tile_width, columns), tile_width):
-        stride = min(tile_width, columns - low)
+        stride = tl.multiple_of(min(tile_width, columns - low), 16)
         tile = exps + rows.to(tl.int64) * low
         line_i = tile + row_i[:, None].to(tl.int64) * stride
         line_j = tile + row_j[None, :].to(tl.int64) * stride
@@ -85,7 +88,7 @@ def gram_tile_kernel(
             inside = c + col < stride
             a = tl.load(line_i + c + col[None, :], mask=in_i[:, None] & inside[None, :], other=0.0)
             b = tl.load(line_j + c + col[:, None], mask=in_j[None, :] & inside[:, None], other=0.0)
-            here = tl.dot(a, b, here, input_precision="ieee")
+            here = tl.dot(a, b, here, input_precision="tf32x3")
         offset = offsets + rows.to(tl.int64) * (low // tile_width)
         move_i = tl.exp(tl.load(offset + row_i, mask=in_i, other=0.0) - final_i)
         move_j = tl.exp(tl.load(offset + row_j, mask=in_j, other=0.0) - final_j)
@@ -98,7 +101,7 @@ def gram_tile_kernel(
         inside = d + col < dim
         a = tl.load(line_i + d + col[None, :], mask=in_i[:, None] & inside[None, :], other=0.0)
         b = tl.load(line_j + d + col[:, None], mask=in_j[None, :] & inside[:, None], other=0.0)
-        states = tl.dot(a, b, states, input_precision="ieee")
+        states = tl.dot(a, b, states, input_precision="tf32x3")
 
     if (correct != 0) & (split == 0):
         # What is rounded in E is one entry of a row, but the largest by far.
@@ -152,6 +155,7 @@ def add_gram(
 ) -> None:
     """What these tiles give to the Gram matrices: row s of `out` holds <G_s, G_b> for all parts b
     of the group of segment s."""
+    block, warps = FLOAT_BLOCK if tiles.exps.dtype == torch.float32 else HALF_BLOCK
     count, splits, each = len(pairs), *_split(len(tiles.offsets), len(pairs))
     sums = hidden.new_empty(count, splits, 2, BLOCK_ROWS, out.shape[1], dtype=torch.float32)
     launch(
@@ -172,9 +176,9 @@ def add_gram(
             "tiles_each": each,
             "correct": int(correct),
             "B": BLOCK_ROWS,
-            "C": BLOCK_COLUMNS,
+            "C": block,
         },
-        warps=WARPS,
+        warps=warps,
         stages=STAGES,
     )
     row = pairs.unsqueeze(2) * BLOCK_ROWS + torch.arange(BLOCK_ROWS, device=pairs.device)
@@ -215,6 +219,6 @@ def aot_cases() -> list[AotCase]:
                 correct=True,
             )
         archs = (80, 90, 100) if dtype == torch.bfloat16 else (90,)
-        name = str(dtype).removeprefix("torch.")
-        cases += [case_of(f"gram_tile {BLOCK_ROWS}x{BLOCK_COLUMNS} {name}", x, archs) for x in seen]
+        name = f"gram_tile {str(dtype).removeprefix('torch.')}"
+        cases += [case_of(name, one, archs) for one in seen]
     return cases
