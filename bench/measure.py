@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "numpy")
 QUIET = 0.5  # load average above which a machine is not idle
 T = TypeVar("T")
 

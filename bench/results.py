@@ -158,6 +158,8 @@ def losses(record: Record) -> list[str]:
         if not check["met"]
     ]
     for name, value in record["values"].items():
+        if "_vs_" not in name:
+            continue
         smaller_is_better = name.startswith("memory")
         if value and (value["value"] > 1 if smaller_is_better else value["value"] < 1):
             found.append(f"{name}: {value['value']:.2f} is worse than the other's")

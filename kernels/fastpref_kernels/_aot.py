@@ -47,6 +47,8 @@ class AotCase:
     warps: int = 4
     stages: int = 2
     archs: tuple[int, ...] = (90,)
+    wide_loads: bool = False  # all but single numbers is to be loaded 16 bytes at a time,
+    wide_stores: bool = False  # or stored
 
 
 @dataclass(frozen=True)

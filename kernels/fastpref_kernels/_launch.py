@@ -122,8 +122,8 @@ class Launch(NamedTuple):
     arguments: Mapping[str, Any]
     warps: int
     stages: int
-    rewritten: tuple[str, ...]
-    rarely: tuple[str, ...]
+    rewritten: Sequence[str]
+    touched: Mapping[str, int]
 
 
 def launch(
@@ -134,16 +134,16 @@ def launch(
     warps: int,
     stages: int = 2,
     rewritten: Sequence[str] = (),
-    rarely: Sequence[str] = (),
+    touched: Mapping[str, int] | None = None,
 ) -> None:
     """Launch a Triton kernel; nothing where the grid is empty.
 
     Every tensor argument is to be read or written once by the launch as a whole, those named in
-    `rewritten` both; those in `rarely` are touched only for rows that the data singles out, or by a
-    few bytes a row. `bench roofline` counts a launch's bytes by that.
+    `rewritten` both; of those in `touched` so many bytes are read and written, more only for rows
+    that the data singles out. `bench roofline` counts a launch's bytes by that.
     """
     if recorder := _recorder.get():
-        recorder(Launch(kernel, grid, arguments, warps, stages, tuple(rewritten), tuple(rarely)))
+        recorder(Launch(kernel, grid, arguments, warps, stages, rewritten, touched or {}))
     elif all(grid):
         kernel[grid](**arguments, num_warps=warps, num_stages=stages)
 

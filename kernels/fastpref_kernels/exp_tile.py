@@ -32,7 +32,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # the offset of a row that has se
 # kernel anew for each of their alignments would gain nothing.
 _LOOSE = ["rows", "first_row", "width", "slope", "start"]
 _ROWS = ["target", "state", "tile_offset", "offset", "offsets", "own", "shrink", "factor"]
-_ROWS += ["now", "before", "final"]
+_ROWS += ["now", "before", "final", "total", "phi", "scale"]
 
 
 @triton.jit
@@ -269,31 +269,36 @@ def shrink_rows_kernel(
 
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)
 def hidden_grad_kernel(
-    mixed,  # (R, D) fp32: U in, phi W_y - U / S' out
+    mixed,  # (R, D) fp32: U
+    out,  # (R, D) dtype of weight
     weight,  # (V, D)
     target,  # (R,) int64
-    state,  # (STATES, R) fp32
-    rows,  # R
+    total,  # (R,) fp32: S'
+    phi,  # (R,) fp32
+    scale,  # (R,) fp32: g k (1 - p)
     vocab,  # V
     dim,  # D
     row_stride,  # of weight
     column_stride,
     BLOCK: tl.constexpr,
 ):
+    """scale (phi W_y - U / S')."""
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(target + row)
     # A target outside the vocabulary has left NaN in the row's log-prob, which goes on from there.
     y = tl.where((y >= 0) & (y < vocab), y, 0)
-    total = tl.load(state + TOTAL * rows + row)
-    phi = tl.load(state + PHI * rows + row)
-    inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
+    by, sum_of_exps = tl.load(scale + row), tl.load(total + row)
+    by_lead = by * tl.load(phi + row)
+    # Nothing but the target is possible: U and scale are 0.
+    by_mixed = by / tl.where(sum_of_exps == 0.0, 1.0, sum_of_exps)
     line = weight + y * row_stride
     for start in range(0, dim, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < dim
         u = tl.load(mixed + row * dim + cols, mask=inside, other=0.0)
         lead = tl.load(line + cols * column_stride, mask=inside, other=0.0).to(tl.float32)
-        tl.store(mixed + row * dim + cols, phi * lead - u * inverse, mask=inside)
+        grad = by_lead * lead - by_mixed * u
+        tl.store(out + row * dim + cols, grad.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)

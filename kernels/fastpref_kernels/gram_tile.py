@@ -22,8 +22,8 @@ from ._launch import Launch, launch, recorded
 from .segment import add_rows_
 
 BLOCK_ROWS, STAGES = 64, 3
-# (columns of E or hidden at a time, warps). float32 is multiplied as three products of TensorFloat32,
-# which keeps its digits. Other shapes spill: kernels/README.md.
+# (columns of E or hidden at a time, warps). float32 is multiplied as three products of
+# TensorFloat32, which keeps its digits. Other shapes spill: kernels/README.md.
 HALF_BLOCK, FLOAT_BLOCK = (128, 4), (32, 8)
 PROGRAMS = 512  # at least, where there are enough tiles to share out
 

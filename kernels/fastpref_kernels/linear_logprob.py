@@ -105,7 +105,7 @@ def linear_logprob(
         sketch_buckets=sketch_buckets,
     )
     triton = _launch.resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
-    plan = _make_plan(hidden, weight, bias, cache, group_size if norms else 0, triton)
+    plan = make_plan(hidden, weight, bias, cache, group_size if norms else 0, triton)
     sketch = SketchPlan(sketch_dim, sketch_buckets, sketch_seed, sketch_key)
     logp, sums, argmax, row_floats, *of_norms = _forward_op(
         hidden,
@@ -145,7 +145,7 @@ class Plan(NamedTuple):
     row_block: int = 0
 
 
-def _make_plan(
+def make_plan(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

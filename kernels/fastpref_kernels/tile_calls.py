@@ -249,32 +249,41 @@ def mix(mixed: Tensor, state: Tensor, span: Span, exps: Tensor, weight: Tensor) 
             "BLOCK": COLUMNS,
         },
         warps=4,
-        rewritten=("mixed",),
-        rarely=("mixed",),
+        touched={"mixed": 0},
     )
     add_product(mixed, exps, weight)
 
 
-def hidden_grad(mixed: Tensor, weight: Tensor, target: Tensor, state: Tensor) -> None:
-    """U to phi W_y - U / S', in place: d logp / d hidden over k (1 - p)."""
+def hidden_grad(
+    mixed: Tensor,
+    out: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    total: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+) -> None:
+    """scale (phi W_y - U / S') into `out`."""
+    rows, dim = out.shape
     launch(
         kernels.hidden_grad_kernel,
-        (mixed.shape[0],),
+        (rows,),
         {
             "mixed": mixed,
+            "out": out,
             "weight": weight,
             "target": target,
-            "state": state,
-            "rows": mixed.shape[0],
+            "total": total,
+            "phi": phi,
+            "scale": scale,
             "vocab": weight.shape[0],
-            "dim": weight.shape[1],
+            "dim": dim,
             "row_stride": weight.stride(0),
             "column_stride": weight.stride(1),
             "BLOCK": COLUMNS,
         },
         warps=4,
-        rewritten=("mixed",),
-        rarely=("weight",),
+        touched={"weight": rows * dim * weight.itemsize},
     )
 
 
@@ -302,7 +311,7 @@ def own_entries(
             "BLOCK": block_of(tile.width),
         },
         warps=tile.warps,
-        rarely=("exps", "offsets"),
+        touched={"exps": len(target) * exps.itemsize, "offsets": len(target) * 4},
     )
 
 
@@ -330,7 +339,7 @@ def scale_rows(
             "BLOCK": COLUMNS,
         },
         warps=4,
-        rarely=() if before is None else ("hidden", "scaled"),
+        touched={} if before is None else {"hidden": 0, "scaled": 0},
     )
 
 

@@ -4,6 +4,7 @@ ahead-of-time compilation: launches recorded from the backend itself, on tensors
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ def aot_cases() -> list[AotCase]:
                     case = case_of("", launch, archs)
                     # What the case depends on names it; the same thing again is left out.
                     name = f"{_name(launch)} {SHORT[dtype]} {_flags(launch.arguments, variant)}"
-                    cases.setdefault(name, AotCase(**{**vars(case), "name": name}))
+                    stores = launch.arguments.get("KEEP", True)
+                    case = replace(case, name=name, wide_loads=True, wide_stores=stores)
+                    cases.setdefault(name, case)
     return list(cases.values())
 
 

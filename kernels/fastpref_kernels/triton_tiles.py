@@ -37,7 +37,8 @@ def forward(
     """One pass over the vocabulary; the first `kept` tiles of E are kept for the backward.
 
     `Saved.exps` holds them one after the other, each (R, C), with -S' phi at the target;
-    `Saved.row_state` is o, S', a and phi.
+    `Saved.row_state` is o, S', a and phi; `Saved.hidden_grad` is U, of which the backward makes the
+    gradient in one go.
     """
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     exps = hidden.new_empty(min(kept * tile.width, padded(vocab)), rows)
@@ -74,8 +75,6 @@ def forward(
             if need_hidden:
                 calls.mix(mixed[part], state, span, e[:, : hi - lo], weight[lo:hi])
     del scratch
-    if need_hidden:
-        calls.hidden_grad(mixed, weight, target, state)
     carried.hand_over(riders, state)
     sums, phi = _row_sums(state, stats), calls.row(state, "phi")
     if kept:
@@ -100,7 +99,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty where not needed."""
     hidden, transform = hidden.contiguous(), _with_padded_bias(transform)
-    _, total, log_odds, _ = saved.row_state.unbind(0)
+    _, total, log_odds, phi = saved.row_state.unbind(0)
     scale = row_grad.to(torch.float32) * log_odds.sigmoid()
     if transform.slope != 1.0:
         scale.mul_(transform.slope)
@@ -116,7 +115,7 @@ def backward(
         )
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     if need_hidden:
-        torch.mul(saved.hidden_grad, scale.unsqueeze(1), out=grad_hidden)
+        calls.hidden_grad(saved.hidden_grad, grad_hidden, weight, target, total, phi, scale)
     return grad_hidden, grad_weight, grad_bias.to(bias_dtype)
 
 
@@ -137,7 +136,7 @@ def _weight_backward_(
     need_weight, need_bias = bool(len(grad_weight)), bool(len(grad_bias))
     scratch = _Scratch(hidden, tile, vocab)
     operand = _ScaledRows(hidden, factor, offset) if need_weight else None
-    bias_unit = _unit(factor.abs()) if need_bias and hidden.dtype == torch.float16 else None
+    bias_unit = _unit(factor.abs()) if rows and hidden.dtype == torch.float16 else None
     if not rows:
         grad_weight.zero_()
     for i, (lo, hi) in enumerate(bounds(vocab, tile.width)):

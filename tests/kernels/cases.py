@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Where the Triton backend is tested: on a GPU, or interpreted (tests/conftest.py).
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Orders of rounding that an fp32 sum of this kind may lose where plain torch happens to lose none.
 FEW = 8.0
 
@@ -38,6 +40,13 @@ class Case:
             weight=self.weight.to(dtype),
             grad=self.grad.to(wide),
             bias=bias,
+        )
+
+    def on(self, device: torch.device | str) -> Case:
+        """The same tensors on another device."""
+        names = ("hidden", "weight", "target", "segment_id", "grad", "bias")
+        return replace(
+            self, **{n: t.to(device) for n in names if (t := getattr(self, n)) is not None}
         )
 
 

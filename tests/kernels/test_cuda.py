@@ -8,18 +8,12 @@ import pytest
 import torch
 from fastpref_kernels import _launch, linear_logprob, reference
 
-from tests.kernels.cases import Case, assert_no_worse, make_case, run
+from tests.kernels.cases import assert_no_worse, make_case, run
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-
-
-def on_gpu(case: Case) -> Case:
-    names = ("hidden", "weight", "target", "segment_id", "grad", "bias")
-    moved = {n: t.cuda() for n in names if (t := getattr(case, n)) is not None}
-    return replace(case, **moved)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -29,14 +23,14 @@ def test_no_worse_than_plain_torch(
     dtype: torch.dtype, gap: float, cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: 512)
-    case = on_gpu(make_case(65, 48, 3001, dtype=dtype, gap=gap, segments=9))
+    case = make_case(65, 48, 3001, dtype=dtype, gap=gap, segments=9).on("cuda")
     truth = run(reference.linear_logprob, case.to(torch.float64))
     naive = run(reference.linear_logprob, case)
     assert_no_worse(run(linear_logprob, case, cache=cache), naive, truth, dtype, scale=3.0 + gap)
 
 
 def test_same_bits_twice() -> None:
-    case = on_gpu(make_case(500, 64, 5000, dtype=torch.bfloat16, segments=40))
+    case = make_case(500, 64, 5000, dtype=torch.bfloat16, segments=40).on("cuda")
     case = replace(case, target=case.target % 7)
     first, second = run(linear_logprob, case), run(linear_logprob, case)
     for name, value in first.items():
@@ -44,7 +38,7 @@ def test_same_bits_twice() -> None:
 
 
 def test_gram_equals_reference() -> None:
-    case = on_gpu(make_case(33, 16, 900, segments=12))
+    case = make_case(33, 16, 900, segments=12).on("cuda")
     out = [
         f(
             case.hidden,

@@ -63,4 +63,4 @@ def test_a_launch_is_recorded_in_place_of_running() -> None:
     seen: list[Any] = []
     with _launch.recorded(seen.append):
         _launch.launch("kernel", (3,), {"x": 1}, warps=4, rewritten=("x",))
-    assert seen == [("kernel", (3,), {"x": 1}, 4, 2, ("x",), ())]
+    assert seen == [("kernel", (3,), {"x": 1}, 4, 2, ("x",), {})]
