@@ -2,19 +2,20 @@
 
     sketch[j] = sum over v in bucket j of sign(v) x[v],    E[sketch . sketch'] = x . x'
 
-Bucket j of K holds the vocabulary ids v with (v + rotation(v // K)) mod K = j, where
-rotation(b) = 8 ((A b + B) mod K / 8). Every block of K ids meets every bucket once, so that a tile
-is added as a few ranges with a sign per id: one multiply-add a logit, and no scatter. Signs, A and
-B are hashes of seed and key (`projection`); A and B change which ids of different blocks share a
-bucket, and multiples of 8 keep vector loads whole. Shapes: R rows, V vocab, K buckets, C tile
-width.
+K buckets. A block of K ids meets every bucket once, so that a tile is added as a few ranges with a
+sign per id: one multiply-add a logit, and no scatter. Id v of block b = v // K goes to bucket
+
+    ((v xor turn(b) mod 8) + (turn(b) rounded down to a multiple of 8)) mod K
+
+where turn(b), 0 .. K - 1, and the signs are hashes of seed and key (`projection`): two ids of
+different blocks share a bucket with probability 1 / K, and vector loads of 8 ids stay whole.
+Shapes: R rows, V vocab, K buckets, C tile width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ from torch import Tensor
 from .pair_gram import wide_dtype
 from .projection import SIGNS_AT_ONCE, Projection
 from .row_sums import Tiles
+from .segment import add_rows_
 
 BUCKETS = 1024
-ROTATION = 8  # rotations are multiples of it
+EIGHT = 8  # ids whose places differ in the last three bits
 SQUARES = 64  # rows that sums of squares are first taken to: one vector addition a tile's row
 
 
@@ -32,26 +34,24 @@ SQUARES = 64  # rows that sums of squares are first taken to: one vector additio
 class Buckets:
     """Where the CountSketch of a vocabulary puts every id, and its sign."""
 
-    count: int  # K, a power of two, at least ROTATION
+    count: int  # K, a power of two, at least EIGHT
     sign: Projection
-    slope: int  # A
-    start: int  # B
+    turn: Projection
 
     @staticmethod
     def of(seed: int, key: str, count: int) -> Buckets:
         """That of the vocabulary side of the weight that `key` names."""
-        rotation = Projection.of(seed, key, "bucket rotation")
-        steps = count // ROTATION
-        sign = Projection.of(seed, key, "bucket sign")
-        return Buckets(count, sign, rotation.low % steps, rotation.high % steps)
+        sides = (Projection.of(seed, key, side) for side in ("bucket sign", "bucket turn"))
+        return Buckets(count, *sides)
 
-    def rotation(self, block: Any) -> Any:
-        """By how much a block of K ids (an int, or a tensor of them) is moved; a multiple of 8."""
-        return (block * self.slope + self.start) % (self.count // ROTATION) * ROTATION
+    def turns(self, blocks: Tensor) -> Tensor:
+        """turn(b), int64, for block numbers of any shape."""
+        return self.turn.words(blocks.flatten(), 1).view(blocks.shape) % self.count
 
     def place(self, ids: Tensor) -> Tensor:
         """Bucket of vocabulary ids, int64."""
-        return (ids + self.rotation(ids // self.count)) % self.count
+        turns = self.turns(ids // self.count)
+        return ((ids ^ (turns % EIGHT)) + turns // EIGHT * EIGHT) % self.count
 
     def signs(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """+-1 for vocabulary ids (N,)."""
@@ -105,12 +105,24 @@ def sign_table(
     return buckets.signs(torch.arange(vocab, device=device), torch.float32).to(dtype)
 
 
+@lru_cache(maxsize=8)
+def turn_table(buckets: Buckets, vocab: int, device: torch.device) -> Tensor:
+    """turn(b) of a vocabulary's blocks, int32."""
+    blocks = torch.arange(-(-vocab // buckets.count), device=device)
+    return buckets.turns(blocks).to(torch.int32)
+
+
+@lru_cache(maxsize=8)
+def _turns(buckets: Buckets, vocab: int) -> list[int]:
+    return turn_table(buckets, vocab, torch.device("cpu")).tolist()
+
+
 class CountSketch:
     """Sums over the tiles: the sketch of F (K, R), and sum F^2 (R,), relative to the maximum."""
 
     def __init__(self, buckets: Buckets, vocab: int, rows: int, like: Tensor) -> None:
         self.buckets = buckets
-        self.signs = sign_table(buckets, vocab, like.dtype, like.device).unsqueeze(1)
+        self.vocab = vocab
         self.sums = like.new_zeros(buckets.count, rows)
         self.squares = SquareSums(rows, like)
 
@@ -119,18 +131,37 @@ class CountSketch:
         self.squares.add_tile(exps, shrink, tiles, i)
         if shrink is not None:
             self.sums.mul_(shrink)
-        count = self.buckets.count
         low, high = tiles.bounds[i]
-        first = low
-        while first < high:
+        signs = sign_table(self.buckets, self.vocab, exps.dtype, exps.device).unsqueeze(1)
+        # Eights in ranges, what a tile has of an eight at either end one by one.
+        first, last = min(-(-low // EIGHT) * EIGHT, high), high // EIGHT * EIGHT
+        self._add_eights(exps[first - low :], signs[first:], first, last)
+        for start, end in ((low, first), (max(last, first), high)):
+            if start < end:
+                ids = torch.arange(start, end, device=exps.device)
+                some = exps[start - low : end - low] * signs[start:end]
+                add_rows_(self.sums, self.buckets.place(ids), some)
+
+    def _add_eights(self, exps: Tensor, signs: Tensor, first: int, last: int) -> None:
+        count, turns = self.buckets.count, _turns(self.buckets, self.vocab)
+        low = first
+        while first < last:
             # Up to where the block of ids ends, or the buckets do.
             block = first // count
-            start = (first + self.buckets.rotation(block)) % count
-            last = min(high, (block + 1) * count, first + count - start)
-            self.sums[start : start + last - first].addcmul_(
-                exps[first - low : last - low], self.signs[first:last]
+            flip = turns[block] % EIGHT
+            start = (first + turns[block] - flip) % count
+            end = min(last, (block + 1) * count, first + count - start)
+            part = slice(first - low, end - low)
+            sums, some, sign = (
+                x.unflatten(0, (-1, EIGHT))
+                for x in (self.sums[start : start + end - first], exps[part], signs[part])
             )
-            first = last
+            if not flip:
+                sums.addcmul_(some, sign)
+            else:
+                for place in range(EIGHT):
+                    sums[:, place ^ flip].addcmul_(some[:, place], sign[:, place])
+            first = end
 
 
 class SquareSums:

@@ -30,7 +30,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # the offset of a row that has se
 
 # Integers that change from call to call, and pointers to (R,) rows of larger tensors: compiling a
 # kernel anew for each of their alignments would gain nothing.
-_LOOSE = ["rows", "first_row", "width", "slope", "start"]
+_LOOSE = ["rows", "first_row", "width"]
 _ROWS = ["target", "state", "tile_offset", "offset", "offsets", "own", "shrink", "factor"]
 _ROWS += ["now", "before", "final", "total", "phi", "scale"]
 
@@ -63,6 +63,16 @@ def _place(target, low, width):
     return tl.where((y >= low) & (y < low + width), y - low, -1).to(tl.int32)
 
 
+@triton.jit
+def _flip(x, flip, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Entry i xor WIDTH at i where `flip` is 1, alike for both."""
+    shape: tl.constexpr = (BLOCK // (2 * WIDTH), 2, WIDTH)
+    low, high = tl.split(tl.permute(tl.reshape(x, shape), (0, 2, 1)))
+    flip, _ = tl.split(tl.permute(tl.reshape(flip, shape), (0, 2, 1)))
+    both = tl.join(tl.where(flip == 1, high, low), tl.where(flip == 1, low, high))
+    return tl.reshape(tl.permute(both, (0, 2, 1)), (BLOCK,))
+
+
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)
 def exp_tile_kernel(
     logits,  # (B, C) fp32, raw; columns from `width` on hold anything
@@ -73,6 +83,7 @@ def exp_tile_kernel(
     tile_offset,  # (R,) fp32 out: the offset that this tile is relative to
     sketch,  # (R, BUCKETS) fp32, the CountSketch of F so far; the first tile writes it
     signs,  # (V and up to the next multiple of 16,) int8
+    turns,  # int32, of every block of BUCKETS ids: see count_sketch.py
     rows,  # R
     first_row,  # of this block
     low,  # first vocabulary entry of the tile
@@ -80,8 +91,6 @@ def exp_tile_kernel(
     stride,  # C, width rounded up to a multiple of 16
     scale,
     cap,
-    slope,  # of the rotation of a block of BUCKETS ids, see count_sketch.py
-    start,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
@@ -101,10 +110,10 @@ def exp_tile_kernel(
     cols = tl.arange(0, BLOCK)
     if BUCKETS:
         # Each block of ids is read in the order of its buckets, so that entry j of every block is
-        # bucket j's; eights of entries stay together, which the compiler cannot see.
-        block = low // BUCKETS + cols // BUCKETS
-        rotation = ((block * slope + start) & (BUCKETS // 8 - 1)) * 8
-        cols = (cols // BUCKETS) * BUCKETS + ((cols - rotation) & (BUCKETS - 1))
+        # bucket j's, but for the order of each eight. Eights of entries stay together, which the
+        # compiler cannot see.
+        turn = tl.load(turns + low // BUCKETS + cols // BUCKETS)
+        cols = (cols // BUCKETS) * BUCKETS + ((cols - (turn & ~7)) & (BUCKETS - 1))
         cols = tl.max_contiguous(tl.multiple_of(cols, 8), 8)
     # The bound is a multiple of 16, so that the mask breaks no 16-byte load or store.
     inside, valid = cols < stride, cols < width
@@ -153,6 +162,8 @@ def exp_tile_kernel(
     if BUCKETS:
         f = e * phi if SOFTCAP else e
         f *= tl.load(signs + low + cols, mask=inside, other=0).to(tl.float32)
+        for bit in tl.static_range(3):
+            f = _flip(f, (turn >> bit) & 1, 1 << bit, BLOCK)
         summed = tl.sum(tl.reshape(f, (BLOCK // BUCKETS, BUCKETS)), 0)
         counted = sketch + row * BUCKETS + tl.arange(0, BUCKETS)
         summed += tl.load(counted, mask=tl.full((BUCKETS,), 1, tl.int1) & later, other=0.0) * shrink

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .count_sketch import Buckets, CountSketch, SquareSums, vocabulary_signs
-from .gram import GroupGram, Groups, RowTerms, hidden_dots
+from .gram import GroupGram, Groups, RowTerms
 from .gram_products import longest_gram, product_gram
 from .projection import Projection, torch_project
 from .row_sums import RowSums
 from .segment_products import torch_segment_products
+from .sketched_gram import sketched_gram
 from .torch_tiles import Rider, Saved, Transform
 
 
@@ -118,8 +119,10 @@ class HeadNorms:
         if self.gram is not None and self.sketch is not None:
             if self.triton:
                 self.gram.look_up_targets(*head, sums.maximum)
-            error = torch.zeros_like(gram)
-            self._sketched_gram(gram, error, hidden, target, terms, weight.shape[0])
+            assert self.counted is not None
+            error = sketched_gram(
+                gram, self.gram, self.counted, hidden, target, terms, weight.shape[0]
+            )
             return NormResults(gram, error, self._sketches(hidden, target, terms))
         if self.gram is not None:
             self.gram.finish(gram, hidden, target, terms)
@@ -159,47 +162,6 @@ class HeadNorms:
             [row - bounds[0] for row in bounds],
             self.like.dtype,
         )
-
-    def _sketched_gram(
-        self,
-        out: Tensor,
-        error: Tensor,
-        hidden: Tensor,
-        target: Tensor,
-        terms: RowTerms,
-        vocab: int,
-    ) -> None:
-        """The Gram matrices with q_t . q_s of different rows from the sketches, the rest exact.
-
-        Two ids of different blocks share a bucket with probability 1 / K, so with N_ab = sum over
-        t in a, s in b, t != s of (h_t . h_s) m_t q_t (m_s q_s)^T
-
-            variance of gram[a, b]  <=  (2 / K) (1 - K / V) ||N_ab||^2
-
-        and ||N_ab||^2 = tr(G_aa X_ab G_bb X_ba), G the dots of m q, X those of h, without t = s.
-        """
-        assert self.groups and self.gram and self.counted and self.squares
-        buckets = self.counted.buckets.count
-        spread = 2.0 / buckets * max(0.0, 1.0 - buckets / vocab)
-        squares = self.squares.total()
-        for j, batch in enumerate(self.gram.batches):
-            total, miss = batch.of(terms.total), batch.of(terms.miss)
-            counted = batch.columns(self.counted.sums) / total
-            products = torch.bmm(counted.permute(1, 2, 0), counted.permute(1, 0, 2))
-            exact = batch.of(squares) / total / total
-            products.diagonal(dim1=1, dim2=2).copy_(exact)
-            segment = batch.of(self.groups.segment_id)
-            same = segment.unsqueeze(2) == segment.unsqueeze(1)
-            dots = hidden_dots(batch, hidden, total.dtype)
-            others = dots.clone()
-            others.diagonal(dim1=1, dim2=2).zero_()
-            scaled = products * (miss.unsqueeze(2) * miss.unsqueeze(1)) * same
-            mixed = torch.bmm(scaled, others)
-            mixed = mixed * mixed.transpose(1, 2)
-            variance = self.groups.block_sums(batch, mixed).clamp_(min=0.0).mul_(spread)
-            error[batch.group] = variance.sqrt_().to(error.dtype)
-            dots *= self.gram.logit_dots(j, products, target, terms)
-            out[batch.group] = self.groups.block_sums(batch, dots).to(out.dtype)
 
     def _sketches(self, hidden: Tensor, target: Tensor, terms: RowTerms) -> Tensor:  # (S, k, k)
         """Sum over the rows of each segment of (R_out^T d_t) (R_in^T h_t)^T / k."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import _launch, _norm_checks
 from .column_sums import column_sums
-from .count_sketch import vocabulary_signs
+from .count_sketch import project_vocabulary, vocabulary_signs
 from .projection import Projection, project
 from .segment_products import segment_products
 
@@ -63,7 +63,12 @@ def linear_sketch(
     inside = Projection.of(seed, key, "in")
     outside = Projection.of(seed, key, "out")
     inputs = project(x, inside, k, first_row=first_input, backend=backend, name=name)
-    outputs = project(dy, outside, k, first_row=first_output, backend=backend, name=name)
+    if buckets is None:
+        outputs = project(dy, outside, k, first_row=first_output, backend=backend, name=name)
+    else:
+        outputs = project_vocabulary(
+            dy, k, seed=seed, key=key, buckets=buckets, first_id=first_output
+        )
     return _combine(outputs, inputs, segment_id, num_segments, counts, k, backend, name)
 
 

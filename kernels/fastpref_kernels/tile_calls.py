@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import exp_tile as kernels
 from ._launch import TritonTile, launch, padded
-from .count_sketch import Buckets, CountSketch, SquareSums, sign_table
+from .count_sketch import Buckets, CountSketch, SquareSums, sign_table, turn_table
 from .row_sums import ORDER_STATS
 from .torch_tiles import Transform
 
@@ -43,6 +43,7 @@ class Carried:
     buckets: Buckets | None = None
     sketch: Tensor | None = None  # (R, K) out, the CountSketch of F
     signs: Tensor | None = None  # (V, padded) int8
+    turns: Tensor | None = None  # one for each block of ids, of a tile's padding too
 
     @staticmethod
     def of(
@@ -56,7 +57,9 @@ class Carried:
                 assert vocab <= tile.width or tile.width % buckets.count == 0, (tile, buckets)
                 sketch = hidden.new_empty(hidden.shape[0], buckets.count, dtype=torch.float32)
                 signs = sign_table(buckets, padded(vocab), torch.int8, hidden.device)
-                return Carried(True, buckets, sketch, signs)
+                whole = padded(vocab) + max(buckets.count, block_of(tile.width))
+                turns = turn_table(buckets, whole, hidden.device)
+                return Carried(True, buckets, sketch, signs, turns)
         return Carried(bool(riders))
 
     def hand_over(self, riders: Sequence[CountSketch | SquareSums], state: Tensor) -> None:
@@ -70,14 +73,12 @@ class Carried:
 
     def arguments(self) -> dict[str, Any]:
         """For the kernel."""
-        buckets = self.buckets
         return {
             "sketch": self.sketch,
             "signs": self.signs,
-            "slope": 0 if buckets is None else buckets.slope,
-            "start": 0 if buckets is None else buckets.start,
+            "turns": self.turns,
             "NORMS": self.squares,
-            "BUCKETS": 0 if buckets is None else buckets.count,
+            "BUCKETS": 0 if self.buckets is None else self.buckets.count,
         }
 
 
