@@ -8,7 +8,7 @@ sign per id: one multiply-add a logit, and no scatter. Id v of block b = v // K 
     ((v xor turn(b) mod 8) + (turn(b) rounded down to a multiple of 8)) mod K
 
 where turn(b), 0 .. K - 1, and the signs are hashes of seed and key (`projection`): two ids of
-different blocks share a bucket with probability 1 / K, and vector loads of 8 ids stay whole.
+different blocks share a bucket with probability 1 / K.
 Shapes: R rows, V vocab, K buckets, C tile width.
 """
 

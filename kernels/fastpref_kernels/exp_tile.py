@@ -63,16 +63,6 @@ def _place(target, low, width):
     return tl.where((y >= low) & (y < low + width), y - low, -1).to(tl.int32)
 
 
-@triton.jit
-def _flip(x, flip, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Entry i xor WIDTH at i where `flip` is 1, alike for both."""
-    shape: tl.constexpr = (BLOCK // (2 * WIDTH), 2, WIDTH)
-    low, high = tl.split(tl.permute(tl.reshape(x, shape), (0, 2, 1)))
-    flip, _ = tl.split(tl.permute(tl.reshape(flip, shape), (0, 2, 1)))
-    both = tl.join(tl.where(flip == 1, high, low), tl.where(flip == 1, low, high))
-    return tl.reshape(tl.permute(both, (0, 2, 1)), (BLOCK,))
-
-
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)
 def exp_tile_kernel(
     logits,  # (B, C) fp32, raw; columns from `width` on hold anything
@@ -108,13 +98,6 @@ def exp_tile_kernel(
     local = tl.program_id(0).to(tl.int64)
     row = local + first_row
     cols = tl.arange(0, BLOCK)
-    if BUCKETS:
-        # Each block of ids is read in the order of its buckets, so that entry j of every block is
-        # bucket j's, but for the order of each eight. Eights of entries stay together, which the
-        # compiler cannot see.
-        turn = tl.load(turns + low // BUCKETS + cols // BUCKETS)
-        cols = (cols // BUCKETS) * BUCKETS + ((cols - (turn & ~7)) & (BUCKETS - 1))
-        cols = tl.max_contiguous(tl.multiple_of(cols, 8), 8)
     # The bound is a multiple of 16, so that the mask breaks no 16-byte load or store.
     inside, valid = cols < stride, cols < width
     raw = tl.load(logits + local * stride + cols, mask=inside, other=0.0)
@@ -162,12 +145,22 @@ def exp_tile_kernel(
     if BUCKETS:
         f = e * phi if SOFTCAP else e
         f *= tl.load(signs + low + cols, mask=inside, other=0).to(tl.float32)
-        for bit in tl.static_range(3):
-            f = _flip(f, (turn >> bit) & 1, 1 << bit, BLOCK)
-        summed = tl.sum(tl.reshape(f, (BLOCK // BUCKETS, BUCKETS)), 0)
-        counted = sketch + row * BUCKETS + tl.arange(0, BUCKETS)
-        summed += tl.load(counted, mask=tl.full((BUCKETS,), 1, tl.int1) & later, other=0.0) * shrink
-        tl.store(counted, summed)
+        counted = sketch + row * BUCKETS
+        turn = tl.load(turns + low // BUCKETS + cols // BUCKETS)
+        if BLOCK < BUCKETS:  # the whole vocabulary: every id has a bucket of its own
+            place = ((cols ^ (turn & 7)) + (turn & ~7)) & (BUCKETS - 1)
+            tl.store(counted + place, f, mask=valid)
+        else:
+            # Every block of ids in the order of the buckets, so that their sum is a sketch. Reading
+            # them in that order would be cheaper, but would change the order of the sums above.
+            source = ((cols - (turn & ~7)) & (BUCKETS - 1)) ^ (turn & 7)
+            f = tl.gather(f, cols // BUCKETS * BUCKETS + source, 0)
+            summed = tl.sum(tl.reshape(f, (BLOCK // BUCKETS, BUCKETS)), 0)
+            counted += tl.arange(0, BUCKETS)
+            summed += (
+                tl.load(counted, mask=tl.full((BUCKETS,), 1, tl.int1) & later, other=0.0) * shrink
+            )
+            tl.store(counted, summed)
     if SQUARES:
         squared = tl.load(here + SQUARE * rows, mask=later, other=0.0) * shrink * shrink
         tl.store(here + SQUARE * rows, squared + tl.sum(e * e, 0))

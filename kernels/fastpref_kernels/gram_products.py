@@ -31,14 +31,14 @@ def product_gram(
     tiles: Iterable[tuple[int, int, Tensor, Tensor]],
     hidden: Tensor,  # (L, D) of the group
     target: Tensor,  # (L,)
-    own: Tensor | None,  # (L,) m phi, to be added at the targets; None: the tiles have it
+    own: Tensor,  # (L,) d_t at the target, m phi
     bounds: Sequence[int],  # (g + 1,) first row of every segment in the group, and L
     dtype: torch.dtype,
 ) -> Tensor:  # (g, g) float64
     """<G_a, G_b> of one group, G_s = sum over the rows t of s of d_t h_t^T.
 
-    `tiles` gives (first id, last id, F (C, L), factor (L,)) with d_t = factor_t F_t but for the
-    target's entry.
+    `tiles` gives (first id, last id, F (C, L), factor (L,)) with d_t = factor_t F_t but for what
+    stands at the target.
 
     Memory    g PRODUCT_ENTRIES numbers
     Numerics  gradients in float32 (float64), as dW has them; their products in float64
@@ -55,10 +55,13 @@ def product_gram(
             for a, b in zip(bounds, bounds[1:], strict=False):
                 gradient = wide.new_empty(some.shape[0], wide.shape[1])
                 half_product(some[:, a:b], operand[a:b], hidden.dtype, gradient)
-                if own is not None and a < b:
+                if a < b:
+                    # Whatever F holds at the target, which may be rounded, makes room for m phi.
                     here = (target[a:b] >= first) & (target[a:b] < last)
-                    scale = own[a:b].masked_fill(~here, 0.0).unsqueeze(1)
                     place = (target[a:b] - first).clamp(0, last - first - 1)
+                    there = some[:, a:b].gather(0, place.unsqueeze(0)).squeeze(0)
+                    lacks = own[a:b] - factor[a:b] * there.to(dtype)
+                    scale = lacks.masked_fill(~here, 0.0).unsqueeze(1)
                     add_rows_(gradient, place, wide[a:b] * scale)
                 flat.append(gradient.flatten())
             stacked = torch.stack(flat).double()

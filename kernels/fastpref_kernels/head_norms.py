@@ -147,7 +147,7 @@ class HeadNorms:
         assert self.groups is not None
         bounds = self.groups.bounds(group)
         rows = slice(bounds[0], bounds[-1])
-        tiles, with_own = backend.tiles_again(rows, *head, saved, **cut)
+        tiles = backend.tiles_again(rows, *head, saved, **cut)
         miss = terms.miss[rows]
         per_unit = -miss / terms.total[rows]
         own = miss if terms.phi is None else miss * terms.phi[rows]
@@ -158,7 +158,7 @@ class HeadNorms:
             ),
             head[0][rows],
             head[2][rows],
-            None if with_own else own,
+            own,
             [row - bounds[0] for row in bounds],
             self.like.dtype,
         )

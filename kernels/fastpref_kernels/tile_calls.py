@@ -55,7 +55,10 @@ class Carried:
                 buckets = rider.buckets
                 # A tile begins where a block of ids begins.
                 assert vocab <= tile.width or tile.width % buckets.count == 0, (tile, buckets)
-                sketch = hidden.new_empty(hidden.shape[0], buckets.count, dtype=torch.float32)
+                shape = (hidden.shape[0], buckets.count)
+                sketch = hidden.new_empty(shape, dtype=torch.float32)
+                if block_of(tile.width) < buckets.count:
+                    sketch.zero_()  # no id falls into some of the buckets
                 signs = sign_table(buckets, padded(vocab), torch.int8, hidden.device)
                 whole = padded(vocab) + max(buckets.count, block_of(tile.width))
                 turns = turn_table(buckets, whole, hidden.device)
@@ -165,7 +168,6 @@ def exp_tile(
             "KEEP": store,
             **statistics(stats),
             **carried.arguments(),
-            "BLOCK": max(block_of(tile.width), carried.buckets.count if carried.buckets else 0),
         },
         warps=tile.warps,
         rewritten=("sketch",),

@@ -266,29 +266,25 @@ def tiles_again(
     transform: Transform,
     saved: Saved,
     width: int,
-) -> tuple[Iterator[tuple[int, int, Tensor, Tensor | None]], bool]:
-    """F of every tile for some rows, kept or computed again, and whether the targets' entries, -S'
-    phi, are in it (else they are 0).
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """F of every tile for some rows, kept or computed again, with about 0 or about -S' phi at the
+    targets.
 
     A tile is (first id, last id, F (C, L), factor (L,) by which F becomes relative to the final
     maximum; None: 1).
     """
     count, kept = -(-weight.shape[0] // width), -(-saved.exps.shape[0] // width)
     dtype, maximum = saved.row_state.dtype, saved.row_state[0]
-
-    def tiles() -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
-        cut = Tiles.make(target[rows], weight.shape[0], width)
-        scratch = hidden.new_empty(0 if kept == count else width, len(target[rows]), dtype=dtype)
-        for i, (lo, hi) in enumerate(cut.bounds):
-            if i < kept:
-                factor = (saved.offsets[i] - maximum).exp_()[rows] if count > 1 else None
-                yield lo, hi, saved.exps[lo:hi, rows], factor
-            else:
-                again = scratch[: hi - lo]
-                _recompute_(again, hidden[rows], weight, transform, cut, i, maximum[rows])
-                yield lo, hi, again, None
-
-    return tiles(), kept == count == 1 and saved.exps.dtype == dtype
+    cut = Tiles.make(target[rows], weight.shape[0], width)
+    scratch = hidden.new_empty(0 if kept == count else width, len(target[rows]), dtype=dtype)
+    for i, (lo, hi) in enumerate(cut.bounds):
+        if i < kept:
+            factor = (saved.offsets[i] - maximum).exp_()[rows] if count > 1 else None
+            yield lo, hi, saved.exps[lo:hi, rows], factor
+        else:
+            again = scratch[: hi - lo]
+            _recompute_(again, hidden[rows], weight, transform, cut, i, maximum[rows])
+            yield lo, hi, again, None
 
 
 def exps_at(raw: Tensor, transform: Transform, bias: Tensor | None, maximum: Tensor) -> Tensor:

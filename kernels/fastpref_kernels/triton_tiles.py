@@ -168,17 +168,11 @@ def tiles_again(
     transform: Transform,
     saved: Saved,
     tile: TritonTile,
-) -> tuple[Iterator[tuple[int, int, Tensor, Tensor | None]], bool]:
-    """As `torch_tiles.tiles_again`: F of every tile for some rows, the targets' entries in it."""
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """As `torch_tiles.tiles_again`."""
     final = saved.row_state[0, rows]
-
-    def tiles() -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
-        for lo, hi, exps, offset in padded_tiles(
-            rows, hidden, weight, target, transform, saved, tile
-        ):
-            yield lo, hi, exps[:, : hi - lo].t(), (offset - final).exp()
-
-    return tiles(), True
+    for lo, hi, exps, offset in padded_tiles(rows, hidden, weight, target, transform, saved, tile):
+        yield lo, hi, exps[:, : hi - lo].t(), (offset - final).exp()
 
 
 def padded_tiles(
