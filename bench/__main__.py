@@ -11,6 +11,7 @@ from collections.abc import Sequence
 CASES = {
     "train": "bench.train",
     "head": "bench.head",
+    "norms": "bench.norms",
     "aot": "bench.aot",
     "roofline": "bench.roofline",
 }  # name -> module with `add_arguments` and `run`

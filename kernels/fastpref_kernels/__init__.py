@@ -12,10 +12,16 @@ neighbours, exact; `linear_sketch` and its neighbours, sketches that add up over
 from __future__ import annotations
 
 from . import reference
-from .embedding_norms import embedding_norms, tied_norms, unique_ids
+from .embeddings import embedding_norms, tied_norms, unique_ids
 from .linear_logprob import LinearLogprob, linear_logprob
 from .pair_norms import bias_norms, layernorm_norms, linear_norms, lora_norms, rmsnorm_norms
-from .sketch import column_sketch, embedding_sketch, linear_sketch, weight_sketch
+from .sketch import (
+    column_sketch,
+    embedding_sketch,
+    linear_sketch,
+    lora_sketch,
+    weight_sketch,
+)
 from .sketch_estimates import Estimate, relative_spread, sketch_cosine, sketch_dot
 from .spans import row_counts
 
@@ -33,6 +39,7 @@ __all__ = [
     "linear_norms",
     "linear_sketch",
     "lora_norms",
+    "lora_sketch",
     "reference",
     "relative_spread",
     "rmsnorm_norms",

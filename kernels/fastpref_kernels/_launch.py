@@ -145,7 +145,8 @@ def launch(
     if recorder := _recorder.get():
         recorder(Launch(kernel, grid, arguments, warps, stages, rewritten, touched or {}))
     elif all(grid):
-        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+        # Triton is about to drop fusing multiply and add by default (docs/measured-facts.md).
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
+from ._launch import surroundings
 from .segment import add_rows_
 from .segment_products import wide_dtype
 from .spans import row_counts
@@ -90,11 +91,12 @@ def _column_sums_op(
     chosen, name = backend.split()
     if not dy.is_cuda:
         row_counts(segment_id, segments, name=name)
-    if chosen == "triton":
-        from .triton_column_sums import triton_column_sums
+    with surroundings(dy.device):
+        if chosen == "triton":
+            from .triton_column_sums import triton_column_sums
 
-        return triton_column_sums(dy, x, segment_id, segments, eps, centred)
-    return torch_column_sums(dy, x, segment_id, segments, eps, centred)
+            return triton_column_sums(dy, x, segment_id, segments, eps, centred)
+        return torch_column_sums(dy, x, segment_id, segments, eps, centred)
 
 
 @_column_sums_op.register_fake

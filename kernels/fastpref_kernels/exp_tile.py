@@ -63,6 +63,68 @@ def _place(target, low, width):
     return tl.where((y >= low) & (y < low + width), y - low, -1).to(tl.int32)
 
 
+@triton.jit
+def _carry_statistics(
+    here,  # the row's column of `state`
+    rows,
+    later,
+    x,  # logits, -inf at the target
+    e,
+    cols,
+    top,
+    before,
+    offset,
+    shrink,
+    total,  # of this tile
+    total_before,
+    low,
+    BLOCK: tl.constexpr,
+    ORDER: tl.constexpr,
+    SQUARES: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """SQUARE, PLOGP, TOP, ARGMAX and REST, where they are asked for."""
+    if SQUARES:
+        squared = tl.load(here + SQUARE * rows, mask=later, other=0.0) * shrink * shrink
+        tl.store(here + SQUARE * rows, squared + tl.sum(e * e, 0))
+    if ENTROPY:
+        plogp = tl.sum(tl.where(e > 0, e * (x - offset), 0.0), 0)
+        carried = tl.load(here + PLOGP * rows, mask=later, other=0.0)
+        # No sum so far makes the shift irrelevant, and it may be infinite.
+        shift = tl.where(total_before > 0, before - offset, 0.0)
+        tl.store(here + PLOGP * rows, (carried + total_before * shift) * shrink + plogp)
+    if ORDER:
+        first = tl.min(tl.where(x == top, cols, BLOCK), 0)
+        others = tl.sum(tl.where(cols == first, 0.0, e), 0)
+        top_before = tl.load(here + TOP * rows, mask=later, other=LOWEST)
+        first_before = tl.load(here + ARGMAX * rows, mask=later, other=0.0)
+        rest_before = tl.load(here + REST * rows, mask=later, other=0.0)
+        # The offset stays where the largest entry does: shrink is 1 then.
+        rises = top > top_before
+        rest = tl.where(rises, total_before * shrink + others, rest_before + total)
+        tl.store(here + TOP * rows, tl.where(rises, top, top_before))
+        tl.store(here + ARGMAX * rows, tl.where(rises, (first + low).to(tl.float32), first_before))
+        tl.store(here + REST * rows, rest)
+
+
+@triton.jit
+def _carry_sketch(line, f, turn, cols, valid, later, shrink, BUCKETS: tl.constexpr):
+    """The row's CountSketch carried on by a tile's F with their signs: see count_sketch.py."""
+    BLOCK: tl.constexpr = f.shape[0]
+    if BLOCK < BUCKETS:  # the whole vocabulary: every id has a bucket of its own
+        tl.store(line + (((cols ^ (turn & 7)) + (turn & ~7)) & (BUCKETS - 1)), f, mask=valid)
+    else:
+        # Every block of ids in the order of the buckets, so that their sum is a sketch. Reading
+        # them in that order would be cheaper, but would change the order of the other sums.
+        source = ((cols - (turn & ~7)) & (BUCKETS - 1)) ^ (turn & 7)
+        f = tl.gather(f, cols // BUCKETS * BUCKETS + source, 0)
+        line += tl.arange(0, BUCKETS)
+        every = tl.full((BUCKETS,), 1, tl.int1) & later
+        before = tl.load(line, mask=every, other=0.0)  # ahead of the reduction: see below
+        summed = tl.sum(tl.reshape(f, (BLOCK // BUCKETS, BUCKETS)), 0)
+        tl.store(line, before * shrink + summed)
+
+
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)
 def exp_tile_kernel(
     logits,  # (B, C) fp32, raw; columns from `width` on hold anything
@@ -137,50 +199,33 @@ def exp_tile_kernel(
     tl.store(here + OFFSET * rows, offset)
     tl.store(here + SHRINK * rows, shrink)
     tl.store(here + TOTAL * rows, total_before * shrink + total)
-
     if NORMS:
         f = e * phi if SOFTCAP else e
         norm = tl.load(here + NORM * rows, mask=later, other=0.0) * shrink * shrink
         tl.store(here + NORM * rows, norm + tl.sum(f * f, 0))
-    if BUCKETS:
-        f = e * phi if SOFTCAP else e
-        f *= tl.load(signs + low + cols, mask=inside, other=0).to(tl.float32)
-        counted = sketch + row * BUCKETS
-        turn = tl.load(turns + low // BUCKETS + cols // BUCKETS)
-        if BLOCK < BUCKETS:  # the whole vocabulary: every id has a bucket of its own
-            place = ((cols ^ (turn & 7)) + (turn & ~7)) & (BUCKETS - 1)
-            tl.store(counted + place, f, mask=valid)
-        else:
-            # Every block of ids in the order of the buckets, so that their sum is a sketch. Reading
-            # them in that order would be cheaper, but would change the order of the sums above.
-            source = ((cols - (turn & ~7)) & (BUCKETS - 1)) ^ (turn & 7)
-            f = tl.gather(f, cols // BUCKETS * BUCKETS + source, 0)
-            summed = tl.sum(tl.reshape(f, (BLOCK // BUCKETS, BUCKETS)), 0)
-            counted += tl.arange(0, BUCKETS)
-            summed += (
-                tl.load(counted, mask=tl.full((BUCKETS,), 1, tl.int1) & later, other=0.0) * shrink
-            )
-            tl.store(counted, summed)
-    if SQUARES:
-        squared = tl.load(here + SQUARE * rows, mask=later, other=0.0) * shrink * shrink
-        tl.store(here + SQUARE * rows, squared + tl.sum(e * e, 0))
-    if ENTROPY:
-        plogp = tl.sum(tl.where(e > 0, e * (x - offset), 0.0), 0)
-        carried = tl.load(here + PLOGP * rows, mask=later, other=0.0)
-        # No sum so far makes the shift irrelevant, and it may be infinite.
-        shift = tl.where(total_before > 0, before - offset, 0.0)
-        tl.store(here + PLOGP * rows, (carried + total_before * shift) * shrink + plogp)
-    if ORDER:
-        first = tl.min(tl.where(x == top, cols, BLOCK), 0)
-        others = tl.sum(tl.where(cols == first, 0.0, e), 0)
-        top_before = tl.load(here + TOP * rows, mask=later, other=LOWEST)
-        first_before = tl.load(here + ARGMAX * rows, mask=later, other=0.0)
-        rest_before = tl.load(here + REST * rows, mask=later, other=0.0)
-        rises = top > top_before
-        rest = tl.where(rises, total_before * shrink + others, rest_before * shrink + total)
-        tl.store(here + TOP * rows, tl.where(rises, top, top_before))
-        tl.store(here + ARGMAX * rows, tl.where(rises, (first + low).to(tl.float32), first_before))
-        tl.store(here + REST * rows, rest)
+        if BUCKETS:
+            f *= tl.load(signs + low + cols, mask=inside, other=0).to(tl.float32)
+            turn = tl.load(turns + low // BUCKETS + cols // BUCKETS)
+            _carry_sketch(sketch + row * BUCKETS, f, turn, cols, valid, later, shrink, BUCKETS)
+    _carry_statistics(
+        here,
+        rows,
+        later,
+        x,
+        e,
+        cols,
+        top,
+        before,
+        offset,
+        shrink,
+        total,
+        total_before,
+        low,
+        BLOCK,
+        ORDER,
+        SQUARES,
+        ENTROPY,
+    )
 
 
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)
@@ -257,18 +302,18 @@ def shrink_rows_kernel(
     mixed,  # (B, D) fp32, in place
     shrink,  # (R,) fp32
     first_row,
-    dim,
+    DIM: tl.constexpr,  # D
     BLOCK: tl.constexpr,
 ):
     """Rows whose offset has moved, brought to the new one; the others are not touched."""
     local = tl.program_id(0).to(tl.int64)
     factor = tl.load(shrink + local + first_row)
     if factor != 1.0:
-        for start in range(0, dim, BLOCK):
+        for start in range(0, DIM, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            inside = cols < dim
-            value = tl.load(mixed + local * dim + cols, mask=inside, other=0.0)
-            tl.store(mixed + local * dim + cols, value * factor, mask=inside)
+            inside = cols < DIM
+            value = tl.load(mixed + local * DIM + cols, mask=inside, other=0.0)
+            tl.store(mixed + local * DIM + cols, value * factor, mask=inside)
 
 
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)
@@ -281,7 +326,7 @@ def hidden_grad_kernel(
     phi,  # (R,) fp32
     scale,  # (R,) fp32: g k (1 - p)
     vocab,  # V
-    dim,  # D
+    DIM: tl.constexpr,  # D
     row_stride,  # of weight
     column_stride,
     BLOCK: tl.constexpr,
@@ -296,13 +341,13 @@ def hidden_grad_kernel(
     # Nothing but the target is possible: U and scale are 0.
     by_mixed = by / tl.where(sum_of_exps == 0.0, 1.0, sum_of_exps)
     line = weight + y * row_stride
-    for start in range(0, dim, BLOCK):
+    for start in range(0, DIM, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        inside = cols < dim
-        u = tl.load(mixed + row * dim + cols, mask=inside, other=0.0)
+        inside = cols < DIM
+        u = tl.load(mixed + row * DIM + cols, mask=inside, other=0.0)
         lead = tl.load(line + cols * column_stride, mask=inside, other=0.0).to(tl.float32)
         grad = by_lead * lead - by_mixed * u
-        tl.store(out + row * dim + cols, grad.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + row * DIM + cols, grad.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)
@@ -313,7 +358,7 @@ def scale_rows_kernel(
     now,  # (R,) fp32 offset of the tile that comes next
     before,  # (R,) fp32 offset that `scaled` stands for so far
     final,  # (R,) fp32
-    dim,
+    DIM: tl.constexpr,  # D
     FIRST: tl.constexpr,  # `scaled` holds nothing yet
     BLOCK: tl.constexpr,
 ):
@@ -327,8 +372,8 @@ def scale_rows_kernel(
     if stale:
         # A row without any entry but its target's has the least number as both offsets.
         by = tl.load(factor + row) * tl.exp(offset - tl.load(final + row))
-        for start in range(0, dim, BLOCK):
+        for start in range(0, DIM, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            inside = cols < dim
-            value = tl.load(hidden + row * dim + cols, mask=inside, other=0.0).to(tl.float32) * by
-            tl.store(scaled + row * dim + cols, value.to(scaled.dtype.element_ty), mask=inside)
+            inside = cols < DIM
+            value = tl.load(hidden + row * DIM + cols, mask=inside, other=0.0).to(tl.float32) * by
+            tl.store(scaled + row * DIM + cols, value.to(scaled.dtype.element_ty), mask=inside)

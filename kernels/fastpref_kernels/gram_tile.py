@@ -46,7 +46,7 @@ class Rows(NamedTuple):
     scale: Tensor  # k (1 - p) / S'
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "group_size", "correct"])
+@triton.jit(do_not_specialize=["rows", "columns", "correct"])
 def gram_tile_kernel(
     exps,  # tiles one after the other, each (R, C)
     offsets,  # (N, R) fp32
@@ -61,10 +61,10 @@ def gram_tile_kernel(
     rows,  # R
     columns,  # of all tiles, padding included
     tile_width,
-    dim,  # D
-    group_size,
     tiles_each,  # of a split
     correct,  # whether the target's term is to be brought from E's dtype to float32
+    DIM: tl.constexpr,  # D
+    GROUP: tl.constexpr,  # g
     B: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -95,10 +95,10 @@ def gram_tile_kernel(
         dots += here * move_i[:, None] * move_j[None, :]
 
     states = tl.zeros((B, B), tl.float32)
-    line_i = hidden + row_i[:, None].to(tl.int64) * dim
-    line_j = hidden + row_j[None, :].to(tl.int64) * dim
-    for d in range(0, dim, C):
-        inside = d + col < dim
+    line_i = hidden + row_i[:, None].to(tl.int64) * DIM
+    line_j = hidden + row_j[None, :].to(tl.int64) * DIM
+    for d in range(0, DIM, C):
+        inside = d + col < DIM
         a = tl.load(line_i + d + col[None, :], mask=in_i[:, None] & inside[None, :], other=0.0)
         b = tl.load(line_j + d + col[:, None], mask=in_j[None, :] & inside[:, None], other=0.0)
         states = tl.dot(a, b, states, input_precision="tf32x3")
@@ -119,18 +119,18 @@ def gram_tile_kernel(
     dots *= states
     segment_i = tl.load(segment + row_i, mask=in_i, other=-1)
     segment_j = tl.load(segment + row_j, mask=in_j, other=-1)
-    group_i, group_j = segment_i // group_size, segment_j // group_size
+    group_i, group_j = segment_i // GROUP, segment_j // GROUP
     wanted = (segment_i >= 0)[:, None] & (segment_j >= 0)[None, :]
     dots = tl.where(wanted & (group_i[:, None] == group_j[None, :]), dots, 0.0)
-    part_i, part_j = segment_i - group_i * group_size, segment_j - group_j * group_size
-    out = sums + (pair * tl.num_programs(1) + split).to(tl.int64) * 2 * B * group_size
-    line = out + tl.arange(0, B) * group_size
+    part_i, part_j = segment_i - group_i * GROUP, segment_j - group_j * GROUP
+    out = sums + (pair * tl.num_programs(1) + split).to(tl.int64) * 2 * B * GROUP
+    line = out + tl.arange(0, B) * GROUP
     both = tl.where(block_i == block_j, 0.0, 1.0)  # a block with itself has both orders already
-    for part in range(0, group_size):
+    for part in range(0, GROUP):
         of_i = tl.sum(tl.where((part_j == part)[None, :], dots, 0.0), 1)
         of_j = tl.sum(tl.where((part_i == part)[:, None], dots, 0.0), 0) * both
         tl.store(line + part, of_i)
-        tl.store(line + B * group_size + part, of_j)
+        tl.store(line + B * GROUP + part, of_j)
 
 
 def block_pairs(lengths: Sequence[int], wanted: Sequence[bool]) -> list[tuple[int, int]]:
@@ -171,8 +171,8 @@ def add_gram(
             "rows": hidden.shape[0],
             "columns": tiles.exps.shape[0],
             "tile_width": tiles.width,
-            "dim": hidden.shape[1],
-            "group_size": out.shape[1],
+            "DIM": hidden.shape[1],
+            "GROUP": out.shape[1],
             "tiles_each": each,
             "correct": int(correct),
             "B": BLOCK_ROWS,

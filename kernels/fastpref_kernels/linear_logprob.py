@@ -79,6 +79,7 @@ def linear_logprob(
     `sketch_buckets` buckets of the vocabulary, with its `gram_error`, and `sketch`, (k, k) with
     k = `sketch_dim` for every segment: it adds up over batches, ranks and uses of the weight, and
     is compared with other sketches of that seed (see `linear_sketch`).
+    `backend`: triton on CUDA, else torch; or the one that is named.
 
     Memory    weight trained: one (R, V) buffer in its dtype, or `cache` tiles of it (0: none) at a
               fourth product. Weight and bias frozen: no such buffer, two products. No grad: one.

@@ -18,7 +18,8 @@ from .spans import Span, cut, group_counts, runs, starts
 # Rows that one product of the Gram matrix covers. Small groups share a block of MERGE rows: a
 # product of a few rows costs its launch, not its arithmetic.
 TILE, MERGE = 128, 64
-PRODUCT_ENTRIES = 1 << 20  # entries of a segment's gradient that stand in memory at a time
+# Entries of a segment's gradient that stand in memory at a time; a GPU wants larger products.
+PRODUCT_ENTRIES, PRODUCT_ENTRIES_CUDA = 1 << 20, 1 << 22
 NARROW, NARROW_ENTRIES = 128, 1 << 24  # an adapter's side; entries of gradients at a time
 
 
@@ -160,7 +161,8 @@ def product_gram(x: Tensor, dy: Sequence[Tensor], bounds: Sequence[int]) -> Tens
     inputs = x[lo : bounds[-1]]
     if not x.is_cuda:
         inputs = inputs.to(dtype)
-    step = max(PRODUCT_ENTRIES // max(x.shape[1], 1), 1)
+    entries = PRODUCT_ENTRIES_CUDA if x.is_cuda else PRODUCT_ENTRIES
+    step = max(entries // max(x.shape[1], 1), 1)
     for outputs in dy:
         for i in range(0, outputs.shape[1], step):
             columns = outputs[lo : bounds[-1], i : i + step]
@@ -170,6 +172,9 @@ def product_gram(x: Tensor, dy: Sequence[Tensor], bounds: Sequence[int]) -> Tens
                 multiply(columns[a - lo : b - lo].t(), inputs[a - lo : b - lo], dtype).flatten()
                 for a, b in zip(bounds, bounds[1:], strict=False)
             ]
-            flat = torch.stack(gradients).double()
-            total += flat @ flat.t()
+            if size == 1:
+                total += gradients[0].square_().sum()  # no sign, so nothing cancels
+            else:
+                flat = torch.stack(gradients).double()
+                total += flat @ flat.t()
     return total

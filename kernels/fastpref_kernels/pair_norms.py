@@ -170,7 +170,30 @@ def lora_norms(
 ) -> LoraNorms:  # each (S,) | (S / g, g, g)
     """Squared norms of an adapter y = W x + scale B (A x): A has input x and gradient scale B^T dy,
     B has input A x and gradient scale dy."""
-    name = "lora_norms"
+    inner, outer = adapter_sides("lora_norms", x, dy, lora_a, lora_b)
+    a, b = (
+        linear_norms(
+            inputs,
+            outputs,
+            segment_id,
+            num_segments=num_segments,
+            group_size=group_size,
+            counts=counts,
+            backend=backend,
+        )
+        for inputs, outputs in ((x, outer), (inner, dy))
+    )
+    return LoraNorms(a * (scale * scale), b * (scale * scale))
+
+
+def adapter_sides(
+    name: str, x: Tensor, dy: Tensor, lora_a: Tensor, lora_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A x and B^T dy, (T, r) each: the input of B and, times the scale, the gradient that reaches
+    A.
+
+    Narrow, so cheap to keep in float32: nothing is rounded on the way.
+    """
     _norm_checks.check_rows(name, ("x", x), ("dy", dy))
     _norm_checks.check_matrix(name, "x", x)
     _norm_checks.check_matrix(name, "dy", dy)
@@ -183,13 +206,7 @@ def lora_norms(
         )
     dtype = wide_dtype(x, dy, lora_a, lora_b)
     with torch.no_grad(), surroundings(x.device):
-        # Narrow, so cheap to keep in float32: nothing is rounded on the way.
-        inner = multiply(x, lora_a.t(), dtype)
-        outer = multiply(dy, lora_b, dtype)
-        options = {"num_segments": num_segments, "group_size": group_size, "counts": counts}
-        a = linear_norms(x, outer, segment_id, backend=backend, **options)  # type: ignore[arg-type]
-        b = linear_norms(inner, dy, segment_id, backend=backend, **options)  # type: ignore[arg-type]
-    return LoraNorms(a * (scale * scale), b * (scale * scale))
+        return multiply(x, lora_a.t(), dtype), multiply(dy, lora_b, dtype)
 
 
 def of_sums(sums: Tensor, group_size: int | None) -> Tensor:

@@ -20,10 +20,17 @@ import torch
 from torch import Tensor
 
 from . import _launch
+from ._launch import surroundings
 from .segment_products import wide_dtype
 
 MASK = 0xFFFFFFFF
 SIGNS_AT_ONCE = 1 << 20  # entries of R that stand in memory at a time
+
+
+@torch.compiler.assume_constant_result
+def _halves(seed: int, key: str, side: str) -> tuple[int, int]:
+    digest = hashlib.blake2b(f"{seed}\0{key}\0{side}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,7 @@ class Projection:
 
         Equal keys share it: give an embedding and the head that is tied to it one key.
         """
-        digest = hashlib.blake2b(f"{seed}\0{key}\0{side}".encode(), digest_size=8).digest()
-        return Projection(
-            int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-        )
+        return Projection(*_halves(seed, key, side))
 
     def words(self, rows: Tensor, count: int) -> Tensor:
         """(N, count) int64 of hashes, 0 .. 2^32 - 1, for the row numbers `rows` (N,) int64."""
@@ -107,14 +111,12 @@ def _times(h: Tensor, factor: int) -> Tensor:
     schema="(Tensor x, int[] key, SymInt k, str backend) -> Tensor",
 )
 def _project_op(x: Tensor, key: list[int], k: int, backend: str) -> Tensor:
-    from ._launch import surroundings
-
     low, high, first_row = key
-    if backend == "triton":
-        from .triton_sketch import triton_project
-
-        return triton_project(x, Projection(low, high), k, first_row)
     with surroundings(x.device):
+        if backend == "triton":
+            from .triton_sketch import triton_project
+
+            return triton_project(x, Projection(low, high), k, first_row)
         return torch_project(x, Projection(low, high), k, first_row)
 
 

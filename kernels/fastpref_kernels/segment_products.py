@@ -79,11 +79,11 @@ def _segment_products_op(
         counts = row_counts(segment_id, segments, name=name)
     if counts is None:
         counts = row_counts(segment_id, segments, name=name)
-    if chosen == "triton":
-        from .triton_sketch import triton_segment_products
-
-        return triton_segment_products(left, right, counts)
     with surroundings(left.device):
+        if chosen == "triton":
+            from .triton_sketch import triton_segment_products
+
+            return triton_segment_products(left, right, counts)
         return torch_segment_products(left, right, counts)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import _launch, _norm_checks
 from .column_sums import column_sums
 from .count_sketch import project_vocabulary, vocabulary_signs
+from .pair_norms import adapter_sides
 from .projection import Projection, project
 from .segment_products import segment_products
 
@@ -72,6 +73,46 @@ def linear_sketch(
     return _combine(outputs, inputs, segment_id, num_segments, counts, k, backend, name)
 
 
+def lora_sketch(
+    x: Tensor,  # (T, d), what A is applied to: after the adapter's dropout
+    dy: Tensor,  # (T, p)
+    lora_a: Tensor,  # (r, d)
+    lora_b: Tensor,  # (p, r)
+    segment_id: Tensor,  # (T,) non-decreasing
+    k: int,
+    *,
+    seed: int,
+    key: str,
+    scale: float,
+    num_segments: int,
+    counts: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> Tensor:  # (S, k, k)
+    """Sketch of both matrices of an adapter y = W x + scale B (A x), added.
+
+    Their keys, under which `weight_sketch` sketches their updates, are key + ".lora_A" and
+    ".lora_B".
+    """
+    name = "lora_sketch"
+    _norm_checks.check_sketch_size(name, k)
+    inner, outer = adapter_sides(name, x, dy, lora_a, lora_b)
+    sketches = [
+        linear_sketch(
+            inputs,
+            outputs,
+            segment_id,
+            k,
+            seed=seed,
+            key=f"{key}.{side}",
+            num_segments=num_segments,
+            counts=counts,
+            backend=backend,
+        )
+        for side, inputs, outputs in (("lora_A", x, outer), ("lora_B", inner, dy))
+    ]
+    return (sketches[0] + sketches[1]) * scale
+
+
 def embedding_sketch(
     token_id: Tensor,  # (T,) int32 | int64
     dy: Tensor,  # (T, D) gradient of the embedding's output
@@ -82,6 +123,7 @@ def embedding_sketch(
     key: str,
     num_segments: int,
     scale: float = 1.0,
+    padding_idx: int | None = None,
     counts: Sequence[int] | None = None,
     buckets: int | None = None,
     backend: str = "auto",
@@ -89,7 +131,8 @@ def embedding_sketch(
     """Sketch of an embedding's gradient, (V, D): sum_t scale dy_t at row token_id_t.
 
     Its vocabulary is the "out" side and its features the "in" side, as of a head (V, D): the
-    sketches of a tied embedding and head add up under one key, their common term included.
+    sketches of a tied embedding and head add up under one key, their common term included. `scale`
+    and `padding_idx` as in `embedding_norms`.
     """
     name = "embedding_sketch"
     _norm_checks.check_sketch_size(name, k)
@@ -101,6 +144,8 @@ def embedding_sketch(
     inputs = project(dy, Projection.of(seed, key, "in"), k, backend=backend, name=name)
     rows = token_id.to(torch.int64)
     outputs = _row_signs(rows, k, inputs.dtype, seed, key, buckets)
+    if padding_idx is not None:
+        outputs = outputs.masked_fill((rows == padding_idx).unsqueeze(1), 0.0)
     sketch = _combine(outputs, inputs, segment_id, num_segments, counts, k, backend, name)
     return sketch * scale
 

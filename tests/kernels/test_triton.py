@@ -78,10 +78,10 @@ def test_every_shape(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("transform", ["plain", "all"])
 @pytest.mark.parametrize("spread,gap", [(0.1, 0.0), (2.0, 0.0), (4.0, 12.0)])
-@pytest.mark.parametrize("cache", [-1, 0, 2])
+@pytest.mark.parametrize("cache", [-1, 2])
 @pytest.mark.parametrize("rows,dim,vocab,width,block", LONG_SHAPES)
 def test_larger_shapes(
     rows: int,

@@ -27,12 +27,14 @@ def embedding_norms(
     *,
     num_segments: int,
     scale: float = 1.0,
+    padding_idx: int | None = None,
     group_size: int | None = None,
 ) -> Tensor:  # (S,) | (S / g, g, g)
     """Squared norm of sum_t scale dy_t at row token_id_t: repeated tokens add before the square.
 
     Learned positions are an embedding of positions. `scale`: what the embedding's output is
-    multiplied by before dy arrives (Gemma: sqrt(D), as its dtype rounds it).
+    multiplied by before dy arrives (Gemma: sqrt(D), as its dtype rounds it). `padding_idx`: the
+    layer's own; torch gives that row no gradient.
 
     Memory  g T numbers for a tile of columns, at most about COLUMNS
     """
@@ -42,7 +44,7 @@ def embedding_norms(
     _norm_checks.check_ids(name, "token_id", token_id, "dy", dy)
     _norm_checks.check_ids(name, "segment_id", segment_id, "dy", dy)
     size = _norm_checks.check_segments(name, dy.shape[0], num_segments, group_size, None)
-    gram = _embedding_gram_op(token_id, dy.detach(), segment_id, num_segments, size)
+    gram = _embedding_gram_op(token_id, dy.detach(), segment_id, num_segments, size, padding_idx)
     gram = gram * (scale * scale)
     return gram.flatten() if group_size is None else gram
 
@@ -51,7 +53,7 @@ class UniqueIds(NamedTuple):
     """The ids that occur among the tokens of every group of segments."""
 
     ids: Tensor  # (S / g, U) int64 ascending, filled up with -1
-    column: Tensor  # (T,) int64: where a token's id stands in its group's row of `ids`
+    column: Tensor  # (T,) int64: where a token's id stands in its group's row of `ids`; -1: padding
 
 
 def unique_ids(
@@ -59,11 +61,12 @@ def unique_ids(
     segment_id: Tensor,  # (T,) non-decreasing
     *,
     num_segments: int,
+    padding_idx: int | None = None,
     group_size: int | None = None,
 ) -> UniqueIds:
     """Ids of every group's tokens, each once: where `tied_norms` needs the head's gradient.
 
-    Reads the device once: U is the most that any group has.
+    `padding_idx` as in `embedding_norms`. Reads the device once: U is the most that any group has.
     """
     name = "unique_ids"
     _norm_checks.check_ids(name, "token_id", token_id, "segment_id", segment_id)
@@ -78,6 +81,8 @@ def unique_ids(
     width = int(column.max()) + 1 if len(column) else 0
     ids = token_id.new_full((groups, width), -1, dtype=torch.int64)
     ids[group, column] = token_id.to(torch.int64)
+    if padding_idx is not None:
+        column = column.masked_fill(token_id == padding_idx, -1)
     return UniqueIds(ids, column)
 
 
@@ -144,11 +149,16 @@ def _slots(token_id: Tensor, group: Tensor) -> Tensor:
 @torch.library.custom_op(
     "fastpref::embedding_gram",
     mutates_args=(),
-    schema="(Tensor token_id, Tensor dy, Tensor segment_id, SymInt segments, int group_size) "
-    "-> Tensor",
+    schema="(Tensor token_id, Tensor dy, Tensor segment_id, SymInt segments, int group_size, "
+    "int? padding_idx) -> Tensor",
 )
 def _embedding_gram_op(
-    token_id: Tensor, dy: Tensor, segment_id: Tensor, segments: int, group_size: int
+    token_id: Tensor,
+    dy: Tensor,
+    segment_id: Tensor,
+    segments: int,
+    group_size: int,
+    padding_idx: int | None,
 ) -> Tensor:
     if not dy.is_cuda:
         row_counts(segment_id, segments, name="embedding_norms")
@@ -161,8 +171,10 @@ def _embedding_gram_op(
     step = max(COLUMNS // max(rows * group_size, 1), 1)
     for i in range(0, dy.shape[1], step):
         columns = dy[:, i : i + step].to(dtype)
+        if padding_idx is not None:
+            columns = columns.masked_fill((token_id == padding_idx).unsqueeze(1), 0.0)
         table = columns.new_zeros(rows * group_size, columns.shape[1])
-        table = add_rows_(table, table_row, columns).view(rows, group_size, -1)
+        table = add_rows_(table, table_row, columns).unflatten(0, (rows, group_size))
         for a in range(group_size):
             for b in range(a + 1):
                 out[a, b] += (table[:, a] * table[:, b]).sum(-1)
@@ -170,15 +182,15 @@ def _embedding_gram_op(
     owner = group.new_zeros(rows)
     owner[slot] = group
     owner = owner.cummax(0).values if rows else owner
-    total = segment_sum(out.view(-1, rows), owner, segments // group_size)
-    total = total.view(group_size, group_size, -1).permute(2, 0, 1)
+    total = segment_sum(out.flatten(0, 1), owner, segments // group_size)
+    total = total.unflatten(0, (group_size, group_size)).permute(2, 0, 1)
     lower = total.tril()
     return lower + total.tril(-1).transpose(1, 2)
 
 
 @_embedding_gram_op.register_fake
 def _embedding_gram_fake(
-    token_id: Tensor, dy: Tensor, segment_id: Tensor, segments: int, group_size: int
+    token_id: Tensor, dy: Tensor, segment_id: Tensor, segments: int, group_size: int, *_: object
 ) -> Tensor:
     shape = (segments // group_size, group_size, group_size)
     return dy.new_empty(shape, dtype=wide_dtype(dy))
@@ -200,6 +212,12 @@ def _tied_gram_op(
     segments: int,
     group_size: int,
 ) -> Tensor:
+    if not dy.is_cuda and len(column) and int(column.max()) >= dz.shape[1]:
+        token = int(column.argmax())
+        raise ValueError(
+            f"tied_norms: column[{token}]={int(column[token])} but dz has {dz.shape[1]} columns. "
+            "Give dz at all ids of `unique_ids` of the same tokens and groups."
+        )
     dtype, groups = wide_dtype(dy, hidden, dz), segments // group_size
     tokens = starts(group_counts(row_counts(segment_id, segments, name="tied_norms"), group_size))
     rows = starts(group_counts(row_counts(row_segment, segments, name="tied_norms"), group_size))
@@ -211,7 +229,9 @@ def _tied_gram_op(
             if t.start == t.stop or r.start == r.stop:
                 continue
             dots = multiply(dy[t], hidden[r].t(), dtype)
-            dots *= dz[r].to(dtype).index_select(1, column[t].to(torch.int64)).t()
+            own = column[t].to(torch.int64)
+            dots *= dz[r].to(dtype).index_select(1, own.clamp(min=0)).t()
+            dots.masked_fill_((own < 0).unsqueeze(1), 0.0)
             left = (segment_id[t].unsqueeze(1) % group_size == parts).to(torch.float64)
             right = (row_segment[r].unsqueeze(1) % group_size == parts).to(torch.float64)
             cross = left.t() @ (dots.double() @ right)
