@@ -24,6 +24,7 @@ HELP = "registers, spills and load widths of the Triton kernels, compiled ahead 
 # Modules with `aot_cases() -> list[AotCase]`.
 MODULES = (
     "fastpref_kernels.tile_cases",
+    "fastpref_kernels.gram_tile",
     "fastpref_kernels.triton_pair_gram",
     "fastpref_kernels.triton_sketch",
     "fastpref_kernels.triton_column_sums",
