@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         spread = Quantiles.of(own)
         print(
             f"  {name:10}{1e3 * spread.q50:9.1f} ms ({1e3 * spread.q20:.1f} to "
-            f"{1e3 * spread.q80:.1f})  {share.q50:.3f} of plain ({share.q20:.3f} to {share.q80:.3f})"
+            f"{1e3 * spread.q80:.1f})  {share.q50:.3f} of plain "
+            f"({share.q20:.3f} to {share.q80:.3f})"
         )
         if name != "plain":
             values[name] = {"value": share.q50, "q20": share.q20, "q80": share.q80}

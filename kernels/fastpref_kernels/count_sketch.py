@@ -27,7 +27,7 @@ from .segment import add_rows_
 
 BUCKETS = 1024
 EIGHT = 8  # ids whose places differ in the last three bits
-SQUARES = 64  # rows that sums of squares are first taken to: one vector addition a tile's row
+SQUARES = 256  # rows that sums of squares are first taken to: one vector addition a tile's row
 
 
 @dataclass(frozen=True)

@@ -127,25 +127,25 @@ class GroupGram:
         d_t . d_s  = m_t m_s (phi_t phi_s 1[y_t=y_s] - phi_t q_s[y_t] - phi_s q_t[y_s] + q_t . q_s)
         gram[a, b] = sum over t in a, s in b of  (d_t . d_s) (h_t . h_s)
 
-    Rides on the forward's loop over tiles: q_t . q_s is summed up there (not with `products=False`,
-    where the caller has another source for it), q_t[y_s] is read where y_s passes.
+    Rides on the forward's loop over tiles: q_t . q_s is summed up there, q_t[y_s] read where y_s
+    passes. Without `riding`, both come from elsewhere afterwards.
 
-    Memory    (2 or 1) sum of L^2 over the groups; groups of equal row count are taken together.
+    Memory    2 sum of L^2 over the groups; groups of equal row count are taken together.
     Cost      2 R L V for q.q, 2 R L D for h.h.
     Numerics  no cancellation for confident rows: (1 - p) is a factor and every bracket is formed
               without the target. Summed over rows in float64.
     """
 
     def __init__(
-        self, groups: Groups, batches: Sequence[GroupRows], like: Tensor, products: bool = True
+        self, groups: Groups, batches: Sequence[GroupRows], like: Tensor, riding: bool = True
     ) -> None:
         self.groups, self.batches = groups, batches
         self.target_terms: list[Tensor] = []  # (B, L, L): of row t, column s: F_s at t's target
         self.products: list[Tensor] = []  # (B, L, L): F_t . F_s
         for batch in batches:
             count, length = batch.rows.shape
-            self.target_terms.append(like.new_zeros(count, length, length))
-            if products:
+            if riding:
+                self.target_terms.append(like.new_zeros(count, length, length))
                 self.products.append(like.new_zeros(count, length, length))
 
     def add_tile(self, exps: Tensor, shrink: Tensor | None, tiles: Tiles, i: int) -> None:
@@ -164,11 +164,10 @@ class GroupGram:
                 self.target_terms[j] = torch.where(
                     batch.of(inside).unsqueeze(2), met, self.target_terms[j]
                 )
-            if self.products:
-                products = self.products[j]
-                if factor is not None:
-                    products.mul_(factor.unsqueeze(2)).mul_(factor.unsqueeze(1))
-                products.baddbmm_(picked.permute(1, 2, 0), by_group)
+            products = self.products[j]
+            if factor is not None:
+                products.mul_(factor.unsqueeze(2)).mul_(factor.unsqueeze(1))
+            products.baddbmm_(picked.permute(1, 2, 0), by_group)
 
     def look_up_targets(
         self,
@@ -180,12 +179,13 @@ class GroupGram:
     ) -> None:
         """Where no tile was handed in: F at the other rows' targets, of products with their rows of
         the head; 2 R L D operations."""
-        for j, batch in enumerate(self.batches):
-            ids = batch.of(target)
+        for batch in self.batches:
+            # A target out of range has made its row NaN already.
+            ids = batch.of(target).clamp(0, weight.shape[0] - 1)
             bias = None if transform.bias is None else transform.bias[ids].unsqueeze(2)
             logits = batched_dots(weight[ids], batch.of(hidden), maximum.dtype)
             exps_at(logits, transform, bias, batch.of(maximum).unsqueeze(1))
-            self.target_terms[j] = logits
+            self.target_terms.append(logits)
 
     def finish(
         self, out: Tensor, hidden: Tensor, target: Tensor, terms: RowTerms

@@ -85,8 +85,8 @@ class HeadNorms:
                 norms.longest = longest_gram(vocab, dim, group_size, kept)
             batches = norms.groups.by_length(norms.longest)
             if sketch is not None or not triton:
-                norms.gram = GroupGram(norms.groups, batches, like, products=sketch is None)
-            if norms.gram is not None and not triton:
+                norms.gram = GroupGram(norms.groups, batches, like, riding=sketch is None)
+            if norms.gram is not None and sketch is None:
                 norms.riders.append(norms.gram)
         if sketch is not None:
             buckets = Buckets.of(sketch.seed, sketch.key, sketch.buckets)
@@ -117,8 +117,7 @@ class HeadNorms:
         terms, size = row_terms(transform, sums, saved), self.groups.group_size
         gram = self.like.new_zeros(self.groups.count, size, size)
         if self.gram is not None and self.sketch is not None:
-            if self.triton:
-                self.gram.look_up_targets(*head, sums.maximum)
+            self.gram.look_up_targets(*head, sums.maximum)
             assert self.counted is not None
             error = sketched_gram(
                 gram, self.gram, self.counted, hidden, target, terms, weight.shape[0]
