@@ -25,6 +25,7 @@ HELP = "registers, spills and load widths of the Triton kernels, compiled ahead 
 MODULES = (
     "fastpref_kernels.tile_cases",
     "fastpref_kernels.pair_kernels",
+    "fastpref_kernels.gram_tile",
     "fastpref_kernels.triton_pair_gram",
     "fastpref_kernels.triton_sketch",
     "fastpref_kernels.triton_column_sums",

@@ -18,12 +18,13 @@ from bench import measure, results
 if TYPE_CHECKING:
     import torch
 
-HELP = "cost of per-pair norms and sketches beside a layer's backward"
+HELP = "cost of per-pair norms and sketches beside a layer's backward, or the head's (--part head)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The case's command line."""
     add = parser.add_argument
+    add("--part", choices=("layers", "head"), default="layers", help="what is measured")
     add("--check", action="store_true", help="exit with 1 where a target is missed")
     add("--tokens", type=int, default=2048, help="packed tokens of a micro-batch")
     add("--lengths", type=int, nargs="+", default=[64, 256], help="tokens of a pair")
@@ -33,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, record; 1 where `--check` finds a target missed."""
+    if arguments.part == "head":
+        from bench import head_norms
+
+        return head_norms.run(arguments)
     import torch
 
     from bench.norm_cases import QWEN_HALF, TINY, Case, measure_case, table_of

@@ -180,7 +180,7 @@ def count(
     counted.given(hidden, weight, target, grad)
     with torch.no_grad(), _launch.recorded(counted.launched), _Seen(counted):
         scales = [1.0, 1.0]
-        out = op.forward(hidden, weight, target, None, None, rows, scales, plan, "")
+        out = op.forward(hidden, weight, target, None, None, rows, scales, plan, "", "")
         if train_weight or train_hidden:
             saved = out[-4:]
             returned = op.backward(grad, hidden, weight, target, None, None, *saved, scales, plan)

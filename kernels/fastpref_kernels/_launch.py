@@ -18,7 +18,8 @@ from torch import Tensor
 LOGGER = logging.getLogger("fastpref_kernels")
 BACKENDS = ("auto", "torch", "triton")
 SEGMENT_STATS = ("entropy", "sum_sq_prob", "log_sum_sq_prob", "top1", "mean_logit")
-ROW_STATS = ("argmax", "log1m_pmax")
+ROW_STATS = ("argmax", "log1m_pmax", "row_norm_sq")
+LEAST_BUCKETS, MOST_BUCKETS = 64, 8192  # of the vocabulary, in a CountSketch
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -97,6 +98,20 @@ def _require_triton(device: torch.device, dtype: torch.dtype, op: str) -> None:
             "backend='torch' (or 'auto'). Triton's interpreter runs on the CPU if "
             "TRITON_INTERPRET=1 is in the environment before Python starts; slow, for tests."
         )
+
+
+def surroundings(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Without autocast, which would round the products to a half type behind the op's back, and on
+    CUDA with the tensors' device as the current one, on which Triton launches."""
+    autocast = torch.is_autocast_enabled(device.type) if device.type != "meta" else False
+    if not autocast and device.type != "cuda":
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    if autocast:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if device.type == "cuda":
+        stack.enter_context(torch.cuda.device(device))
+    return stack
 
 
 class Launch(NamedTuple):
@@ -192,11 +207,15 @@ def check_linear_logprob(
     cache: int,
     stats: Sequence[str],
     norms: str | None,
+    sketch_dim: int,
+    sketch_buckets: int,
 ) -> int:
     """Check what can be told without reading a tensor; returns the number of segments S."""
     _check_tensors(hidden, weight, target, segment_id, bias)
     _check_numbers(softcap, logit_scale, temperature, cache, group_size)
     _check_names(stats, norms)
+    if norms == "sketch":
+        _check_sketch(sketch_dim, sketch_buckets)
     segments = _count_segments(hidden, segment_id, num_segments)
     if norms is not None and segments % group_size:
         raise ValueError(
@@ -285,13 +304,24 @@ def _check_names(stats: Sequence[str], norms: str | None) -> None:
                 f"linear_logprob: unknown statistic {name!r}; known are "
                 f"{', '.join(known)}.{_nearest(name, known)}"
             )
-    if norms == "sketch":
+    if norms not in (None, "exact", "sketch"):
         raise ValueError(
-            "linear_logprob: norms='sketch' comes with the sketch ops and is not in this "
-            "version. Use norms='exact'."
+            f"linear_logprob: norms must be None, 'exact' or 'sketch', got {norms!r}."
+            f"{_nearest(str(norms), ('exact', 'sketch'))}"
         )
-    if norms not in (None, "exact"):
-        raise ValueError(f"linear_logprob: norms must be None, 'exact' or 'sketch', got {norms!r}.")
+
+
+def _check_sketch(dim: int, buckets: int) -> None:
+    if dim < 1:
+        raise ValueError(
+            f"linear_logprob: sketch_dim must be at least 1, got {dim!r}. Common are 16, 32 and 64."
+        )
+    if not LEAST_BUCKETS <= buckets <= MOST_BUCKETS or buckets & (buckets - 1):
+        raise ValueError(
+            f"linear_logprob: sketch_buckets must be a power of two from {LEAST_BUCKETS} to "
+            f"{MOST_BUCKETS}, got {buckets!r}. The standard error of a norm is about "
+            "1 / sqrt(2 sketch_buckets) of it at most."
+        )
 
 
 def _count_segments(hidden: Tensor, segment_id: Tensor | None, num_segments: int | None) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
-from .linear_logprob import _surroundings
+from ._launch import surroundings
 from .segment import add_rows_
 from .segment_products import wide_dtype
 from .spans import row_counts
@@ -91,7 +91,7 @@ def _column_sums_op(
     chosen, name = backend.split()
     if not dy.is_cuda:
         row_counts(segment_id, segments, name=name)
-    with _surroundings(dy.device):
+    with surroundings(dy.device):
         if chosen == "triton":
             from .triton_column_sums import triton_column_sums
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _norm_checks
-from .linear_logprob import _surroundings
+from ._launch import surroundings
 from .segment import add_rows_, segment_sum
 from .segment_products import multiply, wide_dtype
 from .spans import group_counts, row_counts, starts
@@ -223,7 +223,7 @@ def _tied_gram_op(
     rows = starts(group_counts(row_counts(row_segment, segments, name="tied_norms"), group_size))
     out = dy.new_zeros(groups, group_size, group_size, dtype=torch.float64)
     parts = torch.arange(group_size, device=dy.device)
-    with _surroundings(dy.device):
+    with surroundings(dy.device):
         for group in range(groups):
             t, r = slice(*tokens[group : group + 2]), slice(*rows[group : group + 2])
             if t.start == t.stop or r.start == r.stop:

@@ -23,7 +23,8 @@ REST = tl.constexpr(7)  # sum of E without that one
 SQUARE = tl.constexpr(8)  # sum of E^2
 PLOGP = tl.constexpr(9)  # sum of E log E
 LOGIT = tl.constexpr(10)  # sum of z, the target's too
-STATES = 11
+NORM = tl.constexpr(11)  # sum of F^2
+STATES = 12
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the offset of a row that has seen no entry
 
 
@@ -106,6 +107,24 @@ def _carry_statistics(
         tl.store(here + REST * rows, rest)
 
 
+@triton.jit
+def _carry_sketch(line, f, turn, cols, valid, later, shrink, BUCKETS: tl.constexpr):
+    """The row's CountSketch carried on by a tile's F with their signs: see count_sketch.py."""
+    BLOCK: tl.constexpr = f.shape[0]
+    if BLOCK < BUCKETS:  # the whole vocabulary: every id has a bucket of its own
+        tl.store(line + (((cols ^ (turn & 7)) + (turn & ~7)) & (BUCKETS - 1)), f, mask=valid)
+    else:
+        # Every block of ids in the order of the buckets, so that their sum is a sketch. Reading
+        # them in that order would be cheaper, but would change the order of the other sums.
+        source = ((cols - (turn & ~7)) & (BUCKETS - 1)) ^ (turn & 7)
+        f = tl.gather(f, cols // BUCKETS * BUCKETS + source, 0)
+        line += tl.arange(0, BUCKETS)
+        every = tl.full((BUCKETS,), 1, tl.int1) & later
+        before = tl.load(line, mask=every, other=0.0)  # ahead of the reduction: see below
+        summed = tl.sum(tl.reshape(f, (BLOCK // BUCKETS, BUCKETS)), 0)
+        tl.store(line, before * shrink + summed)
+
+
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)
 def exp_tile_kernel(
     logits,  # (B, C) fp32, raw; columns from `width` on hold anything
@@ -114,6 +133,9 @@ def exp_tile_kernel(
     bias,  # (V and up to the next multiple of 16,)
     state,  # (STATES, R) fp32
     tile_offset,  # (R,) fp32 out: the offset that this tile is relative to
+    sketch,  # (R, BUCKETS) fp32, the CountSketch of F so far; the first tile writes it
+    signs,  # (V and up to the next multiple of 16,) int8
+    turns,  # int32, of every block of BUCKETS ids: see count_sketch.py
     rows,  # R
     first_row,  # of this block
     low,  # first vocabulary entry of the tile
@@ -131,6 +153,8 @@ def exp_tile_kernel(
     SQUARES: tl.constexpr,
     ENTROPY: tl.constexpr,
     MEAN: tl.constexpr,
+    NORMS: tl.constexpr,
+    BUCKETS: tl.constexpr,  # 0: no sketch
 ):
     """E relative to the row's offset, and the row's sums carried on."""
     local = tl.program_id(0).to(tl.int64)
@@ -140,6 +164,8 @@ def exp_tile_kernel(
     inside, valid = cols < stride, cols < width
     raw = tl.load(logits + local * stride + cols, mask=inside, other=0.0)
     z, phi = _transform(raw, bias, low, cols, inside, scale, cap, SOFTCAP, BIAS)
+    if SOFTCAP:
+        phi = tl.where(valid, phi, 0.0)  # what lies beyond the vocabulary may be NaN
     place = _place(target + row, low, width)
     own = cols == place
     x = tl.where(valid & (cols != place), z, -float("inf"))
@@ -174,6 +200,14 @@ def exp_tile_kernel(
     tl.store(here + OFFSET * rows, offset)
     tl.store(here + SHRINK * rows, shrink)
     tl.store(here + TOTAL * rows, total_before * shrink + total)
+    if NORMS:
+        f = e * phi if SOFTCAP else e
+        norm = tl.load(here + NORM * rows, mask=later, other=0.0) * shrink * shrink
+        tl.store(here + NORM * rows, norm + tl.sum(f * f, 0))
+        if BUCKETS:
+            f *= tl.load(signs + low + cols, mask=inside, other=0).to(tl.float32)
+            turn = tl.load(turns + low // BUCKETS + cols // BUCKETS)
+            _carry_sketch(sketch + row * BUCKETS, f, turn, cols, valid, later, shrink, BUCKETS)
     _carry_statistics(
         here,
         rows,

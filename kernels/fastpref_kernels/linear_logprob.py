@@ -6,7 +6,6 @@ kernels/README.md.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _launch, torch_tiles
-from .gram import GroupGram, RowTerms
+from .count_sketch import BUCKETS
+from .head_norms import HeadNorms, SketchPlan
 from .row_sums import row_statistics
 from .segment import segment_expand, segment_sum
 
-_SEGMENT_STATS = _launch.SEGMENT_STATS
+_SEGMENT_STATS, _ROW_FLOATS = _launch.SEGMENT_STATS, ("log1m_pmax", "row_norm_sq")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LinearLogprob:
     """Result of `linear_logprob`; float32 (float64 for float64 inputs), None where not asked for.
 
     Only `logp` is differentiable. The statistics are sums over the rows of each segment (S,),
-    `argmax` and `log1m_pmax` stand per row (R,).
+    `argmax`, `log1m_pmax` and `row_norm_sq` stand per row (R,).
     """
 
     logp: Tensor  # (S,) nats
@@ -39,7 +39,10 @@ class LinearLogprob:
     mean_logit: Tensor | None = None  # (S,) of the mean over v of the transformed logit
     argmax: Tensor | None = None  # (R,) int64, first largest entry
     log1m_pmax: Tensor | None = None  # (R,) log(1 - max_v p); see kernels/README.md on its floor
+    row_norm_sq: Tensor | None = None  # (R,) ||d logp_t / d(hidden @ weight.T)||^2
     gram: Tensor | None = None  # (S / g, g, g) <d logp[a] / dW, d logp[b] / dW>
+    gram_error: Tensor | None = None  # (S / g, g, g) one standard error of a sketched gram
+    sketch: Tensor | None = None  # (S, k, k) of d logp[s] / dW, as `linear_sketch`
 
 
 def linear_logprob(
@@ -57,6 +60,10 @@ def linear_logprob(
     cache: int = -1,
     stats: Sequence[str] = (),
     norms: str | None = None,
+    sketch_dim: int = 32,
+    sketch_seed: int = 0,
+    sketch_key: str = "lm_head",
+    sketch_buckets: int = BUCKETS,
     backend: str = "auto",
 ) -> LinearLogprob:
     """Log-probability of every segment's targets, in nats; differentiable in hidden, weight, bias.
@@ -66,9 +73,13 @@ def linear_logprob(
 
     A segment without rows has logp 0. `num_segments` is the last id + 1 if not given: on CUDA that
     waits for the device, under torch.compile it must be given. `stats`: fields of `LinearLogprob`
-    to compute, from entropy, sum_sq_prob, log_sum_sq_prob, top1, mean_logit, argmax, log1m_pmax.
-    `norms="exact"`: `gram`, of the segments' gradients in `weight` (bias left out) within each
-    group of `group_size` segments. `backend`: triton on CUDA, else torch; or the one that is named.
+    to compute, from entropy, sum_sq_prob, log_sum_sq_prob, top1, mean_logit, argmax, log1m_pmax,
+    row_norm_sq. `norms="exact"`: `gram`, of the segments' gradients in `weight` (bias left out)
+    within each group of `group_size` segments. `norms="sketch"`: an unbiased estimate of it from
+    `sketch_buckets` buckets of the vocabulary, with its `gram_error`, and `sketch`, (k, k) with
+    k = `sketch_dim` for every segment: it adds up over batches, ranks and uses of the weight, and
+    is compared with other sketches of that seed (see `linear_sketch`).
+    `backend`: triton on CUDA, else torch; or the one that is named.
 
     Memory    weight trained: one (R, V) buffer in its dtype, or `cache` tiles of it (0: none) at a
               fourth product. Weight and bias frozen: no such buffer, two products. No grad: one.
@@ -91,10 +102,13 @@ def linear_logprob(
         cache=cache,
         stats=stats,
         norms=norms,
+        sketch_dim=sketch_dim,
+        sketch_buckets=sketch_buckets,
     )
     triton = _launch.resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
     plan = make_plan(hidden, weight, bias, cache, group_size if norms else 0, triton)
-    logp, sums, argmax, log1m_pmax, gram, *_ = _forward_op(
+    sketch = SketchPlan(sketch_dim, sketch_buckets, sketch_seed, sketch_key)
+    logp, sums, argmax, row_floats, *of_norms = _forward_op(
         hidden,
         weight,
         target,
@@ -104,15 +118,18 @@ def linear_logprob(
         [logit_scale, temperature] if softcap is None else [logit_scale, temperature, softcap],
         [int(x) for x in plan],
         ",".join(sorted(set(stats))),
+        sketch.text() if norms == "sketch" else "",
     )
     asked = [name for name in _SEGMENT_STATS if name in stats]
     fields: dict[str, Tensor] = {name: row for name, row in zip(asked, sums.unbind(0), strict=True)}
     if "argmax" in stats:
         fields["argmax"] = argmax
-    if "log1m_pmax" in stats:
-        fields["log1m_pmax"] = log1m_pmax
+    asked = [name for name in _ROW_FLOATS if name in stats]
+    fields.update(zip(asked, row_floats.unbind(0), strict=True))
     if norms:
-        fields["gram"] = gram
+        fields["gram"] = of_norms[0]
+    if norms == "sketch":
+        fields["gram_error"], fields["sketch"] = of_norms[1:3]
     return LinearLogprob(logp=logp, **fields)
 
 
@@ -165,20 +182,6 @@ def _transform(bias: Tensor | None, scales: Sequence[float]) -> torch_tiles.Tran
     return torch_tiles.Transform(bias, logit_scale, softcap[0] if softcap else None, temperature)
 
 
-def _surroundings(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Without autocast, which would round the tile products to a half type behind the op's back,
-    and on CUDA with the tensors' device as the current one, on which Triton launches."""
-    autocast = torch.is_autocast_enabled(device.type) if device.type != "meta" else False
-    if not autocast and device.type != "cuda":
-        return contextlib.nullcontext()
-    stack = contextlib.ExitStack()
-    if autocast:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-    if device.type == "cuda":
-        stack.enter_context(torch.cuda.device(device))
-    return stack
-
-
 def _tiles(what: Plan) -> tuple[Any, dict[str, Any]]:
     """The backend's module, and how it is told to cut the logits."""
     if not what.warps:
@@ -199,19 +202,33 @@ def forward(
     scales: Sequence[float],
     plan: Sequence[int],
     stats: str,
+    sketch: str,
 ) -> tuple[Tensor, ...]:
-    """logp, segment statistics, argmax, log1m_pmax, gram, and the four of `torch_tiles.Saved`.
+    """logp, segment statistics, argmax, other statistics per row, the three of `NormResults`, the
+    four of `torch_tiles.Saved`.
 
     As the custom op `_forward_op` it is opaque to torch.compile; `bench roofline` calls it bare.
     """
-    _launch.check_values(target, segment_id, weight.shape[0], segments)
+    vocab = weight.shape[0]
+    _launch.check_values(target, segment_id, vocab, segments)
     transform, what = _transform(bias, scales), Plan(*plan)
     dtype = torch_tiles.accumulate_dtype(hidden.dtype)
     empty = hidden.new_empty(0, dtype=dtype)
     names = frozenset(stats.split(",")) - {""}
-    gram = GroupGram(segment_id, segments, what.group_size, empty) if what.group_size else None
+    norms = HeadNorms.make(
+        segment_id,
+        segments,
+        what.group_size,
+        SketchPlan.read(sketch) if sketch else None,
+        "row_norm_sq" in names,
+        hidden.shape[0],
+        weight,
+        what.kept * what.width >= vocab,
+        empty,
+        bool(what.warps),
+    )
     backend, cut = _tiles(what)
-    with _surroundings(hidden.device):
+    with _launch.surroundings(hidden.device):
         sums, saved = backend.forward(
             hidden,
             weight,
@@ -220,34 +237,26 @@ def forward(
             **cut,
             kept=what.kept,
             need_hidden=bool(what.need_hidden),
-            stats=names,
-            gram=gram,
+            stats=names - {"row_norm_sq"},
+            riders=norms.riders,
         )
         logp_R = F.logsigmoid(-sums.odds)
-        rows = row_statistics(sums, logp_R, weight.shape[0], target) if names else {}
-        asked = [rows[name] for name in _SEGMENT_STATS if name in names]
-        gram_out = empty
-        if gram is not None:
-            phi = None if transform.softcap is None else saved.row_state[3]
-            miss = sums.odds.sigmoid() * transform.slope
-            terms = RowTerms(sums.maximum, sums.total, miss, phi)
-            gram_out = gram.finish(
-                hidden,
-                weight,
-                target,
-                terms,
-                lambda raw, vocab_id, maximum: torch_tiles.exps_at(
-                    raw, transform, None if bias is None else bias[vocab_id], maximum
-                ),
-            )
+        rows = row_statistics(sums, logp_R, vocab, target) if names else {}
+        if "row_norm_sq" in names:
+            rows["row_norm_sq"] = norms.row_norm_sq(transform, sums, saved)
+        found = norms.finish(hidden, weight, target, transform, sums, saved, backend, cut)
+    per_segment = [rows[name] for name in _SEGMENT_STATS if name in names]
+    per_row = [rows[name] for name in _ROW_FLOATS if name in names]
     return (
         segment_sum(logp_R, segment_id, segments),
-        segment_sum(torch.stack(asked), segment_id, segments)
-        if asked
+        segment_sum(torch.stack(per_segment), segment_id, segments)
+        if per_segment
         else empty.new_empty(0, segments),
         rows.get("argmax", target.new_empty(0)),
-        rows.get("log1m_pmax", empty.new_empty(0)),
-        gram_out,
+        torch.stack(per_row) if per_row else empty.new_empty(0, len(logp_R)),
+        found.gram,
+        found.gram_error,
+        found.sketch,
         saved.row_state,
         saved.hidden_grad,
         saved.exps,
@@ -260,8 +269,8 @@ _forward_op = torch.library.custom_op(
     forward,
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, Tensor? bias, "
-    "SymInt segments, float[] scales, int[] plan, str stats) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "SymInt segments, float[] scales, int[] plan, str stats, str sketch) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -276,12 +285,14 @@ def _forward_fake(
     scales: Sequence[float],
     plan: Sequence[int],
     stats: str,
+    sketch: str,
 ) -> tuple[Tensor, ...]:
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     wide = hidden.new_empty(0, dtype=torch_tiles.accumulate_dtype(hidden.dtype))
     names = stats.split(",")
     what, g = Plan(*plan), plan[2]
     groups = (segments // g, g, g) if g else (0,)
+    size = SketchPlan.read(sketch).size if sketch else 0
     states, exps_width, offsets = 4, _launch.padded(vocab), what.kept
     if not what.warps:
         states, exps_width = 4 if len(scales) == 3 else 3, vocab
@@ -290,8 +301,10 @@ def _forward_fake(
         wide.new_empty(segments),
         wide.new_empty(sum(name in _SEGMENT_STATS for name in names), segments),
         target.new_empty(rows if "argmax" in names else 0),
-        wide.new_empty(rows if "log1m_pmax" in names else 0),
+        wide.new_empty(sum(name in _ROW_FLOATS for name in names), rows),
         wide.new_empty(groups),
+        wide.new_empty(groups if size else (0,)),
+        wide.new_empty((segments, size, size) if size else (0,)),
         wide.new_empty(states, rows),
         wide.new_empty(rows if what.need_hidden else 0, dim),
         hidden.new_empty(min(what.kept * what.width, exps_width), rows),
@@ -316,7 +329,7 @@ def backward(
     """Gradients of hidden, weight and bias, from the gradient of every segment's logp."""
     what = Plan(*plan)
     backend, cut = _tiles(what)
-    with _surroundings(hidden.device):
+    with _launch.surroundings(hidden.device):
         gradients: tuple[Tensor, Tensor, Tensor] = backend.backward(
             segment_expand(grad, segment_id),
             hidden,
@@ -356,7 +369,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, segment_id, bias, _, ctx.scales, ctx.plan, _ = inputs
+    hidden, weight, target, segment_id, bias, _, ctx.scales, ctx.plan, *_ = inputs
     # Gradients of the outputs nobody differentiates stay None; as zeros one of them would be (R,
     # V).
     ctx.set_materialize_grads(False)
@@ -365,7 +378,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 9
+    grads: list[Tensor | None] = [None] * 10
     if grad is not None:
         what = Plan(*ctx.plan)
         hidden, weight, bias = _backward_op(grad, *ctx.saved_tensors, ctx.scales, ctx.plan)

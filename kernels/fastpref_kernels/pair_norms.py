@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from . import _launch, _norm_checks
+from ._launch import surroundings
 from .column_sums import column_sums
-from .linear_logprob import _surroundings
 from .pair_gram import is_narrow, narrow_gram, pair_gram
 from .segment_products import multiply, torch_segment_products, wide_dtype
 from .spans import row_counts
@@ -205,7 +205,7 @@ def adapter_sides(
             f"{tuple(lora_b.shape)}."
         )
     dtype = wide_dtype(x, dy, lora_a, lora_b)
-    with torch.no_grad(), _surroundings(x.device):
+    with torch.no_grad(), surroundings(x.device):
         return multiply(x, lora_a.t(), dtype), multiply(dy, lora_b, dtype)
 
 
@@ -267,7 +267,7 @@ def _pair_gram_op(
     if counts is None or not x.is_cuda:
         # On the CPU reading is free, and the order is checked whoever counted.
         counts = row_counts(segment_id, segments, name="linear_norms")
-    with _surroundings(x.device):
+    with surroundings(x.device):
         products = torch_segment_products
         if backend == "triton":
             from .triton_pair_gram import triton_pair_gram

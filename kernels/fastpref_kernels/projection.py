@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
-from .linear_logprob import _surroundings
+from ._launch import surroundings
 from .segment_products import wide_dtype
 
 MASK = 0xFFFFFFFF
@@ -48,12 +48,15 @@ class Projection:
         """
         return Projection(*_halves(seed, key, side))
 
+    def words(self, rows: Tensor, count: int) -> Tensor:
+        """(N, count) int64 of hashes, 0 .. 2^32 - 1, for the row numbers `rows` (N,) int64."""
+        stirred = _stir((rows + self.low) & MASK).unsqueeze(1)
+        of_word = _stir((torch.arange(count, device=rows.device) + self.high) & MASK)
+        return _stir(stirred ^ of_word)
+
     def signs(self, rows: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, k) of +-1 for the row numbers `rows` (N,) int64, 0 .. 2^32 - 1, on their device."""
-        words = -(-k // 32)
-        stirred = _stir((rows + self.low) & MASK).unsqueeze(1)
-        of_word = _stir((torch.arange(words, device=rows.device) + self.high) & MASK)
-        hashed = _stir(stirred ^ of_word)  # (N, words)
+        hashed = self.words(rows, -(-k // 32))
         # Back to 32 bits: int32 arithmetic is twice as fast, and only single bits are read.
         hashed = torch.where(hashed > 0x7FFFFFFF, hashed - (1 << 32), hashed).to(torch.int32)
         shift = torch.arange(32, device=rows.device, dtype=torch.int32)
@@ -109,7 +112,7 @@ def _times(h: Tensor, factor: int) -> Tensor:
 )
 def _project_op(x: Tensor, key: list[int], k: int, backend: str) -> Tensor:
     low, high, first_row = key
-    with _surroundings(x.device):
+    with surroundings(x.device):
         if backend == "triton":
             from .triton_sketch import triton_project
 

@@ -79,6 +79,16 @@ def linear_logprob(
     if "log1m_pmax" in stats:
         others = logp_RV.scatter(-1, argmax.unsqueeze(-1), -torch.inf)
         fields["log1m_pmax"] = torch.logsumexp(others, -1).detach()
+    if "row_norm_sq" in stats:
+        slopes = logit_gradients(
+            raw.detach(),
+            target,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+        )
+        fields["row_norm_sq"] = slopes.square().sum(-1)
     if norms is not None:
         fields["gram"] = head_gram(
             hidden,
@@ -93,6 +103,26 @@ def linear_logprob(
             temperature=temperature,
         )
     return LinearLogprob(logp=sums(logp_RV.gather(-1, target.unsqueeze(-1)).squeeze(-1)), **fields)
+
+
+def logit_gradients(
+    raw: Tensor,  # (R, V) hidden @ weight.T
+    target: Tensor,  # (R,)
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:  # (R, V)
+    """d logp_t / d raw logits of every row."""
+    with torch.enable_grad():
+        raw = raw.clone().requires_grad_()
+        logits = transformed_logits(
+            raw, bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature
+        )
+        logp = torch.log_softmax(logits, -1).gather(-1, target.unsqueeze(-1))
+        (grad_RV,) = torch.autograd.grad(logp.sum(), raw)
+    return grad_RV
 
 
 def head_gram(
@@ -112,19 +142,20 @@ def head_gram(
 
     A_s = sum over t in s of  (d logp_t / d (weight @ h_t)) h_t^T,    gram[a, b] = <A_a, A_b>
     """
-    with torch.enable_grad():
-        raw = (hidden @ weight.t()).detach().requires_grad_()
-        logits = transformed_logits(
-            raw, bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature
-        )
-        logp = torch.log_softmax(logits, -1).gather(-1, target.unsqueeze(-1))
-        (grad_RV,) = torch.autograd.grad(logp.sum(), raw)
+    grad_RV = logit_gradients(
+        (hidden @ weight.t()).detach(),
+        target,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+    )
     gradients = torch.stack(
         [
             (grad_RV[segment_id == s].t() @ hidden.detach()[segment_id == s]).flatten()
             for s in range(num_segments)
         ]
-        or [raw.new_zeros(weight.numel())]
+        or [grad_RV.new_zeros(weight.numel())]
     )[:num_segments]
     grouped = gradients.view(-1, group_size, weight.numel())
     return grouped @ grouped.transpose(1, 2)

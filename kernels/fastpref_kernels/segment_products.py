@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .linear_logprob import _surroundings
+from ._launch import surroundings
 from .spans import row_counts, starts
 
 
@@ -79,7 +79,7 @@ def _segment_products_op(
         counts = row_counts(segment_id, segments, name=name)
     if counts is None:
         counts = row_counts(segment_id, segments, name=name)
-    with _surroundings(left.device):
+    with surroundings(left.device):
         if chosen == "triton":
             from .triton_sketch import triton_segment_products
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import _launch, _norm_checks
 from .column_sums import column_sums
+from .count_sketch import project_vocabulary, vocabulary_signs
 from .pair_norms import adapter_sides
 from .projection import Projection, project
 from .segment_products import segment_products
@@ -41,6 +42,7 @@ def linear_sketch(
     counts: Sequence[int] | None = None,
     first_input: int = 0,
     first_output: int = 0,
+    buckets: int | None = None,
     backend: str = "auto",
 ) -> Tensor:  # (S, k, k)
     """Sketch of sum_t dy_t x_t^T over the rows of each segment.
@@ -62,7 +64,12 @@ def linear_sketch(
     inside = Projection.of(seed, key, "in")
     outside = Projection.of(seed, key, "out")
     inputs = project(x, inside, k, first_row=first_input, backend=backend, name=name)
-    outputs = project(dy, outside, k, first_row=first_output, backend=backend, name=name)
+    if buckets is None:
+        outputs = project(dy, outside, k, first_row=first_output, backend=backend, name=name)
+    else:
+        outputs = project_vocabulary(
+            dy, k, seed=seed, key=key, buckets=buckets, first_id=first_output
+        )
     return _combine(outputs, inputs, segment_id, num_segments, counts, k, backend, name)
 
 
@@ -118,6 +125,7 @@ def embedding_sketch(
     scale: float = 1.0,
     padding_idx: int | None = None,
     counts: Sequence[int] | None = None,
+    buckets: int | None = None,
     backend: str = "auto",
 ) -> Tensor:  # (S, k, k)
     """Sketch of an embedding's gradient, (V, D): sum_t scale dy_t at row token_id_t.
@@ -135,7 +143,7 @@ def embedding_sketch(
     _norm_checks.check_segments(name, dy.shape[0], num_segments, None, counts)
     inputs = project(dy, Projection.of(seed, key, "in"), k, backend=backend, name=name)
     rows = token_id.to(torch.int64)
-    outputs = Projection.of(seed, key, "out").signs(rows, k, inputs.dtype)
+    outputs = _row_signs(rows, k, inputs.dtype, seed, key, buckets)
     if padding_idx is not None:
         outputs = outputs.masked_fill((rows == padding_idx).unsqueeze(1), 0.0)
     sketch = _combine(outputs, inputs, segment_id, num_segments, counts, k, backend, name)
@@ -185,6 +193,7 @@ def weight_sketch(
     seed: int,
     key: str,
     transposed: bool = False,
+    buckets: int | None = None,
     first_input: int = 0,
     first_output: int = 0,
 ) -> Tensor:  # (k, k) float64
@@ -220,7 +229,7 @@ def weight_sketch(
             return flat.view(k, k) / k
         if transposed:
             new, old = new.t(), None if old is None else old.t()
-        return _matrix_sketch(new, old, k, seed, key, first_input, first_output)
+        return _matrix_sketch(new, old, k, seed, key, buckets, first_input, first_output)
 
 
 def _matrix_sketch(
@@ -229,10 +238,10 @@ def _matrix_sketch(
     k: int,
     seed: int,
     key: str,
+    buckets: int | None,
     first_input: int,
     first_output: int,
 ) -> Tensor:
-    side = Projection.of(seed, key, "out")
     total = new.new_zeros(k, k, dtype=torch.float64)
     step = max(WEIGHT_ENTRIES // max(new.shape[1], 1), 1)
     inputs = Projection.of(seed, key, "in")
@@ -240,8 +249,16 @@ def _matrix_sketch(
         change = _difference(new[i : i + step], None if old is None else old[i : i + step])
         inner = project(change, inputs, k, first_row=first_input, backend="torch")
         rows = torch.arange(i, i + change.shape[0], device=new.device) + first_output
-        total.addmm_(side.signs(rows, k, torch.float64).t(), inner)
+        total.addmm_(_row_signs(rows, k, torch.float64, seed, key, buckets).t(), inner)
     return total / k
+
+
+def _row_signs(
+    rows: Tensor, k: int, dtype: torch.dtype, seed: int, key: str, buckets: int | None
+) -> Tensor:  # (N, k)
+    if buckets is None:
+        return Projection.of(seed, key, "out").signs(rows, k, dtype)
+    return vocabulary_signs(rows, k, dtype, seed=seed, key=key, buckets=buckets)
 
 
 def _difference(new: Tensor, old: Tensor | None) -> Tensor:

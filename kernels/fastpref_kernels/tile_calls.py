@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import exp_tile as kernels
 from ._launch import TritonTile, launch, padded
+from .count_sketch import Buckets, CountSketch, SquareSums, sign_table, turn_table
 from .row_sums import ORDER_STATS
 from .torch_tiles import Transform
 
@@ -33,13 +35,64 @@ class Span(NamedTuple):
     vocab: int
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What the exp pass sums up for norms and sketches."""
+
+    squares: bool  # sum of F^2, in `state`
+    buckets: Buckets | None = None
+    sketch: Tensor | None = None  # (R, K) out, the CountSketch of F
+    signs: Tensor | None = None  # (V, padded) int8
+    turns: Tensor | None = None  # one for each block of ids, of a tile's padding too
+
+    @staticmethod
+    def of(
+        riders: Sequence[CountSketch | SquareSums], hidden: Tensor, vocab: int, tile: TritonTile
+    ) -> Carried:
+        """What the riders of `linear_logprob` ask for."""
+        for rider in riders:
+            if isinstance(rider, CountSketch):
+                buckets = rider.buckets
+                # A tile begins where a block of ids begins.
+                assert vocab <= tile.width or tile.width % buckets.count == 0, (tile, buckets)
+                shape = (hidden.shape[0], buckets.count)
+                sketch = hidden.new_empty(shape, dtype=torch.float32)
+                if block_of(tile.width) < buckets.count:
+                    sketch.zero_()  # no id falls into some of the buckets
+                signs = sign_table(buckets, padded(vocab), torch.int8, hidden.device)
+                whole = padded(vocab) + max(buckets.count, block_of(tile.width))
+                turns = turn_table(buckets, whole, hidden.device)
+                return Carried(True, buckets, sketch, signs, turns)
+        return Carried(bool(riders))
+
+    def hand_over(self, riders: Sequence[CountSketch | SquareSums], state: Tensor) -> None:
+        """The sums to the riders, after the last tile."""
+        for rider in riders:
+            if isinstance(rider, CountSketch):
+                assert self.sketch is not None
+                rider.sums = self.sketch.t()
+                rider = rider.squares
+            rider.sums = row(state, "norm").unsqueeze(0)
+
+    def arguments(self) -> dict[str, Any]:
+        """For the kernel."""
+        return {
+            "sketch": self.sketch,
+            "signs": self.signs,
+            "turns": self.turns,
+            "NORMS": self.squares,
+            "BUCKETS": 0 if self.buckets is None else self.buckets.count,
+        }
+
+
 def new_state(hidden: Tensor) -> Tensor:
     """(STATES, R) float32, what goes from tile to tile; the first tile reads nothing of it."""
     return hidden.new_empty(kernels.STATES, hidden.shape[0], dtype=torch.float32)
 
 
 def row(state: Tensor, name: str) -> Tensor:
-    """(R,) one of: offset total target phi shrink top argmax rest square plogp logit."""
+    """(R,) one of: offset total target phi shrink top argmax rest square plogp logit
+    norm."""
     return state[getattr(kernels, name.upper()).value]
 
 
@@ -95,6 +148,7 @@ def exp_tile(
     *,
     store: bool,
     stats: frozenset[str],
+    carried: Carried,
 ) -> None:
     """E of a tile, and the rows' sums in `state` carried on."""
     headroom = exp_headroom(exps.dtype, span.vocab)
@@ -113,8 +167,10 @@ def exp_tile(
             "HEADROOM": headroom,
             "KEEP": store,
             **statistics(stats),
+            **carried.arguments(),
         },
         warps=tile.warps,
+        rewritten=("sketch",),
     )
 
 

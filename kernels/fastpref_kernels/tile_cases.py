@@ -12,15 +12,18 @@ import torch
 from . import triton_tiles
 from ._aot import AotCase, case_of
 from ._launch import ROW_STATS, SEGMENT_STATS, TRITON_TILES, Launch, TritonTile, recorded
+from .count_sketch import BUCKETS, Buckets, CountSketch
 from .torch_tiles import Transform
 
 ALL_STATS = frozenset(SEGMENT_STATS + ROW_STATS)
-# name -> softcap and bias, statistics, training
-VARIANTS: dict[str, tuple[bool, frozenset[str], bool]] = {
-    "training": (False, frozenset(), True),
-    "training, softcap, bias, statistics": (True, ALL_STATS, True),
-    "no grad": (False, frozenset(), False),
-    "no grad, statistics": (False, ALL_STATS, False),
+# name -> softcap and bias, statistics, training, sketch
+VARIANTS: dict[str, tuple[bool, frozenset[str], bool, bool]] = {
+    "training": (False, frozenset(), True, False),
+    "training, sketch": (False, frozenset(), True, True),
+    "training, softcap, bias, statistics": (True, ALL_STATS, True, False),
+    "training, softcap, bias, statistics, sketch": (True, ALL_STATS, True, True),
+    "no grad": (False, frozenset(), False, False),
+    "no grad, statistics": (False, ALL_STATS, False, False),
 }
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -33,19 +36,26 @@ def aot_cases() -> list[AotCase]:
         _, dtypes, _, _, tile = entry
         for dtype in dtypes:
             archs = (80, 90, 100) if entry is widest and dtype == torch.bfloat16 else (90,)
-            for variant, (every, stats, train) in VARIANTS.items():
-                for launch in launches(tile, dtype, every=every, stats=stats, train=train):
+            for variant, asked in VARIANTS.items():
+                for launch in launches(tile, dtype, *asked):
                     case = case_of("", launch, archs)
                     # What the case depends on names it; the same thing again is left out.
                     name = f"{_name(launch)} {SHORT[dtype]} {_flags(launch.arguments, variant)}"
                     stores = launch.arguments.get("KEEP", True)
-                    case = replace(case, name=name, wide_loads=True, wide_stores=stores)
+                    # Signs are bytes: eight entries' are 8 bytes, and rightly so.
+                    loads = launch.arguments.get("signs") is None
+                    case = replace(case, name=name, wide_loads=loads, wide_stores=stores)
                     cases.setdefault(name, case)
     return list(cases.values())
 
 
 def launches(
-    tile: TritonTile, dtype: torch.dtype, *, every: bool, stats: frozenset[str], train: bool
+    tile: TritonTile,
+    dtype: torch.dtype,
+    every: bool,
+    stats: frozenset[str],
+    train: bool,
+    sketch: bool,
 ) -> Iterator[Launch]:
     """What one call launches for a head of two tiles, one of them kept, of 4096 columns."""
     rows, dim, vocab = 32, 4096, 2 * tile.width
@@ -56,6 +66,8 @@ def launches(
     if every:
         transform = Transform(torch.empty(vocab, **options), 1.5, 30.0, 0.9)
     seen: list[Launch] = []
+    like, buckets = hidden.new_empty(0, dtype=torch.float32), Buckets.of(0, "lm_head", BUCKETS)
+    riders = [CountSketch(buckets, vocab, rows, like)] if sketch else []
     with recorded(seen.append):
         _, saved = triton_tiles.forward(
             hidden,
@@ -66,7 +78,7 @@ def launches(
             kept=int(train),
             need_hidden=train,
             stats=stats,
-            gram=None,
+            riders=riders,
         )
         if train:
             triton_tiles.backward(

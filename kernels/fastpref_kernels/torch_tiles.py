@@ -6,12 +6,13 @@ so that a tile is one contiguous block of rows. Formulas, memory and numerics: k
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .gram import GroupGram
 from .row_sums import RowSums, Tiles, exp_
 from .segment import add_rows_
 
@@ -56,6 +57,16 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
+class Rider(Protocol):
+    """What is summed up over the tiles beside the op's own sums: for norms and sketches."""
+
+    def add_tile(self, exps: Tensor, shrink: Tensor | None, tiles: Tiles, i: int) -> None:
+        """exps (C, R): F of tile i, about 0 at the targets, relative to the running maximum.
+
+        What was summed before shrinks by `shrink` (R,), exp(old - new maximum); None at first.
+        """
+
+
 @dataclass(frozen=True)
 class Saved:
     """What the backward needs, and nothing of it is written by the backward.
@@ -85,7 +96,7 @@ def forward(
     kept: int,
     need_hidden: bool,
     stats: frozenset[str],
-    gram: GroupGram | None,
+    riders: Sequence[Rider] = (),
 ) -> tuple[RowSums, Saved]:
     """One pass over the vocabulary; the first `kept` tiles of E are kept for the backward."""
     dtype = accumulate_dtype(hidden.dtype)
@@ -114,8 +125,8 @@ def forward(
         if need_hidden:
             rounded = z if in_place or not z.is_cuda else z.to(hidden.dtype)
             _accumulate_(mixed, shrink, rounded.t(), weight_C)
-        if gram is not None:
-            gram.add_tile(z, shrink)
+        for rider in riders:
+            rider.add_tile(z, shrink, tiles, i)
     rows_out = [sums.maximum, sums.total, sums.log_odds(vocab == 1 or transform.bias is not None)]
     if transform.softcap is not None:
         bent = sums.target_logit * (transform.temperature / transform.softcap)
@@ -222,7 +233,7 @@ def _weight_backward_(
         else:
             # The target's term joins in float32, so that the gradient is rounded once.
             tile = scratch[: hi - lo]
-            _half_product(exps, buffer, weight.dtype, tile)
+            half_product(exps, buffer, weight.dtype, tile)
             tiles.add_target_rows_(i, tile, torch.mul(hidden_w, own_1, out=buffer))
             grad_weight[lo:hi].copy_(tile)
     if need_weight and in_place and add_own:
@@ -247,6 +258,35 @@ def _recompute_(
     tiles.take_target_(i, out, 0.0)
 
 
+def tiles_again(
+    rows: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    transform: Transform,
+    saved: Saved,
+    width: int,
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """F of every tile for some rows, kept or computed again, with about 0 or about -S' phi at the
+    targets.
+
+    A tile is (first id, last id, F (C, L), factor (L,) by which F becomes relative to the final
+    maximum; None: 1).
+    """
+    count, kept = -(-weight.shape[0] // width), -(-saved.exps.shape[0] // width)
+    dtype, maximum = saved.row_state.dtype, saved.row_state[0]
+    cut = Tiles.make(target[rows], weight.shape[0], width)
+    scratch = hidden.new_empty(0 if kept == count else width, len(target[rows]), dtype=dtype)
+    for i, (lo, hi) in enumerate(cut.bounds):
+        if i < kept:
+            factor = (saved.offsets[i] - maximum).exp_()[rows] if count > 1 else None
+            yield lo, hi, saved.exps[lo:hi, rows], factor
+        else:
+            again = scratch[: hi - lo]
+            _recompute_(again, hidden[rows], weight, transform, cut, i, maximum[rows])
+            yield lo, hi, again, None
+
+
 def exps_at(raw: Tensor, transform: Transform, bias: Tensor | None, maximum: Tensor) -> Tensor:
     """F = E times the softcap's bend, from raw logits, relative to the given maximum; in place."""
     bend = transform.apply_(raw, bias)
@@ -264,7 +304,7 @@ def _accumulate_(out: Tensor, shrink: Tensor | None, a: Tensor, b: Tensor) -> No
         out.mul_(shrink.unsqueeze(1)).add_(torch.mm(a, b, out_dtype=out.dtype))
 
 
-def _half_product(exps: Tensor, rows: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+def half_product(exps: Tensor, rows: Tensor, dtype: torch.dtype, out: Tensor) -> None:
     """exps @ rows with E in a half type: in float32 on the CPU, with rounded operands on CUDA.
 
     A row's factor g (1 - p) / S' may be far below what float16 holds, so the operand is brought to

@@ -7,6 +7,7 @@ Imports triton: import it where the backend is chosen, never from `__init__`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import tile_calls as calls
 from ._launch import TritonTile, padded
-from .gram import GroupGram
+from .count_sketch import CountSketch, SquareSums
 from .row_sums import ORDER_STATS, RowSums
 from .tile_calls import Span
 from .torch_tiles import Saved, Transform
@@ -31,7 +32,7 @@ def forward(
     kept: int,
     need_hidden: bool,
     stats: frozenset[str],
-    gram: GroupGram | None,
+    riders: Sequence[CountSketch | SquareSums] = (),
 ) -> tuple[RowSums, Saved]:
     """One pass over the vocabulary; the first `kept` tiles of E are kept for the backward.
 
@@ -45,29 +46,36 @@ def forward(
     state = calls.new_state(hidden)
     mixed = hidden.new_empty(rows if need_hidden else 0, dim, dtype=torch.float32)
     hidden, transform = hidden.contiguous(), _with_padded_bias(transform)
-    # The Gram matrices take a whole tile at a time, the rest is content with a block of its rows.
-    scratch = _Scratch(hidden, tile, vocab, rows if gram else tile.row_block)
+    carried = calls.Carried.of(riders, hidden, vocab, tile)
+    scratch = _Scratch(hidden, tile, vocab)
     exps_RC = exps  # holds nothing, and stays so where only sums are wanted
-    store = bool(kept) or need_hidden or gram is not None
+    store = bool(kept) or need_hidden
     for i, (lo, hi) in enumerate(bounds(vocab, tile.width)):
-        whole = i < kept or gram is not None
         if store:
             exps_RC = _kept_tile(exps, lo, hi) if i < kept else scratch.exps(hi - lo, rows)
         for first, end in bounds(rows, tile.row_block):
             z, part = scratch.logits(hi - lo, end - first), slice(first, end)
-            e = exps_RC[part] if whole else exps_RC[: end - first]
+            e = exps_RC[part] if i < kept else exps_RC[: end - first]
             calls.product(hidden[part], weight[lo:hi].t(), z[:, : hi - lo])
             span = Span(first, lo, hi - lo, vocab)
             offset = offsets[i] if i < kept else calls.row(state, "offset")
             calls.exp_tile(
-                z, e, target, transform, state, offset, span, tile, store=store, stats=stats
+                z,
+                e,
+                target,
+                transform,
+                state,
+                offset,
+                span,
+                tile,
+                store=store,
+                stats=stats,
+                carried=carried,
             )
             if need_hidden:
                 calls.mix(mixed[part], state, span, e[:, : hi - lo], weight[lo:hi])
-        if gram is not None:
-            shrink = calls.row(state, "shrink") if i else None
-            gram.add_tile(exps_RC[:, : hi - lo].to(torch.float32).t(), shrink)
     del scratch
+    carried.hand_over(riders, state)
     sums, phi = _row_sums(state, stats), calls.row(state, "phi")
     if kept:
         own = -sums.total * phi
@@ -126,7 +134,7 @@ def _weight_backward_(
     offset, total, _, phi = saved.row_state.unbind(0)
     kept, own = saved.offsets.shape[0], -total * phi
     need_weight, need_bias = bool(len(grad_weight)), bool(len(grad_bias))
-    scratch = _Scratch(hidden, tile, vocab, tile.row_block)
+    scratch = _Scratch(hidden, tile, vocab)
     operand = _ScaledRows(hidden, factor, offset) if need_weight else None
     bias_unit = _unit(factor.abs()) if rows and hidden.dtype == torch.float16 else None
     if not rows:
@@ -152,6 +160,51 @@ def _weight_backward_(
                 grad_bias[lo:hi] += _matrix_vector(e, column, bias_unit)
 
 
+def tiles_again(
+    rows: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    transform: Transform,
+    saved: Saved,
+    tile: TritonTile,
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """As `torch_tiles.tiles_again`."""
+    final = saved.row_state[0, rows]
+    for lo, hi, exps, offset in padded_tiles(rows, hidden, weight, target, transform, saved, tile):
+        yield lo, hi, exps[:, : hi - lo].t(), (offset - final).exp()
+
+
+def padded_tiles(
+    rows: slice,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    transform: Transform,
+    saved: Saved,
+    tile: TritonTile,
+    *,
+    first: int = 0,
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(first id, last id, F (L, C) with padded rows, offset (L,)) of the tiles from `first` on."""
+    hidden, transform = hidden[rows].contiguous(), _with_padded_bias(transform)
+    offset, total, _, phi = saved.row_state[:, rows].unbind(0)
+    own, target, kept = -total * phi, target[rows], saved.offsets.shape[0]
+    count, vocab = hidden.shape[0], weight.shape[0]
+    scratch = _Scratch(hidden, tile, vocab, count)
+    for i, (lo, hi) in list(enumerate(bounds(vocab, tile.width)))[first:]:
+        if i < kept:
+            yield lo, hi, _kept_tile(saved.exps, lo, hi)[rows], saved.offsets[i, rows]
+            continue
+        exps = scratch.exps(hi - lo, count)
+        for start, end in bounds(count, tile.row_block):
+            z = scratch.logits(hi - lo, end - start)
+            calls.product(hidden[start:end], weight[lo:hi].t(), z[:, : hi - lo])
+            span = Span(start, lo, hi - lo, vocab)
+            calls.exp_again(z, exps[start:end], target, transform, offset, own, span, tile)
+        yield lo, hi, exps, offset
+
+
 def bounds(size: int, step: int) -> list[tuple[int, int]]:
     """[(0, step), (step, 2 step), ...] up to size; nothing for size 0."""
     return [(lo, min(lo + step, size)) for lo in range(0, size, step)] if size else []
@@ -161,11 +214,13 @@ class _Scratch:
     """One tile of logits, one of E and one of a wide gradient; each allocated when first asked for,
     then used again and again."""
 
-    def __init__(self, hidden: Tensor, tile: TritonTile, vocab: int, exps_rows: int) -> None:
+    def __init__(
+        self, hidden: Tensor, tile: TritonTile, vocab: int, exps_rows: int | None = None
+    ) -> None:
         rows, width = hidden.shape[0], min(tile.width, padded(vocab))
         self._hidden = hidden
         self._logits_size = min(rows, tile.row_block) * width
-        self._exps_size = min(rows, exps_rows) * width
+        self._exps_size = self._logits_size if exps_rows is None else exps_rows * width
         self._wide_size = width * hidden.shape[1]
         self._logits: Tensor | None = None
         self._exps: Tensor | None = None

@@ -20,3 +20,10 @@ def test_projection_on_every_chip(tmp_path: Path) -> None:
     out = aot(tmp_path, "--only", "project bf16 128x32")
     assert json.loads(out.splitlines()[-1])["ok"]
     assert all(arch in out for arch in ("sm_80", "sm_90", "sm_100"))
+
+
+@pytest.mark.slow
+def test_gram_of_the_head_and_the_sketch_in_its_pass(tmp_path: Path) -> None:
+    for only in ("gram_tile bfloat16", "exp_tile bf16 8192 training, sketch"):
+        out = aot(tmp_path, "--only", only, "--arch", "90")
+        assert json.loads(out.splitlines()[-1])["ok"]

@@ -22,16 +22,17 @@ def plan(**changes: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "changes,stats,dtype",
+    "changes,stats,sketch,dtype",
     [
-        ({}, "", torch.bfloat16),
-        ({"kept": 0}, "", torch.float32),
-        ({"width": 23, "kept": 1}, "", torch.float32),
-        ({"kept": 0, "need_weight": 0}, "argmax,entropy,log1m_pmax,top1", torch.float32),
-        ({"group_size": 2, "need_bias": 1}, "mean_logit", torch.float32),
+        ({}, "", "", torch.bfloat16),
+        ({"kept": 0}, "", "", torch.float32),
+        ({"width": 23, "kept": 1}, "row_norm_sq", "", torch.float32),
+        ({"kept": 0, "need_weight": 0}, "argmax,entropy,log1m_pmax,top1", "", torch.float32),
+        ({"group_size": 2, "need_bias": 1}, "mean_logit", "", torch.float32),
+        ({"group_size": 4}, "log1m_pmax,row_norm_sq", "3 64 5 lm head", torch.float32),
     ],
 )
-def test_opcheck(changes: dict[str, int], stats: str, dtype: torch.dtype) -> None:
+def test_opcheck(changes: dict[str, int], stats: str, sketch: str, dtype: torch.dtype) -> None:
     case = make_case(9, 4, 23, dtype=dtype, segments=4, bias=bool(changes.get("need_bias")))
     bias = None if case.bias is None else case.bias.requires_grad_()
     what = plan(**changes)
@@ -46,6 +47,7 @@ def test_opcheck(changes: dict[str, int], stats: str, dtype: torch.dtype) -> Non
         [1.0, 1.0, 5.0],
         what,
         stats,
+        sketch,
     )
     torch.library.opcheck(_forward_op, args)
     saved = [x.detach() for x in _forward_op(*args)[-4:]]
@@ -53,7 +55,7 @@ def test_opcheck(changes: dict[str, int], stats: str, dtype: torch.dtype) -> Non
     torch.library.opcheck(_backward_op, (torch.randn(4), *detached, *saved, [1.0, 1.0, 5.0], what))
 
 
-@pytest.mark.parametrize("norms", [None, "exact"])
+@pytest.mark.parametrize("norms", [None, "exact", "sketch"])
 def test_compile_full_graph(norms: str | None) -> None:
     case = make_case(24, 8, 300, dtype=torch.float32, segments=6, softcap=9.0)
 
@@ -66,10 +68,12 @@ def test_compile_full_graph(norms: str | None) -> None:
             num_segments=6,
             group_size=3,
             softcap=9.0,
-            stats=("entropy", "argmax"),
+            stats=("entropy", "argmax", "row_norm_sq"),
             norms=norms,
         )
-        return (out.logp, out.entropy, out.argmax) + ((out.gram,) if norms else ())
+        of_norms = (out.gram, out.gram_error, out.sketch)
+        found = (out.logp, out.entropy, out.argmax, out.row_norm_sq, *of_norms)
+        return tuple(x for x in found if x is not None)
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
@@ -137,6 +141,7 @@ def large_allocations(least: int, step: Any) -> tuple[int, int]:
     [
         ({}, ("hidden", "weight"), 1),
         ({"norms": "exact", "group_size": 2}, ("hidden", "weight"), 1),
+        ({"norms": "sketch", "sketch_buckets": 64}, ("hidden", "weight"), 1),
         ({"cache": 0}, ("hidden", "weight"), 0),
         ({"cache": 2}, ("hidden", "weight"), 0),
         ({}, ("hidden",), 0),
@@ -209,8 +214,13 @@ def test_auto_says_once_what_it_chose(
             "computes in float32, got torch.float64",
         ),
         ({"backend": "tritn"}, "Did you mean 'triton'"),
-        ({"norms": "sketch"}, "comes with the sketch ops"),
         ({"norms": "both"}, "got 'both'"),
+        ({"norms": "exakt"}, "Did you mean 'exact'"),
+        ({"norms": "sketch", "sketch_dim": 0}, "sketch_dim must be at least 1, got 0"),
+        ({"norms": "sketch", "sketch_buckets": 0}, "power of two from 64 to 8192, got 0"),
+        ({"norms": "sketch", "sketch_buckets": 1000}, "power of two from 64 to 8192, got 1000"),
+        ({"norms": "sketch", "sketch_buckets": 16384}, "from 64 to 8192, got 16384"),
+        ({"group_size": 3, "norms": "sketch"}, "num_segments=4 is not a multiple of group_size=3"),
         ({"stats": ("entropi",)}, "Did you mean 'entropy'"),
         ({"stats": "entropy"}, "must be a sequence"),
         ({"softcap": 0.0}, "softcap must be positive and finite, got 0.0"),

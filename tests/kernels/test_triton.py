@@ -194,7 +194,6 @@ def test_target_out_of_range_gives_nan_there_and_nowhere_else() -> None:
         kept=3,
         need_hidden=True,
         stats=frozenset(),
-        gram=None,
     )
     assert sums.odds.isnan().tolist() == [False, True, True, True]
     grad, *_ = triton_tiles.backward(

@@ -117,14 +117,16 @@ def test_second_backward_and_second_run_give_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    "changes,stats",
+    "changes,stats,sketch",
     [
-        ({}, ""),
-        ({"width": 32, "kept": 1, "need_bias": 1}, ""),
-        ({"kept": 0, "need_weight": 0}, "argmax,entropy,log1m_pmax,top1"),
+        ({}, "", ""),
+        ({"width": 32, "kept": 1, "need_bias": 1}, "", ""),
+        ({"kept": 0, "need_weight": 0}, "argmax,entropy,log1m_pmax,top1", ""),
+        ({"group_size": 3}, "row_norm_sq", ""),
+        ({"width": 32, "kept": 1, "group_size": 3}, "", "2 64 0 lm_head"),
     ],
 )
-def test_opcheck(changes: dict[str, int], stats: str) -> None:
+def test_opcheck(changes: dict[str, int], stats: str, sketch: str) -> None:
     base = Plan(16, 2, 0, need_hidden=1, need_weight=1, need_bias=0, warps=1, row_block=4)
     plan = [int(x) for x in base._replace(**changes)]
     case = make_case(5, 4, 27, dtype=torch.float32, segments=3, bias=True).on(TRITON_DEVICE)
@@ -133,8 +135,8 @@ def test_opcheck(changes: dict[str, int], stats: str) -> None:
     leaves = [x if x is None or not x.is_floating_point() else x.requires_grad_() for x in inputs]
     leaves[1] = case.weight.requires_grad_(bool(plan[4]))
     scales = [1.0, 1.0, 5.0]
-    torch.library.opcheck(_forward_op, (*leaves, 3, scales, plan, stats))
-    saved = [x.detach() for x in _forward_op(*leaves, 3, scales, plan, stats)[-4:]]
+    torch.library.opcheck(_forward_op, (*leaves, 3, scales, plan, stats, sketch))
+    saved = [x.detach() for x in _forward_op(*leaves, 3, scales, plan, stats, sketch)[-4:]]
     detached = [None if x is None else x.detach() for x in leaves]
     grad = torch.randn(3, device=TRITON_DEVICE)
     torch.library.opcheck(_backward_op, (grad, *detached, *saved, scales, plan))

@@ -1,0 +1,182 @@
+"""CountSketch of head gradients along the vocabulary, inside the forward's loop over tiles.
+
+    sketch[j] = sum over v in bucket j of sign(v) x[v],    E[sketch . sketch'] = x . x'
+
+K buckets. A block of K ids meets every bucket once, so that a tile is added as a few ranges with a
+sign per id: one multiply-add a logit, and no scatter. Id v of block b = v // K goes to bucket
+
+    ((v xor turn(b) mod 8) + (turn(b) rounded down to a multiple of 8)) mod K
+
+where turn(b), 0 .. K - 1, and the signs are hashes of seed and key (`projection`): two ids of
+different blocks share a bucket with probability 1 / K.
+Shapes: R rows, V vocab, K buckets, C tile width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .pair_gram import wide_dtype
+from .projection import SIGNS_AT_ONCE, Projection
+from .row_sums import Tiles
+from .segment import add_rows_
+
+BUCKETS = 1024
+EIGHT = 8  # ids whose places differ in the last three bits
+SQUARES = 256  # rows that sums of squares are first taken to: one vector addition a tile's row
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Where the CountSketch of a vocabulary puts every id, and its sign."""
+
+    count: int  # K, a power of two, at least EIGHT
+    sign: Projection
+    turn: Projection
+
+    @staticmethod
+    def of(seed: int, key: str, count: int) -> Buckets:
+        """That of the vocabulary side of the weight that `key` names."""
+        sides = (Projection.of(seed, key, side) for side in ("bucket sign", "bucket turn"))
+        return Buckets(count, *sides)
+
+    def turns(self, blocks: Tensor) -> Tensor:
+        """turn(b), int64, for block numbers of any shape."""
+        return self.turn.words(blocks.flatten(), 1).view(blocks.shape) % self.count
+
+    def place(self, ids: Tensor) -> Tensor:
+        """Bucket of vocabulary ids, int64."""
+        turns = self.turns(ids // self.count)
+        return ((ids ^ (turns % EIGHT)) + turns // EIGHT * EIGHT) % self.count
+
+    def signs(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """+-1 for vocabulary ids (N,)."""
+        return self.sign.signs(ids, 1, dtype).squeeze(1)
+
+
+def vocabulary_signs(
+    ids: Tensor,  # (N,) int64 vocabulary ids
+    k: int,
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    key: str,
+    buckets: int,
+) -> Tensor:  # (N, k)
+    """Rows of the projection of a vocabulary: sign(v) times the signs of v's bucket.
+
+    A CountSketch followed by a projection of its buckets. E[R R^T] = 1 still; two ids share all
+    their signs with probability 1 / K, which adds 1 / K to the 1 / k of a variance.
+    """
+    hashed = Buckets.of(seed, key, buckets)
+    rows = Projection.of(seed, key, "out").signs(hashed.place(ids), k, dtype)
+    return rows.mul_(hashed.signs(ids, dtype).unsqueeze(1))
+
+
+def project_vocabulary(
+    x: Tensor,  # (T, V), or the ids from first_id on
+    k: int,
+    *,
+    seed: int,
+    key: str,
+    buckets: int,
+    first_id: int = 0,
+) -> Tensor:  # (T, k) float32 | float64
+    """x times the rows of `vocabulary_signs`."""
+    dtype = wide_dtype(x)
+    out = x.new_zeros(x.shape[0], k, dtype=dtype)
+    step = max(SIGNS_AT_ONCE // k, 1)
+    for i in range(0, x.shape[1], step):
+        columns = x[:, i : i + step].to(dtype)
+        ids = torch.arange(i, i + columns.shape[1], device=x.device) + first_id
+        out.addmm_(columns, vocabulary_signs(ids, k, dtype, seed=seed, key=key, buckets=buckets))
+    return out
+
+
+@lru_cache(maxsize=8)
+def sign_table(
+    buckets: Buckets, vocab: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:  # (V,)
+    """Signs of a vocabulary, the same for every batch of a run."""
+    return buckets.signs(torch.arange(vocab, device=device), torch.float32).to(dtype)
+
+
+@lru_cache(maxsize=8)
+def turn_table(buckets: Buckets, vocab: int, device: torch.device) -> Tensor:
+    """turn(b) of a vocabulary's blocks, int32."""
+    blocks = torch.arange(-(-vocab // buckets.count), device=device)
+    return buckets.turns(blocks).to(torch.int32)
+
+
+@lru_cache(maxsize=8)
+def _turns(buckets: Buckets, vocab: int) -> list[int]:
+    return turn_table(buckets, vocab, torch.device("cpu")).tolist()
+
+
+class CountSketch:
+    """Sums over the tiles: the sketch of F (K, R), and sum F^2 (R,), relative to the maximum."""
+
+    def __init__(self, buckets: Buckets, vocab: int, rows: int, like: Tensor) -> None:
+        self.buckets = buckets
+        self.vocab = vocab
+        self.sums = like.new_zeros(buckets.count, rows)
+        self.squares = SquareSums(rows, like)
+
+    def add_tile(self, exps: Tensor, shrink: Tensor | None, tiles: Tiles, i: int) -> None:
+        """exps (C, R) relative to the running maximum; shrink as from `RowSums`."""
+        self.squares.add_tile(exps, shrink, tiles, i)
+        if shrink is not None:
+            self.sums.mul_(shrink)
+        low, high = tiles.bounds[i]
+        signs = sign_table(self.buckets, self.vocab, exps.dtype, exps.device).unsqueeze(1)
+        # Eights in ranges, what a tile has of an eight at either end one by one.
+        first, last = min(-(-low // EIGHT) * EIGHT, high), high // EIGHT * EIGHT
+        self._add_eights(exps[first - low :], signs[first:], first, last)
+        for start, end in ((low, first), (max(last, first), high)):
+            if start < end:
+                ids = torch.arange(start, end, device=exps.device)
+                some = exps[start - low : end - low] * signs[start:end]
+                add_rows_(self.sums, self.buckets.place(ids), some)
+
+    def _add_eights(self, exps: Tensor, signs: Tensor, first: int, last: int) -> None:
+        count, turns = self.buckets.count, _turns(self.buckets, self.vocab)
+        low = first
+        while first < last:
+            # Up to where the block of ids ends, or the buckets do.
+            block = first // count
+            flip = turns[block] % EIGHT
+            start = (first + turns[block] - flip) % count
+            end = min(last, (block + 1) * count, first + count - start)
+            part = slice(first - low, end - low)
+            sums, some, sign = (
+                x.unflatten(0, (-1, EIGHT))
+                for x in (self.sums[start : start + end - first], exps[part], signs[part])
+            )
+            if not flip:
+                sums.addcmul_(some, sign)
+            else:
+                for place in range(EIGHT):
+                    sums[:, place ^ flip].addcmul_(some[:, place], sign[:, place])
+            first = end
+
+
+class SquareSums:
+    """sum F^2 (R,) over the entries that are not the target, relative to the maximum."""
+
+    def __init__(self, rows: int, like: Tensor) -> None:
+        self.sums = like.new_zeros(SQUARES, rows)
+
+    def add_tile(self, exps: Tensor, shrink: Tensor | None, tiles: Tiles, i: int) -> None:
+        """As `CountSketch.add_tile`."""
+        if shrink is not None:
+            self.sums.mul_(shrink).mul_(shrink)
+        for first in range(0, exps.shape[0], SQUARES):
+            some = exps[first : first + SQUARES]
+            self.sums[: some.shape[0]].addcmul_(some, some)
+
+    def total(self) -> Tensor:
+        return self.sums.sum(0)

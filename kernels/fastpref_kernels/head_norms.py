@@ -1,0 +1,195 @@
+"""Norms of head gradients that `linear_logprob` computes on request: exact, sketched, per row.
+
+Shapes: R rows, D hidden, V vocab, S segments, g group_size, K buckets, k sketch size; B groups of L
+rows. Formulas, cost and variance: kernels/README.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .count_sketch import Buckets, CountSketch, SquareSums, vocabulary_signs
+from .gram import GroupGram, Groups, RowTerms
+from .gram_products import longest_gram, product_gram
+from .projection import Projection, torch_project
+from .row_sums import RowSums
+from .segment_products import torch_segment_products
+from .sketched_gram import sketched_gram
+from .torch_tiles import Rider, Saved, Transform
+
+
+@dataclass(frozen=True)
+class SketchPlan:
+    """What `norms="sketch"` was asked for."""
+
+    size: int  # k
+    buckets: int  # K
+    seed: int
+    key: str
+
+    def text(self) -> str:
+        """As one argument of a custom op."""
+        return f"{self.size} {self.buckets} {self.seed} {self.key}"
+
+    @staticmethod
+    def read(text: str) -> SketchPlan:
+        size, buckets, seed, key = text.split(" ", 3)
+        return SketchPlan(int(size), int(buckets), int(seed), key)
+
+
+@dataclass(frozen=True)
+class NormResults:
+    """Tensors of size 0 where not asked for."""
+
+    gram: Tensor  # (S / g, g, g)
+    gram_error: Tensor  # (S / g, g, g)
+    sketch: Tensor  # (S, k, k)
+
+
+@dataclass
+class HeadNorms:
+    """What rides on the forward's loop, and what is made of it afterwards."""
+
+    groups: Groups | None
+    sketch: SketchPlan | None
+    like: Tensor  # dtype and device of the results
+    riders: list[Rider] = field(default_factory=list)
+    gram: GroupGram | None = None
+    squares: SquareSums | None = None
+    counted: CountSketch | None = None
+    longest: int = 0  # rows of a group up to which rows are multiplied with rows
+    triton: bool = False
+
+    @staticmethod
+    def make(
+        segment_id: Tensor | None,
+        segments: int,
+        group_size: int,  # 0: no Gram matrices
+        sketch: SketchPlan | None,
+        row_norms: bool,
+        rows: int,
+        weight: Tensor,  # (V, D)
+        kept: bool,  # all tiles of E
+        like: Tensor,
+        triton: bool,
+    ) -> HeadNorms:
+        vocab, dim = weight.shape
+        norms = HeadNorms(None, sketch, like, longest=rows, triton=triton)
+        if group_size:
+            norms.groups = Groups.make(segment_id, segments, group_size, like.device)
+            if sketch is None:
+                norms.longest = longest_gram(vocab, dim, group_size, kept)
+            batches = norms.groups.by_length(norms.longest)
+            if sketch is not None or not triton:
+                norms.gram = GroupGram(norms.groups, batches, like, riding=sketch is None)
+            if norms.gram is not None and sketch is None:
+                norms.riders.append(norms.gram)
+        if sketch is not None:
+            buckets = Buckets.of(sketch.seed, sketch.key, sketch.buckets)
+            norms.counted = CountSketch(buckets, vocab, rows, like)
+            norms.squares = norms.counted.squares
+            norms.riders.append(norms.counted)
+        elif row_norms:
+            norms.squares = SquareSums(rows, like)
+            norms.riders.append(norms.squares)
+        return norms
+
+    def finish(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        transform: Transform,
+        sums: RowSums,
+        saved: Saved,
+        backend: Any,  # the module torch_tiles or triton_tiles
+        cut: dict[str, Any],  # how it cuts the logits
+    ) -> NormResults:
+        """After the last tile."""
+        none = [self.like.new_empty(0) for _ in range(3)]  # outputs of an op are no aliases
+        if self.groups is None:
+            return NormResults(*none)
+        head = (hidden, weight, target, transform)
+        terms, size = row_terms(transform, sums, saved), self.groups.group_size
+        gram = self.like.new_zeros(self.groups.count, size, size)
+        if self.gram is not None and self.sketch is not None:
+            self.gram.look_up_targets(*head, sums.maximum)
+            assert self.counted is not None
+            error = sketched_gram(
+                gram, self.gram, self.counted, hidden, target, terms, weight.shape[0]
+            )
+            return NormResults(gram, error, self._sketches(hidden, target, terms))
+        if self.gram is not None:
+            self.gram.finish(gram, hidden, target, terms)
+        else:
+            from .triton_norms import triton_gram
+
+            gram.copy_(triton_gram(self.groups, self.longest, *head, terms, saved, **cut))
+        for group, length in enumerate(self.groups.lengths):
+            if length > self.longest:
+                gram[group] = self._long_group(group, head, terms, saved, backend, cut)
+        return NormResults(gram, *none[1:])
+
+    def _long_group(
+        self,
+        group: int,
+        head: tuple[Tensor, Tensor, Tensor, Transform],
+        terms: RowTerms,
+        saved: Saved,
+        backend: Any,
+        cut: dict[str, Any],
+    ) -> Tensor:  # (g, g)
+        assert self.groups is not None
+        bounds = self.groups.bounds(group)
+        rows = slice(bounds[0], bounds[-1])
+        tiles = backend.tiles_again(rows, *head, saved, **cut)
+        miss = terms.miss[rows]
+        per_unit = -miss / terms.total[rows]
+        own = miss if terms.phi is None else miss * terms.phi[rows]
+        return product_gram(
+            (
+                (lo, hi, exps, per_unit if factor is None else per_unit * factor)
+                for lo, hi, exps, factor in tiles
+            ),
+            head[0][rows],
+            head[2][rows],
+            own,
+            [row - bounds[0] for row in bounds],
+            self.like.dtype,
+        )
+
+    def _sketches(self, hidden: Tensor, target: Tensor, terms: RowTerms) -> Tensor:  # (S, k, k)
+        """Sum over the rows of each segment of (R_out^T d_t) (R_in^T h_t)^T / k."""
+        assert self.groups and self.sketch and self.counted
+        plan, dtype = self.sketch, terms.total.dtype
+        side = Projection.of(plan.seed, plan.key, "out")
+        outputs = torch_project(self.counted.sums.t(), side, plan.size, 0)
+        outputs *= (-terms.miss / terms.total).unsqueeze(1)
+        own = vocabulary_signs(
+            target, plan.size, dtype, seed=plan.seed, key=plan.key, buckets=plan.buckets
+        )
+        miss = terms.miss if terms.phi is None else terms.miss * terms.phi
+        outputs.addcmul_(own, miss.unsqueeze(1))
+        side = Projection.of(plan.seed, plan.key, "in")
+        inputs = torch_project(hidden, side, plan.size, 0)
+        return torch_segment_products(outputs, inputs, self.groups.counts) / plan.size
+
+    def row_norm_sq(self, transform: Transform, sums: RowSums, saved: Saved) -> Tensor:  # (R,)
+        """||d logp_t / d raw logits||^2 = m^2 (phi^2 + sum F^2 / S'^2), no cancellation."""
+        assert self.squares is not None
+        terms = row_terms(transform, sums, saved)
+        others = self.squares.total() / terms.total / terms.total
+        own = 1.0 if terms.phi is None else terms.phi * terms.phi
+        return terms.miss * terms.miss * (others + own)
+
+
+def row_terms(transform: Transform, sums: RowSums, saved: Saved) -> RowTerms:
+    """What turns F into a row's gradient."""
+    phi = None if transform.softcap is None else saved.row_state[3]
+    # S' = 0 where nothing but the target is possible; 1 - p is then 0.
+    total = torch.where(sums.total == 0.0, 1.0, sums.total)
+    return RowTerms(total, sums.odds.sigmoid() * transform.slope, phi)
