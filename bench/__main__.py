@@ -12,6 +12,7 @@ CASES = {
     "train": "bench.train",
     "head": "bench.head",
     "kernels": "bench.kernels",
+    "norms": "bench.norms",
     "aot": "bench.aot",
     "roofline": "bench.roofline",
     "gpu": "bench.gpu",

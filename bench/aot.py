@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 HELP = "registers, spills and load widths of the Triton kernels, compiled ahead of time"
 # Modules with `aot_cases() -> list[AotCase]`.
-MODULES = ("fastpref_kernels.tile_cases", "fastpref_kernels.pair_kernels")
+MODULES = (
+    "fastpref_kernels.tile_cases",
+    "fastpref_kernels.pair_kernels",
+    "fastpref_kernels.triton_pair_gram",
+    "fastpref_kernels.triton_sketch",
+    "fastpref_kernels.triton_column_sums",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -161,7 +161,7 @@ def losses(record: Record) -> list[str]:
     if record["bench"] in COUNTED:
         return found
     for name, value in record["values"].items():
-        smaller_is_better = name.startswith("memory")
+        smaller_is_better = name.startswith("memory") or "_share_" in name
         if value and (value["value"] > 1 if smaller_is_better else value["value"] < 1):
             found.append(f"{name}: {value['value']:.2f} is worse than the other's")
     return found

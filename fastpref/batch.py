@@ -71,6 +71,18 @@ class PairBatch:
         """(P,) scored tokens that both completions start with."""
         return torch.bincount(self.segment_id, minlength=self.num_segments)[:: self.group]
 
+    def first_own_rows(self) -> Tensor:
+        """(2, P) the rows that score the first tokens in which chosen and rejected part; -1 where a
+        completion has no such token, or no prefix predicts it. Both read the state of the prefix's
+        end."""
+        count = torch.bincount(self.segment_id, minlength=self.num_segments)
+        count = count.view(-1, self.group)
+        half = (self.group - 1) // 2  # segments of a rest, its tail included
+        first = count[:, 0] + count.sum(dim=1).cumsum(0) - count.sum(dim=1)
+        rest = count[:, 1:].view(self.num_pairs, 2, half).sum(dim=2).T
+        rows = torch.stack([first, first + rest[0]])
+        return torch.where((rest > 0) & (self.prefix_len > 0), rows, -1)
+
     def sequences_of_token(self) -> Tensor:
         """(T,) int64: in how many of its pair's sequences each token stands, a prefix's in two."""
         parts = torch.stack([self.prefix_len, self.chosen_len, self.rejected_len], dim=1).flatten()

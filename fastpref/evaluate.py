@@ -14,7 +14,7 @@ from fastpref.config import Config
 from fastpref.data.dataset import Dataset, sample_pairs
 from fastpref.data.pack import plan_microbatches
 from fastpref.data.tokenize import TokenPair
-from fastpref.dynamics.groups import behavior_rows
+from fastpref.dynamics.groups import behavior_rows, feature_rows
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
 from fastpref.journal import Journal
@@ -94,6 +94,8 @@ class Evaluator:
             journal.perf(_clocks(step, split, batches, time.perf_counter() - began))
             rows = behavior_rows(self.behaviors, columns["behavior"], **_measured(columns))
             if recorder:
+                spread = feature_rows(columns["behavior"], *_features(results))
+                rows = [row | spread[self.behaviors.index(row["behavior"])] for row in rows]
                 recorder.pairs(step, split, epoch, norm_method=norm_method(columns), **columns)
                 rows = recorder.behaviors(step, split, rows)
             line: dict[str, float | None] = {**result_metrics(results)}
@@ -153,6 +155,19 @@ def _measured(columns: Columns) -> Columns:
         "gnorm_m",
     )
     return {name: columns[name] for name in names if name in columns}
+
+
+def _features(results: Sequence[PairResult]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(P, D) features of all pairs, and the (P,) first tokens that chosen and rejected have of
+    their own, -1 where there is none."""
+    features, tokens = [], []
+    for result in results:
+        rows, batch = result.batch.first_own_rows(), result.batch
+        tokens.append(torch.where(rows < 0, -1, batch.target[rows]).cpu().numpy())
+        assert result.features is not None
+        features.append(result.features.cpu().double().numpy())
+    chosen, rejected = np.concatenate(tokens, axis=1)
+    return np.concatenate(features), chosen, rejected
 
 
 def _reward_margins(results: Sequence[PairResult], behaviors: int) -> np.ndarray:

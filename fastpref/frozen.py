@@ -19,10 +19,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastpref.batch import GROUP
-from fastpref.data.pack import common_length, fed_tokens, pack_pairs, plan_microbatches
+from fastpref.config import Config
+from fastpref.data.dataset import Dataset
+from fastpref.data.pack import (
+    common_length,
+    demand_vocabulary,
+    fed_tokens,
+    pack_pairs,
+    plan_microbatches,
+)
 from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel
 from fastpref.selfcheck import TOLERANCE
+from fastpref.theory.pairs import FrozenPairs, frozen_pairs
 
 CHECKED = 4  # prefixes that are computed the plain way too
 WORTH_SHARING = 8  # two prompts are computed as one where they share an eighth of it
@@ -60,6 +69,108 @@ def first_tokens(pairs: Sequence[TokenPair], eos_token_id: int | None = None) ->
         longer += max(map(len, rests)) > 1
         ended += all(len(rest) == 2 and rest[1] == eos_token_id for rest in rests)
     return FirstTokens(cut, shared_start, longer, ended, without)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Pairs of a data set as `fastpref.theory` takes them."""
+
+    pairs: FrozenPairs  # those of `firsts`, in their order
+    ids: np.ndarray  # (P,) their pair_id
+    firsts: FirstTokens
+
+
+def demand_head(model: PairModel) -> None:
+    """Raise ValueError for a model that cannot score tokens."""
+    if model.module.get_output_embeddings() is None:  # type: ignore[operator]
+        raise ValueError(
+            f"{type(model.module).__name__} has no output head, so no token has a log-probability "
+            "and there is nothing that preference pairs could teach. Name a causal language model."
+        )
+
+
+def freeze(
+    model: PairModel,
+    dataset: Dataset,
+    side: Sequence[TokenPair],  # of `dataset`: its training or its held-out pairs
+    config: Config,
+    *,
+    weigh: bool = False,
+    double_norm: bool = False,
+    progress: bool = False,
+) -> Frozen:
+    """The pairs of ``side`` with the features that ``model`` gives them.
+
+    ``weigh``: a pair counts as often as `dataset_weights` says. Raises ValueError where the model
+    or the data allow no prediction: pairs without a first differing token (unless ``on_bad_rows``
+    is drop), features that are not finite, a model that packing gets wrong.
+    """
+    firsts = first_tokens(side, model.tokenizer.eos_token_id)
+    _demand_answers(firsts, dataset, config)
+    pairs = firsts.pairs
+    demand_vocabulary(pairs, len(model.head.weight))
+    check_features(model, pairs)
+    budget = config.max_tokens_per_microbatch
+    features = prefix_features(
+        model, pairs, max_tokens=budget, double_norm=double_norm, progress=progress
+    )
+    _demand_finite(model, features, pairs, dataset, budget)
+    kept, behavior = np.unique([pair.behavior for pair in pairs], return_inverse=True)
+    frozen = frozen_pairs(
+        features,
+        np.array([pair.chosen[0] for pair in pairs]),
+        np.array([pair.rejected[0] for pair in pairs]),
+        behavior,
+        [dataset.behaviors[k] for k in kept],
+        _counts(pairs, config.dataset_weights) if weigh else None,
+    )
+    return Frozen(frozen, np.array([pair.pair_id for pair in pairs]), firsts)
+
+
+def _counts(pairs: Sequence[TokenPair], weights: Sequence[float]) -> np.ndarray | None:
+    """(P,) times that an epoch takes each pair; None: all alike."""
+    if len(set(weights)) < 2:
+        return None
+    return np.array([weights[pair.origin] for pair in pairs])
+
+
+def _demand_answers(firsts: FirstTokens, dataset: Dataset, config: Config) -> None:
+    """Pairs without a first differing token are bad rows."""
+    if not firsts.without or (firsts.pairs and config.on_bad_rows == "drop"):
+        return
+    example = firsts.without[0]
+    lengths = f"{len(example.chosen)} and {len(example.rejected)} tokens"
+    raise ValueError(
+        f"{len(firsts.without)} pairs have no first token in which their answers differ, the first "
+        f"being {_places(dataset)[example.pair_id]} ({lengths}): one answer begins with the whole "
+        "other one, or nothing precedes the answers. Set --append_eos true or a larger "
+        "--max_length, or --on_bad_rows drop to leave them out."
+    )
+
+
+def _demand_finite(
+    model: PairModel,
+    features: np.ndarray,
+    pairs: Sequence[TokenPair],
+    dataset: Dataset,
+    max_tokens: int,
+) -> None:
+    bad = first_not_finite(model, pairs, features, max_tokens=max_tokens)
+    if bad is not None:
+        values = features[bad][~np.isfinite(features[bad])]
+        number = int((~np.isfinite(features).all(axis=1)).sum())
+        raise ValueError(
+            f"{_places(dataset)[pairs[bad].pair_id]} (behavior "
+            f"{dataset.behaviors[pairs[bad].behavior]!r}): the model's hidden state at the last "
+            f"token before the answers holds {values[0]}; all in all {number} of {len(pairs)} pairs"
+            ", or their neighbours in a batch, are not finite. The weights are damaged, or the "
+            "precision is too low (--dtype float32)."
+        )
+
+
+def _places(dataset: Dataset) -> dict[int, str]:
+    """File and line of every pair, by its id."""
+    return {int(str(row["pair_id"])): f"{row['file']}:{row['line']}" for row in dataset.index}
 
 
 @torch.inference_mode()

@@ -103,6 +103,16 @@ class PairModel:
         """Log-probabilities of the batch's segments; `norms`, `stats` as in `linear_logprob`."""
         return self._score(self.hidden(batch), batch, norms, stats)
 
+    def logp_and_features(
+        self, batch: PairBatch, norms: str | None = None, stats: Sequence[str] = ()
+    ) -> tuple[LinearLogprob, Tensor]:
+        """`logp`, and (P, D) each pair's feature as `fastpref.frozen` defines it: the state that
+        predicts the first token in which the completions part, times the logit scale."""
+        hidden = self.hidden(batch)
+        row = batch.first_own_rows().amax(dim=0)  # one of them may be missing, not both
+        features = hidden.index_select(0, batch.rows[row]) * self.head.logit_scale
+        return self._score(hidden, batch, norms, stats), features
+
     def routed_logp(
         self, batch: PairBatch, norms: str | None = None, stats: Sequence[str] = ()
     ) -> tuple[LinearLogprob, Load | None]:

@@ -58,6 +58,7 @@ class PairResult:
     # of the head, by name: sums (P,) over the scored tokens of the chosen and the rejected sequence
     stats: dict[str, tuple[Tensor, Tensor]]
     load: Tensor | None = None  # of routers whose balance is part of the loss, `Load.packed`
+    features: Tensor | None = None  # (P, D) of an evaluation, see `PairModel.logp_and_features`
 
 
 @dataclass(frozen=True)
@@ -193,13 +194,15 @@ def evaluate(
     """The same quantities without a gradient reaching the model; all batches are one step."""
     ready = _ready(batches, config, reference)
     # All batches of an evaluation are kept, their hidden states, where they bring any, are not.
-    forwards = [
-        (replace(batch, hidden=None), model.logp(batch, norms, wanted_stats(config)))
-        for batch in ready
-    ]
+    forwards, features = [], []
+    for batch in ready:
+        head, feature = model.logp_and_features(batch, norms, wanted_stats(config))
+        forwards.append((replace(batch, hidden=None), head))
+        features.append(feature)
+    slopes = pair_slopes(forwards, loss, config)
     return [
-        _result(batch, head, asked, loss, config)
-        for (batch, head), asked in zip(forwards, pair_slopes(forwards, loss, config), strict=True)
+        replace(_result(batch, head, asked, loss, config), features=feature)
+        for (batch, head), asked, feature in zip(forwards, slopes, features, strict=True)
     ]
 
 

@@ -22,7 +22,6 @@ from fastpref.commands import add_field_options, show_log
 from fastpref.config import Config, field_names, load_config
 
 if TYPE_CHECKING:
-    from fastpref.data.dataset import Dataset
     from fastpref.data.tokenize import TokenPair
     from fastpref.frozen import FirstTokens
     from fastpref.model import PairModel
@@ -73,8 +72,9 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(None, overrides)
     per_step = config.learning_rate if "learning_rate" in overrides else None
 
+    from fastpref.report.files import write_whole
     from fastpref.report.theory_plots import write_plots
-    from fastpref.report.theory_tables import overview_text, wrapped, write_tables, write_whole
+    from fastpref.report.theory_tables import overview_text, wrapped, write_tables
 
     view, about, notes = predict(config, per_step, double_norm=args.compat == "double_norm")
     print("\n".join(wrapped(f"{name}: {value}") for name, value in about.items()) + "\n")
@@ -98,44 +98,30 @@ def predict(
     Raises ValueError where the data or the model allow no prediction.
     """
     from fastpref.data.dataset import load_dataset
-    from fastpref.data.pack import demand_vocabulary
-    from fastpref.frozen import check_features, first_tokens, prefix_features
+    from fastpref.frozen import demand_head, freeze
     from fastpref.model import load_model
     from fastpref.theory.overview import overview
-    from fastpref.theory.pairs import frozen_pairs
 
     model = load_model(config)
-    _demand_head(model)
+    demand_head(model)
     dataset = load_dataset(config, model.tokenizer)
-    firsts = first_tokens(dataset.train, model.tokenizer.eos_token_id)
-    _demand_answers(firsts, dataset, config)
-    pairs = firsts.pairs
-    demand_vocabulary(pairs, len(model.head.weight))
-    check_features(model, pairs)
-    features = prefix_features(
+    found = freeze(
         model,
-        pairs,
-        max_tokens=config.max_tokens_per_microbatch,
+        dataset,
+        dataset.train,
+        config,
+        weigh=True,
         double_norm=double_norm,
         progress=not config.disable_tqdm,
     )
-    _demand_finite(model, features, pairs, dataset, config.max_tokens_per_microbatch)
-    kept, behavior = np.unique([pair.behavior for pair in pairs], return_inverse=True)
-    count = _counts(pairs, config.dataset_weights)
-    frozen = frozen_pairs(
-        features,
-        np.array([pair.chosen[0] for pair in pairs]),
-        np.array([pair.rejected[0] for pair in pairs]),
-        behavior,
-        [dataset.behaviors[k] for k in kept],
-        count,
-    )
+    pairs, frozen = found.firsts.pairs, found.pairs
+    weighed = len(set(config.dataset_weights)) > 1
     positive = _positive_token(pairs)
     view = overview(
         frozen,
         config.beta,
         learning_rate,
-        batch_size=config.train_batch_size if count is None else 0,  # (E13) takes each pair once
+        batch_size=0 if weighed else config.train_batch_size,  # (E13) takes each pair once
         positive_token=positive,
         linear=model.head.softcap is None,
     )
@@ -143,67 +129,11 @@ def predict(
         "model": config.model_name_or_path,
         "data": ", ".join(config.dataset_name),
         "pairs": len(pairs),
-        "behaviors": len(kept),
-        "features": f"{features.shape[1]} wide, computed in {str(model.dtype)[6:]}, final norm "
-        f"{'twice (double_norm)' if double_norm else 'once'}",
+        "behaviors": len(frozen.behaviors),
+        "features": f"{frozen.features.shape[1]} wide, computed in {str(model.dtype)[6:]}, "
+        f"final norm {'twice (double_norm)' if double_norm else 'once'}",
     }
-    return view, about, _notes(model, firsts, view, positive, double_norm)
-
-
-def _counts(pairs: Sequence[TokenPair], weights: Sequence[float]) -> np.ndarray | None:
-    """(P,) times that an epoch takes each pair; None: all alike."""
-    if len(set(weights)) < 2:
-        return None
-    return np.array([weights[pair.origin] for pair in pairs])
-
-
-def _demand_head(model: PairModel) -> None:
-    if model.module.get_output_embeddings() is None:  # type: ignore[operator]
-        raise ValueError(
-            f"{type(model.module).__name__} has no output head, so no token has a log-probability "
-            "and there is nothing that preference pairs could teach. Name a causal language model."
-        )
-
-
-def _demand_answers(firsts: FirstTokens, dataset: Dataset, config: Config) -> None:
-    """Pairs without a first differing token are bad rows."""
-    if not firsts.without or (firsts.pairs and config.on_bad_rows == "drop"):
-        return
-    example = firsts.without[0]
-    lengths = f"{len(example.chosen)} and {len(example.rejected)} tokens"
-    raise ValueError(
-        f"{len(firsts.without)} pairs have no first token in which their answers differ, the first "
-        f"being {_places(dataset)[example.pair_id]} ({lengths}): one answer begins with the whole "
-        "other one, or nothing precedes the answers. Set --append_eos true or a larger "
-        "--max_length, or --on_bad_rows drop to leave them out."
-    )
-
-
-def _demand_finite(
-    model: PairModel,
-    features: np.ndarray,
-    pairs: Sequence[TokenPair],
-    dataset: Dataset,
-    max_tokens: int,
-) -> None:
-    from fastpref.frozen import first_not_finite
-
-    bad = first_not_finite(model, pairs, features, max_tokens=max_tokens)
-    if bad is not None:
-        values = features[bad][~np.isfinite(features[bad])]
-        number = int((~np.isfinite(features).all(axis=1)).sum())
-        raise ValueError(
-            f"{_places(dataset)[pairs[bad].pair_id]} (behavior "
-            f"{dataset.behaviors[pairs[bad].behavior]!r}): the model's hidden state at the last "
-            f"token before the answers holds {values[0]}; all in all {number} of {len(pairs)} pairs"
-            ", or their neighbours in a batch, are not finite. The weights are damaged, or the "
-            "precision is too low (--dtype float32)."
-        )
-
-
-def _places(dataset: Dataset) -> dict[int, str]:
-    """File and line of every pair, by its id."""
-    return {int(str(row["pair_id"])): f"{row['file']}:{row['line']}" for row in dataset.index}
+    return view, about, _notes(model, found.firsts, view, positive, double_norm)
 
 
 def _positive_token(pairs: Sequence[TokenPair]) -> int | None:

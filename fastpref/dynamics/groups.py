@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from fastpref.theory.distinguish import behavior_statistics
+from fastpref.theory.pairs import frozen_pairs
+
 MARGIN_THRESHOLD = 1.0
 ACCURACY_THRESHOLD = 0.9
 
@@ -79,6 +82,37 @@ def behavior_rows(
         }
         for k in present
     ]
+
+
+def feature_rows(
+    behavior: np.ndarray,  # (P,) integers
+    features: np.ndarray,  # (P, D) of `fastpref.frozen`
+    chosen: np.ndarray,  # (P,) the tokens that the features are to predict, -1 where there is none
+    rejected: np.ndarray,
+) -> dict[int, dict[str, float | None]]:
+    """How far apart the answers of each behavior lie among the evaluated pairs, by its index.
+
+    `delta`, `lambda_max` (the theory's concentration), `trace` and `mu_dot_d` of the `behaviors`
+    table, as `fastpref.theory.distinguish` defines them, with the smaller token id as "+". None
+    where they do not exist: a behavior with other than two answers, one of which is never chosen,
+    or features that are not finite.
+    """
+    rows: dict[int, dict[str, float | None]] = {}
+    for k in np.unique(behavior).tolist():
+        own = np.flatnonzero(behavior == k)
+        answers = set(zip(chosen[own].tolist(), rejected[own].tolist(), strict=True))
+        both = len(answers) == 2 and len({t for pair in answers for t in pair} - {-1}) == 2
+        if not both or not np.isfinite(features[own]).all():
+            rows[k] = dict.fromkeys(("delta", "lambda_max", "trace", "mu_dot_d"))
+            continue
+        (found,) = behavior_statistics(frozen_pairs(features[own], chosen[own], rejected[own]))
+        rows[k] = {
+            "delta": found.delta,
+            "lambda_max": found.concentration,
+            "trace": found.trace,
+            "mu_dot_d": found.mu_dot_d,
+        }
+    return rows
 
 
 def update_rate(step: np.ndarray, margin: np.ndarray) -> float | None:

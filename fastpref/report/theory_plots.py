@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastpref.report.svg import style
+from fastpref.report.pictures import (
+    BLUE,
+    INK,
+    ORANGE,
+    SOFT,
+    number_points,
+    picture_style,
+    write_picture,
+)
 from fastpref.report.tables import shorten
-from fastpref.report.theory_tables import write_whole
 from fastpref.theory.overview import Overview
 
-INK, SOFT, GRID = "#22262b", "#8a929b", "#e6e9ed"
-BLUE, ORANGE = "#0072b2", "#d55e00"  # Wong, Nature Methods 8:441
 LABELLED = 12  # up to so many behaviors a cell of the matrix holds its number
 NAME_WIDTH = 44
 
@@ -28,41 +30,11 @@ def write_plots(folder: Path, view: Overview) -> list[Path]:
     for name, draw in figures.items():
         for kind in ("png", "svg"):
             (folder / f"{name}.{kind}").unlink(missing_ok=True)  # of an earlier call
-        with _style() as plt:
+        with picture_style() as plt:
             figure = draw(plt, view)
-            if figure is None:
-                continue
-            for kind in ("png", "svg"):
-                buffer = io.BytesIO()
-                about = {"Date": None} if kind == "svg" else None
-                figure.savefig(buffer, format=kind, dpi=160, metadata=about)
-                path = folder / f"{name}.{kind}"
-                write_whole(path, buffer.getvalue())
-                written.append(path)
+            if figure is not None:
+                written += write_picture(figure, folder, name)
     return written
-
-
-@contextmanager
-def _style() -> Iterator[Any]:
-    """The report's style with colours of its own, since no page's style sheet gives them."""
-    import matplotlib
-
-    own: dict[Any, Any] = {
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.titlecolor": INK,
-        "axes.edgecolor": SOFT,
-        "grid.color": GRID,
-        "xtick.color": SOFT,
-        "ytick.color": SOFT,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "figure.facecolor": "white",
-        "axes.titlesize": 9.5,
-        "axes.titlelocation": "left",
-    }
-    with style() as plt, matplotlib.rc_context(own):
-        yield plt
 
 
 def _names(view: Overview) -> list[str]:
@@ -134,7 +106,7 @@ def _scatter(plt: Any, view: Overview) -> Any:
     right.set(title="In this mixture", ylabel=f"initial rate of the mean margin, nat per {unit}")
     for axes, rate in ((left, alone), (right, mixed)):
         axes.set(xlabel="distinguishability delta, feature units", xlim=(0, line[1]))
-        _number(figure, axes, delta, rate)
+        number_points(figure, axes, delta, rate)
     return figure
 
 
@@ -143,33 +115,6 @@ def _delta(view: Overview) -> np.ndarray:
     delta = np.array([own.statistics.delta for own in view.behaviors])
     effective = np.array([own.statistics.effective_delta for own in view.behaviors])
     return np.where(np.isnan(delta), effective, delta)
-
-
-def _number(figure: Any, axes: Any, x: np.ndarray, y: np.ndarray) -> None:
-    """The behaviors' numbers beside their points, each where it covers the fewest others."""
-    figure.canvas.draw()
-    points = axes.transData.transform(np.column_stack([x, y])) * 72 / figure.dpi
-    taken = [points]
-    for k, point in enumerate(points):
-        around = [
-            np.array([np.cos(turn), np.sin(turn)]) * radius
-            for radius in (9.0, 14.0)
-            for turn in np.arange(8) * np.pi / 4
-        ]
-        others = np.concatenate(taken)
-        space = [np.sort(np.linalg.norm(others - (point + way), axis=1))[0] for way in around]
-        good = next((w for w, s in zip(around, space, strict=True) if s > 8.5), None)
-        way = around[int(np.argmax(space))] if good is None else good
-        taken.append((point + way)[None])
-        axes.annotate(
-            str(k + 1),
-            (x[k], y[k]),
-            way,
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=7,
-        )
 
 
 def _matrix(plt: Any, view: Overview) -> Any:

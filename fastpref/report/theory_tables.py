@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastpref.report.files import write_csv
 from fastpref.report.tables import decimals, shorten
 from fastpref.theory.overview import Overview
 
@@ -90,32 +89,14 @@ def behavior_rows(view: Overview) -> list[dict[str, str | int | float]]:
 def write_tables(folder: Path, view: Overview) -> list[Path]:
     """behaviors.csv and, for two or more behaviors, priority.csv; nan stands for undefined."""
     rows = behavior_rows(view)
-    written = [
-        _write_csv(folder / "behaviors.csv", list(rows[0]), [list(r.values()) for r in rows])
-    ]
+    written = [write_csv(folder / "behaviors.csv", list(rows[0]), [list(r.values()) for r in rows])]
     stale = folder / "priority.csv"
     stale.unlink(missing_ok=True)  # of an earlier call with other behaviors
     if view.priority is not None:
         names = [own.statistics.behavior for own in view.behaviors]
         lines = [[name, *row] for name, row in zip(names, view.priority.tolist(), strict=True)]
-        written.append(_write_csv(stale, ["behavior", *names], lines))
+        written.append(write_csv(stale, ["behavior", *names], lines))
     return written
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_whole(path, buffer.getvalue().encode())
-    return path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is whole under its own name, whenever the writing ends."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_bytes(content)
-    aside.replace(path)
 
 
 def _heading(text: str) -> str:

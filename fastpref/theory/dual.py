@@ -71,7 +71,7 @@ def dual_recursion(
     Raises ValueError for indices, rates and betas that make no sense.
     """
     check_beta(beta)
-    rates = _rates(learning_rate, len(batches))
+    rates = step_rates(learning_rate, len(batches))
     if record_every < 1:
         raise ValueError(f"record_every is {record_every}, expected 1 or more")
     offset = margins(pairs, start) if start else np.zeros(len(pairs.features))
@@ -87,16 +87,15 @@ def dual_recursion(
 
     record(0)
     for step, (batch, rate) in enumerate(zip(batches, rates, strict=True), 1):
-        if batch is None:
-            index: np.ndarray | slice = slice(None)
+        index = batch_index(batch, len(alpha), step)
+        if isinstance(index, slice):
             margin = offset + margins(pairs, change)
         else:
-            index = _batch(batch, len(alpha), step)
             direction = answer_rows(pairs, change, index)
             margin = offset[index] + np.einsum("pd,pd->p", direction, pairs.features[index])
         taught = dpo_weight(margin, beta, label_smoothing) * pairs.count[index]
         taught /= pairs.count[index].sum()
-        touched, gradient = _batch_sum(pairs, index, taught)
+        touched, gradient = batch_pull(pairs, index, taught)
         if max_grad_norm is not None:
             rate *= min(1.0, max_grad_norm / (float(np.linalg.norm(gradient)) + 1e-6))
         time += rate
@@ -167,7 +166,7 @@ def _probe(probes: FrozenPairs, change: HeadRows, start: HeadRows | None) -> np.
     return margin if start is None else margin + margins(probes, start)
 
 
-def _batch_sum(
+def batch_pull(
     pairs: FrozenPairs, index: np.ndarray | slice, alpha: np.ndarray
 ) -> tuple[np.ndarray | slice, np.ndarray]:
     """`head_change` over some pairs: places among `pairs.tokens`, and what their rows gain."""
@@ -182,7 +181,8 @@ def _batch_sum(
     return np.searchsorted(pairs.tokens, tokens), pull @ pairs.features[index]
 
 
-def _rates(learning_rate: float | Sequence[float] | np.ndarray, steps: int) -> np.ndarray:
+def step_rates(learning_rate: float | Sequence[float] | np.ndarray, steps: int) -> np.ndarray:
+    """(steps,) learning rates from one for all or one each; ValueError for what is no rate."""
     rates = np.asarray(learning_rate, np.float64)
     if rates.ndim == 0:
         rates = np.full(steps, rates)
@@ -193,7 +193,10 @@ def _rates(learning_rate: float | Sequence[float] | np.ndarray, steps: int) -> n
     return rates
 
 
-def _batch(batch: np.ndarray, size: int, step: int) -> np.ndarray:
+def batch_index(batch: Batch, size: int, step: int) -> np.ndarray | slice:
+    """What selects the pairs of a batch; ValueError for indices beyond the ``size`` pairs."""
+    if batch is None:
+        return slice(None)
     index = np.asarray(batch)
     if index.ndim != 1 or index.size == 0 or index.dtype.kind not in "iu":
         raise ValueError(

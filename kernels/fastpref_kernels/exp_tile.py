@@ -62,6 +62,50 @@ def _place(target, low, width):
     return tl.where((y >= low) & (y < low + width), y - low, -1).to(tl.int32)
 
 
+@triton.jit
+def _carry_statistics(
+    here,  # the row's column of `state`
+    rows,
+    later,
+    x,  # logits, -inf at the target
+    e,
+    cols,
+    top,
+    before,
+    offset,
+    shrink,
+    total,  # of this tile
+    total_before,
+    low,
+    BLOCK: tl.constexpr,
+    ORDER: tl.constexpr,
+    SQUARES: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """SQUARE, PLOGP, TOP, ARGMAX and REST, where they are asked for."""
+    if SQUARES:
+        squared = tl.load(here + SQUARE * rows, mask=later, other=0.0) * shrink * shrink
+        tl.store(here + SQUARE * rows, squared + tl.sum(e * e, 0))
+    if ENTROPY:
+        plogp = tl.sum(tl.where(e > 0, e * (x - offset), 0.0), 0)
+        carried = tl.load(here + PLOGP * rows, mask=later, other=0.0)
+        # No sum so far makes the shift irrelevant, and it may be infinite.
+        shift = tl.where(total_before > 0, before - offset, 0.0)
+        tl.store(here + PLOGP * rows, (carried + total_before * shift) * shrink + plogp)
+    if ORDER:
+        first = tl.min(tl.where(x == top, cols, BLOCK), 0)
+        others = tl.sum(tl.where(cols == first, 0.0, e), 0)
+        top_before = tl.load(here + TOP * rows, mask=later, other=LOWEST)
+        first_before = tl.load(here + ARGMAX * rows, mask=later, other=0.0)
+        rest_before = tl.load(here + REST * rows, mask=later, other=0.0)
+        # The offset stays where the largest entry does: shrink is 1 then.
+        rises = top > top_before
+        rest = tl.where(rises, total_before * shrink + others, rest_before + total)
+        tl.store(here + TOP * rows, tl.where(rises, top, top_before))
+        tl.store(here + ARGMAX * rows, tl.where(rises, (first + low).to(tl.float32), first_before))
+        tl.store(here + REST * rows, rest)
+
+
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)
 def exp_tile_kernel(
     logits,  # (B, C) fp32, raw; columns from `width` on hold anything
@@ -123,34 +167,32 @@ def exp_tile_kernel(
     total_before = tl.load(here + TOTAL * rows, mask=later, other=0.0)
     # Stored before the statistics: later, phi would still be held in registers, and spill.
     if KEEP:
-        f = e * phi if SOFTCAP else e
+        # Padding gives 0 in E, whatever phi is there.
+        f = tl.where(valid, e * phi, 0.0) if SOFTCAP else e
         tl.store(exps + local * stride + cols, f.to(exps.dtype.element_ty), mask=inside)
         tl.store(tile_offset + row, offset)
     tl.store(here + OFFSET * rows, offset)
     tl.store(here + SHRINK * rows, shrink)
     tl.store(here + TOTAL * rows, total_before * shrink + total)
-
-    if SQUARES:
-        squared = tl.load(here + SQUARE * rows, mask=later, other=0.0) * shrink * shrink
-        tl.store(here + SQUARE * rows, squared + tl.sum(e * e, 0))
-    if ENTROPY:
-        plogp = tl.sum(tl.where(e > 0, e * (x - offset), 0.0), 0)
-        carried = tl.load(here + PLOGP * rows, mask=later, other=0.0)
-        # No sum so far makes the shift irrelevant, and it may be infinite.
-        shift = tl.where(total_before > 0, before - offset, 0.0)
-        tl.store(here + PLOGP * rows, (carried + total_before * shift) * shrink + plogp)
-    if ORDER:
-        first = tl.min(tl.where(x == top, cols, BLOCK), 0)
-        others = tl.sum(tl.where(cols == first, 0.0, e), 0)
-        top_before = tl.load(here + TOP * rows, mask=later, other=LOWEST)
-        first_before = tl.load(here + ARGMAX * rows, mask=later, other=0.0)
-        rest_before = tl.load(here + REST * rows, mask=later, other=0.0)
-        # The offset stays where the largest entry does: shrink is 1 then.
-        rises = top > top_before
-        rest = tl.where(rises, total_before * shrink + others, rest_before + total)
-        tl.store(here + TOP * rows, tl.where(rises, top, top_before))
-        tl.store(here + ARGMAX * rows, tl.where(rises, (first + low).to(tl.float32), first_before))
-        tl.store(here + REST * rows, rest)
+    _carry_statistics(
+        here,
+        rows,
+        later,
+        x,
+        e,
+        cols,
+        top,
+        before,
+        offset,
+        shrink,
+        total,
+        total_before,
+        low,
+        BLOCK,
+        ORDER,
+        SQUARES,
+        ENTROPY,
+    )
 
 
 @triton.jit(do_not_specialize=_LOOSE, do_not_specialize_on_alignment=_ROWS)
@@ -180,7 +222,7 @@ def exp_again_kernel(
     z, phi = _transform(raw, bias, low, cols, inside, scale, cap, SOFTCAP, BIAS)
     f = tl.exp(tl.where(valid, z, -float("inf")) - tl.load(offset + row))
     if SOFTCAP:
-        f *= phi
+        f = tl.where(valid, f * phi, 0.0)
     f = tl.where(cols == _place(target + row, low, width), tl.load(own + row), f)
     tl.store(exps + local * stride + cols, f.to(exps.dtype.element_ty), mask=inside)
 

@@ -68,7 +68,7 @@ def linear_logprob(
     waits for the device, under torch.compile it must be given. `stats`: fields of `LinearLogprob`
     to compute, from entropy, sum_sq_prob, log_sum_sq_prob, top1, mean_logit, argmax, log1m_pmax.
     `norms="exact"`: `gram`, of the segments' gradients in `weight` (bias left out) within each
-    group of `group_size` segments.
+    group of `group_size` segments. `backend`: triton on CUDA, else torch; or the one that is named.
 
     Memory    weight trained: one (R, V) buffer in its dtype, or `cache` tiles of it (0: none) at a
               fourth product. Weight and bias frozen: no such buffer, two products. No grad: one.

@@ -187,3 +187,25 @@ def pair_loss(
     accuracy = (ratios[0] > ratios[1]).to(sums.dtype)
     rows = (*sums, *ratios, ratios[0] - ratios[1], *(beta * ratios), accuracy, *slopes)
     return PairLoss(losses(segments), *rows)
+
+
+def linear_norms(
+    x: Tensor,  # (T, d)
+    dy: Tensor,  # (T, p)
+    segment_id: Tensor,  # (T,)
+    *,
+    num_segments: int,
+    group_size: int | None = None,
+) -> Tensor:  # (S,) | (S / g, g, g)
+    """What `fastpref_kernels.linear_norms` computes, by every segment's gradient, (p, d)."""
+    gradients = [dy[segment_id == s].t() @ x[segment_id == s] for s in range(num_segments)]
+    return gradient_gram(gradients, group_size)
+
+
+def gradient_gram(gradients: Sequence[Tensor], group_size: int | None = None) -> Tensor:
+    """Squared norms of S gradients, or their inner products within groups of `group_size`."""
+    flat = torch.stack([gradient.flatten() for gradient in gradients])
+    if group_size is None:
+        return flat.square().sum(1)
+    grouped = flat.view(-1, group_size, flat.shape[1])
+    return grouped @ grouped.transpose(1, 2)

@@ -72,6 +72,9 @@ def test_the_run_learns_and_says_so(straight: Path, base: Config) -> None:
     before = [r for r in rows if r["step"] == 12 and r["split"] == "train_sample"]
     for now, then in zip(last, before, strict=True):
         assert now["rate_obs"] == pytest.approx((now["margin"] - then["margin"]) / 2, rel=1e-9)
+    for row in rows:  # "polite" has the same first differing token in all its pairs
+        known = [row[name] is not None for name in ("delta", "lambda_max", "trace", "mu_dot_d")]
+        assert known == [row["behavior"] == "agrees"] * 4
     pairs = read_records(straight, "pairs").to_pylist()
     trained = [r for r in pairs if r["split"] == "train"]
     assert len(trained) == 14 * 8

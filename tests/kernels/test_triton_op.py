@@ -20,8 +20,10 @@ def call(function: Any, case: Case, **more: Any) -> Any:
     return function(case.hidden, case.weight, case.target, case.segment_id, **options)
 
 
-@pytest.mark.parametrize("spread,gap", [(0.1, 0.0), (1.0, 9.0), (40.0, 0.0)])
-@pytest.mark.parametrize("softcap", [None, 60.0])
+@pytest.mark.parametrize(
+    "spread,gap,softcap",
+    [(0.1, 0.0, None), (1.0, 9.0, None), (40.0, 0.0, None), (3.0, 0.0, 60.0)],
+)
 def test_statistics_equal_their_definition(
     spread: float, gap: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from fastpref import frozen
 from fastpref.config import load_config
+from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.frozen import check_features, first_tokens, prefix_features
 from fastpref.model import PairModel, load_model, prepare
@@ -183,3 +184,15 @@ def test_double_norm_of_a_model_that_ends_in_none(model: PairModel) -> None:
             prefix_features(model, pairs, max_tokens=500, double_norm=True)
     finally:
         body.norm = norm
+
+
+def test_an_evaluation_sees_the_same_features(model: PairModel) -> None:
+    pairs = [
+        *some_pairs(),
+        pair([30, 31], [8, 8, YES, 4], [8, 8, NO], 97),  # they part at the third token
+        pair([30], [YES], [YES, 4], 98),  # and here behind the whole chosen one
+    ]
+    seen = model.logp_and_features(pack_pairs(pairs))[1].detach()
+    firsts = first_tokens(pairs, EOS).pairs
+    expected = prefix_features(model, [*firsts, pair([30, YES], [1], [2])], max_tokens=500)
+    np.testing.assert_allclose(seen.numpy(), expected, rtol=0, atol=1e-12)

@@ -8,7 +8,12 @@ import statistics
 import numpy as np
 import pytest
 
-from fastpref.dynamics.groups import behavior_rows, time_to_threshold, update_rate
+from fastpref.dynamics.groups import (
+    behavior_rows,
+    feature_rows,
+    time_to_threshold,
+    update_rate,
+)
 
 NAMES = ["agreeable", "bold", "calm", "dry"]
 
@@ -84,3 +89,41 @@ def test_time_to_threshold() -> None:
     assert time_to_threshold(step, values, -1.0) == 0
     assert time_to_threshold(step, values, 2.0) is None
     assert time_to_threshold(step[:0], values[:0], 0.0) is None
+
+
+def test_feature_rows_say_how_far_apart_the_answers_lie() -> None:
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(24, 5))
+    behavior = np.repeat([0, 2], 12)
+    chosen = np.where(np.arange(24) % 3 == 0, 7, 4)
+    rejected = 11 - chosen
+    rows = feature_rows(behavior, features, chosen, rejected)
+    assert list(rows) == [0, 2]
+    for k, row in rows.items():
+        own = behavior == k
+        small, large = (features[own & (chosen == token)] for token in (4, 7))
+        d = small.mean(axis=0) - large.mean(axis=0)
+        assert row["delta"] == pytest.approx(np.linalg.norm(d), rel=1e-12)
+        middle = (small.mean(axis=0) + large.mean(axis=0)) / 2
+        assert row["mu_dot_d"] == pytest.approx(middle @ d, rel=1e-12)
+        spreads = [np.linalg.eigvalsh(np.cov(side.T, bias=True)) for side in (small, large)]
+        assert row["lambda_max"] == pytest.approx(max(s[-1] for s in spreads), rel=1e-10)
+        assert row["trace"] == pytest.approx(max(s.sum() for s in spreads), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "value"),
+    [
+        ([7, 7, 7], [4, 4, 4], 1.0),  # one class is empty
+        ([7, 4, 5], [4, 7, 4], 1.0),  # more than two answers
+        ([7, -1, 7], [-1, 7, -1], 1.0),  # one answer is the start of the other
+        ([7, 4, 7], [4, 7, 4], np.nan),
+    ],
+    ids=["one class", "three answers", "no first token", "not finite"],
+)
+def test_feature_rows_leave_undefined_what_is(
+    chosen: list[int], rejected: list[int], value: float
+) -> None:
+    features = np.full((3, 2), value)
+    (row,) = feature_rows(np.zeros(3, int), features, np.array(chosen), np.array(rejected)).values()
+    assert row == dict.fromkeys(("delta", "lambda_max", "trace", "mu_dot_d"))

@@ -151,3 +151,22 @@ def test_reference_values_travel_with_the_pair() -> None:
     batch = pack_pairs([pair, known])
     assert torch.isnan(batch.ref_chosen[0]) and batch.ref_chosen[1].item() == -1.1  # of float64
     assert batch.ref_rejected[1] == -2.5
+
+
+@settings(deadline=None)
+@given(pairs())
+def test_first_own_rows_score_where_the_completions_part(given_pairs: list[TokenPair]) -> None:
+    batch = pack_pairs(given_pairs)
+    for laid in (batch, batch.with_tails()):
+        rows = laid.first_own_rows().T.tolist()
+        for pair, (chosen, rejected) in zip(given_pairs, rows, strict=True):
+            at = parts(pair)
+            common = at.prefix - at.prompt
+            for row, completion in ((chosen, pair.chosen), (rejected, pair.rejected)):
+                rest = completion[common:].tolist()
+                assert (row >= 0) == bool(rest)
+                if rest:
+                    assert laid.target[row] == rest[0]
+                    within = laid.pair_of_token[: laid.rows[row] + 1]
+                    own = int((within == laid.pair_of_token[laid.rows[row]]).sum())
+                    assert own == at.prefix  # the state is that of the prefix's last token

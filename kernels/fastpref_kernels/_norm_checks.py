@@ -1,0 +1,105 @@
+"""Argument checks of the per-pair norms and sketches: which argument, what was expected, what came.
+
+Shapes: T rows, S segments, g group_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._launch import DTYPES
+
+_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+
+
+def check_rows(name: str, first: tuple[str, Tensor], *others: tuple[str, Tensor]) -> None:
+    """Floating tensors of at least two dimensions with one row for every row of the first."""
+    lead, model = first
+    for label, tensor in (first, *others):
+        if tensor.dim() < 2:
+            raise ValueError(
+                f"{name}: expected {label} (T, ...) with at least two dimensions, got "
+                f"{tuple(tensor.shape)}. Flatten batch and position: {label}.flatten(0, -2)."
+            )
+        check_dtype(name, label, tensor)
+        if tensor.shape[0] != model.shape[0]:
+            raise ValueError(
+                f"{name}: expected {label} with the {model.shape[0]} rows of {lead}, got "
+                f"{tuple(tensor.shape)}."
+            )
+        check_device(name, lead, model, label, tensor)
+
+
+def check_matrix(name: str, label: str, tensor: Tensor, columns: int | None = None) -> None:
+    """Two dimensions, and as many columns as given."""
+    if tensor.dim() != 2 or (columns is not None and tensor.shape[1] != columns):
+        wanted = "(rows, columns)" if columns is None else f"(rows, {columns})"
+        raise ValueError(f"{name}: expected {label} {wanted}, got {tuple(tensor.shape)}.")
+    check_dtype(name, label, tensor)
+
+
+def check_dtype(name: str, label: str, tensor: Tensor) -> None:
+    """One of the floating dtypes that are supported."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: {label} must have a dtype of {_NAMES}, got {tensor.dtype}. "
+            f"Convert it, e.g. {label}.float()."
+        )
+
+
+def check_device(name: str, lead: str, model: Tensor, label: str, tensor: Tensor) -> None:
+    """Both on one device."""
+    if tensor.device != model.device:
+        raise ValueError(
+            f"{name}: {lead} is on {model.device} but {label} on {tensor.device}; move one."
+        )
+
+
+def check_ids(name: str, label: str, ids: Tensor, lead: str, model: Tensor) -> None:
+    """int32 or int64, one for every row of `model`."""
+    if ids.shape != model.shape[:1] or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name}: expected {label} ({model.shape[0]},) int32 or int64, got "
+            f"{tuple(ids.shape)} {ids.dtype}."
+        )
+    check_device(name, lead, model, label, ids)
+
+
+def check_segments(
+    name: str,
+    rows: int,
+    num_segments: int,
+    group_size: int | None,
+    counts: Sequence[int] | None,
+) -> int:
+    """Numbers of segments that fit together; returns g, which is 1 for None."""
+    if num_segments < 0:
+        raise ValueError(f"{name}: num_segments must be >= 0, got {num_segments}.")
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"{name}: group_size must be at least 1 or None, got {group_size!r}.")
+    size = group_size or 1
+    if num_segments % size:
+        raise ValueError(
+            f"{name}: num_segments={num_segments} is not a multiple of group_size={size}. "
+            "Pad the last group with empty segments."
+        )
+    if counts is not None:
+        if len(counts) != num_segments:
+            raise ValueError(
+                f"{name}: expected counts of {num_segments} segments, got {len(counts)}."
+            )
+        if min(counts, default=0) < 0 or sum(counts) != rows:
+            raise ValueError(
+                f"{name}: counts must be the rows of every segment, >= 0 and {rows} together, got "
+                f"a smallest of {min(counts, default=0)} and a sum of {sum(counts)}."
+            )
+    return size
+
+
+def check_sketch_size(name: str, k: int) -> None:
+    """A sketch needs at least one row and column."""
+    if k < 1:
+        raise ValueError(f"{name}: k must be at least 1, got {k!r}. Common are 16, 32 and 64.")
