@@ -27,8 +27,8 @@ from bench import measure, results
 from bench.measure import Quantiles
 
 HELP = "time and memory of the head op on the CPU, ours and other packages'"
-# Prefix of a value -> R, D, V. Of the last no frozen head can be 1.1 times faster: eager's products
-# are two there as well, and what an op costs before it computes anything is 7 % of the whole.
+# Prefix of a value -> R, D, V. The last has no target for a frozen head: eager's products are two
+# there as well, and what an op costs before it computes anything is 9 % of the whole.
 SHAPES = {"": (512, 1024, 32000), "middle_": (256, 512, 16000), "small_": (128, 256, 4096)}
 PAIRS = 4
 TIMED = ("ours", "eager", "compile", "linear_ce", "trl")
