@@ -175,7 +175,6 @@ def test_padding_of_kept_tiles_is_zero() -> None:
         kept=1,
         need_hidden=False,
         stats=frozenset(),
-        gram=None,
     )
     exps = saved.exps.view(3, 32)
     assert not exps[:, 21:].any() and bool(exps[:, :21].all())
