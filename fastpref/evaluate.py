@@ -158,14 +158,15 @@ def _measured(columns: Columns) -> Columns:
 
 
 def _features(results: Sequence[PairResult]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(P, D) features of all pairs, and the (P,) first tokens that chosen and rejected have of
-    their own, -1 where there is none."""
+    """(P, D) features of all pairs, float32 or what the model computes in, and the (P,) first
+    tokens that chosen and rejected have of their own, -1 where there is none."""
     features, tokens = [], []
     for result in results:
         rows, batch = result.batch.first_own_rows(), result.batch
         tokens.append(torch.where(rows < 0, -1, batch.target[rows]).cpu().numpy())
         assert result.features is not None
-        features.append(result.features.cpu().double().numpy())
+        own = result.features.cpu()  # half precision is NumPy's only as float32
+        features.append((own.float() if own.itemsize < 4 else own).numpy())
     chosen, rejected = np.concatenate(tokens, axis=1)
     return np.concatenate(features), chosen, rejected
 

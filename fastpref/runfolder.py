@@ -56,12 +56,7 @@ def check(config: Config) -> None:
     Touches nothing, so that it can be asked long before `open_run`.
     """
     run = Path(config.output_dir)
-    standing = next(p for p in (run, *run.absolute().parents) if p.exists())
-    if not (standing.is_dir() and os.access(standing, os.W_OK | os.X_OK)):
-        raise ValueError(
-            f"output_dir={config.output_dir!r} cannot be made or written: {standing} is not a "
-            "folder that you may write to."
-        )
+    demand_writable(run)
     _demand_inputs_safe(config, run)
     if config.overwrite_output_dir:
         return
@@ -78,6 +73,16 @@ def check(config: Config) -> None:
             "resume_from_checkpoint to auto to go on with it, or choose another output_dir."
         )
     _demand_same(config, load_config(run / "config.yaml"), run)
+
+
+def demand_writable(folder: Path) -> None:
+    """Raise ValueError where ``folder`` neither is a folder to write to nor can become one."""
+    standing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not (standing.is_dir() and os.access(standing, os.W_OK | os.X_OK)):
+        raise ValueError(
+            f"output_dir={str(folder)!r} cannot be made or written: {standing} is not a "
+            "folder that you may write to."
+        )
 
 
 def template_date(config: Config) -> str:
@@ -104,7 +109,7 @@ def open_run(config: Config, device: torch.device) -> Path | None:
         else:
             checkpoint = find_checkpoint(config.resume_from_checkpoint, run)
         found = str(checkpoint or "")
-        _remove_final(run)
+        remove_final(run)
         run.mkdir(parents=True, exist_ok=True)
         aside = run / f".config.yaml.{os.getpid()}"
         aside.write_text(config.to_yaml(), encoding="utf-8")
@@ -160,7 +165,7 @@ def _remove_run(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
-def _remove_final(run: Path) -> None:
+def remove_final(run: Path) -> None:
     """The weights of a run that ended here: they would be taken for this one's until it ends.
 
     The settings go with them: a model and an adapter side by side are taken for one another's.

@@ -53,17 +53,20 @@ def run(args: argparse.Namespace) -> int:
     from fastpref.reproduce.behaviors import find_files
     from fastpref.reproduce.outcome import summary, write_outcome
     from fastpref.reproduce.settings import Settings
+    from fastpref.runfolder import demand_writable
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
     given = ("model", "steps", "learning_rate", "beta", "train_batch_size", "seed", "device")
     options = {name: getattr(args, name) for name in (*given, "dtype", "max_length")}
     _check(options)
-    for needs in {EXPERIMENTS[name].needs for name in names}:  # before the first one is run
+    output = Path(args.output_dir).expanduser()
+    demand_writable(output)
+    for needs in dict.fromkeys(EXPERIMENTS[name].needs for name in names):  # before any is run
         find_files(args.data, needs)
     for name in names:
         began = time.perf_counter()
-        folder = Path(args.output_dir) / name
+        folder = output / name
         settings = Settings(
             data=tuple(args.data), folder=folder, behaviors=tuple(args.behaviors), **options
         )
@@ -86,7 +89,9 @@ def _names(words: list[str]) -> list[str]:
 
 
 def _check(options: dict[str, object]) -> None:
-    """What `Config` says of the values, under the names that they have here."""
+    """What `Config` says of the values, under its names of them."""
+    if options["steps"] is not None and not int(str(options["steps"])) >= 1:
+        raise ValueError(f"--steps: expected 1 or more, got {options['steps']}")
     own = {"model": "model_name_or_path", "steps": "max_steps"}
     given = {own.get(name, name): value for name, value in options.items() if value is not None}
     Config(**given)  # type: ignore[arg-type]

@@ -100,8 +100,8 @@ def feature_rows(
     rows: dict[int, dict[str, float | None]] = {}
     for k in np.unique(behavior).tolist():
         own = np.flatnonzero(behavior == k)
-        answers = set(zip(chosen[own].tolist(), rejected[own].tolist(), strict=True))
-        both = len(answers) == 2 and len({t for pair in answers for t in pair} - {-1}) == 2
+        answers = sorted(set(zip(chosen[own].tolist(), rejected[own].tolist(), strict=True)))
+        both = len(answers) == 2 and answers[0] == answers[1][::-1] and -1 not in answers[0]
         if not both or not np.isfinite(features[own]).all():
             rows[k] = dict.fromkeys(("delta", "lambda_max", "trace", "mu_dot_d"))
             continue

@@ -63,11 +63,11 @@ def _rates(
 ) -> None:
     """Observed over predicted update rates, each relative to the mean over behaviors."""
     rate = np.array([own["predicted"]["margin_rate"] for own in numbers])
-    wanted = rate / rate.mean()
+    wanted = _over_mean(rate)
     axes.axhline(0, color=SOFT, linewidth=0.8)
     for what, marker, size in (("margin_first", "o", 7), ("margin_last", "D", 5)):
         seen = np.array([own["observed"][kind][what] for own in numbers])
-        for x, y, color in zip(wanted, seen / seen.mean(), colors, strict=True):
+        for x, y, color in zip(wanted, _over_mean(seen), colors, strict=True):
             axes.plot(x, y, marker, color=color, markersize=size, alpha=0.9)
     ends = np.array([min(0.0, wanted.min()), 1.1 * wanted.max()])
     axes.plot(ends, ends, color=SOFT, linestyle=PREDICTED, linewidth=1.3)
@@ -76,6 +76,12 @@ def _rates(
         xlabel="predicted rate of the margin / mean of behaviors",
         ylabel="observed / mean of behaviors",
     )
+
+
+def _over_mean(values: np.ndarray) -> np.ndarray:
+    """(K,) relative to their mean; nan, not drawn, where that is 0."""
+    mean = values.mean()
+    return values / mean if mean else np.full(len(values), np.nan)
 
 
 def _legends(

@@ -51,7 +51,8 @@ def draw_behaviors(
                 axes[0, 0].plot(*points(rows, "loss", **labels), **look)
                 axes[0, 1].plot(*points(rows, "output_accuracy", **labels), **look)
             step, delta = points(rows, "delta", behavior=own, split=TRAIN_SAMPLE)
-            axes[1, 1].plot(step, delta / delta[0], color=colors[own], linewidth=1.5)
+            grown = delta / delta[0] if delta[0] else np.full(len(delta), np.nan)
+            axes[1, 1].plot(step, grown, color=colors[own], linewidth=1.5)
             labels = {"behavior": own, "split": TRAIN_SAMPLE}
             axes[0, 0].plot(
                 *points(rows, "predicted_loss", **labels),
@@ -88,7 +89,7 @@ def _rate_panel(
         xlabel="delta = |mu+ - mu-| at the start, feature units",
         ylabel="mean margin, nats",
     )
-    axes.set_xlim(0, 1.08 * float(np.nanmax(delta)))
+    axes.set_xlim(0, 1.08 * float(np.nanmax(delta)) or 1.0)
     axes.set_ylim(bottom=min(0.0, float(np.nanmin(np.append(alone, seen)))))
 
 

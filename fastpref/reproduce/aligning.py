@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 
 from fastpref.config import Config
-from fastpref.dynamics.schema import TRAIN_SAMPLE
 from fastpref.reproduce import runs
+from fastpref.reproduce.outcome import ratio
 from fastpref.reproduce.settings import Official, Settings
 from fastpref.reproduce.start import Curve
+from fastpref.runfolder import MERGED
 
 log = logging.getLogger(__name__)
 
 ALIGN, BASE, ALIGNED = "align", "base", "aligned"  # names of the runs
 FLIPPED = {"flip_behaviors": ("all",)}
+RESOLVED = 1e-6  # nats of a mean margin; below it, float32 log-probs leave nothing but rounding
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def misalign(
     """Align by LoRA, then train towards the opposite from the base and from the aligned model."""
     first = runs.run_config(settings, official, files, ALIGN, save_merged=True, **fields)
     folder = Path(first.output_dir)
-    aligned_model = folder / runs.MERGED
+    aligned_model = folder / MERGED
     own = {"model_name_or_path": str(aligned_model)}
     configs = {
         ALIGN: first,
@@ -54,12 +56,6 @@ def misalign(
         log.info("run %s", name)
         folders[name] = runs.run(config, keep_weights=name == ALIGN)
     return Starts(configs, folders, aligned_model)
-
-
-def loss_falls(rows: Sequence[Curve], run: str, split: str = TRAIN_SAMPLE) -> np.ndarray:
-    """(E,) by how much the mean loss over all evaluated pairs has fallen, nats, from step 0 on."""
-    losses = mean_curve(rows, run, split, "loss")[1]
-    return losses[:1] - losses
 
 
 def mean_curve(
@@ -76,11 +72,15 @@ def mean_curve(
     return np.array(steps), np.array(means)
 
 
-def speeds(rows: Sequence[Curve]) -> dict[str, float]:
-    """How many times as far the loss falls from the aligned model as from the base: after the first
-    evaluated step, and over the run."""
-    base, aligned = (loss_falls(rows, run) for run in (BASE, ALIGNED))
-    return {"first": _ratio(aligned[1], base[1]), "last": _ratio(aligned[-1], base[-1])}
+def speeds(base: Path, aligned: Path, beta: float) -> dict[str, float]:
+    """How many times as far the loss falls in the run ``aligned`` as in ``base``: after the first
+    evaluated step, and over the run; nan where the base's margins are rounding."""
+    falls = [runs.loss_falls(folder, beta) for folder in (base, aligned)]
+    least = beta * RESOLVED / 2
+    return {
+        when: ratio(falls[1][e], falls[0][e]) if abs(falls[0][e]) > least else np.nan
+        for when, e in (("first", 1), ("last", -1))
+    }
 
 
 def first_above(step: np.ndarray, values: np.ndarray, threshold: float) -> float:
@@ -95,11 +95,7 @@ def gradient_speed(folders: dict[str, Path]) -> float:
     base, aligned = (
         runs.step_columns(folders[run], ["grad_norm"])["grad_norm"][0] for run in (BASE, ALIGNED)
     )
-    return _ratio(aligned, base) ** 2
-
-
-def _ratio(value: float, over: float) -> float:
-    return float(value / over) if over else np.nan
+    return ratio(aligned, base) ** 2
 
 
 def without_lora(config: Config, name: str, folder: Path, **changes: Any) -> Config:

@@ -75,7 +75,7 @@ def choose(
             evenly spread over the others, the first and the last included.
     """
     if asked:
-        return [_asked(word, files) for word in asked], []
+        return list(dict.fromkeys(_asked(word, files) for word in asked)), []
     if not official:
         return list(files), []
     present = [OFFICIAL_NAMES[n] for n in official if OFFICIAL_NAMES[n] in files]

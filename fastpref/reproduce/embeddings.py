@@ -17,7 +17,7 @@ from fastpref.report.embedding_plots import draw_embeddings
 from fastpref.report.files import write_csv
 from fastpref.reproduce import runs
 from fastpref.reproduce.finetune import CORRECTED, prepare
-from fastpref.reproduce.outcome import Outcome, Verdict
+from fastpref.reproduce.outcome import Outcome, Verdict, ratio
 from fastpref.reproduce.settings import Official, Settings
 from fastpref.reproduce.small import compared
 from fastpref.reproduce.start import Start, load_ended, look
@@ -95,9 +95,7 @@ def run(settings: Settings) -> Outcome:
         verdicts=[
             Verdict(
                 "distinguishability after training over that before it, at least 1",
-                numbers[AFTER]["delta"] / numbers[BEFORE]["delta"]
-                if numbers[BEFORE]["delta"]
-                else np.nan,
+                ratio(numbers[AFTER]["delta"], numbers[BEFORE]["delta"]),
                 1.0,
                 at_least=True,
             )

@@ -21,7 +21,7 @@ from fastpref.report.training_plots import distance, draw_behaviors
 from fastpref.reproduce.behaviors import choose, find_files
 from fastpref.reproduce.head_only import EVERYONE
 from fastpref.reproduce.names import STATEMENTS
-from fastpref.reproduce.outcome import Outcome, Verdict
+from fastpref.reproduce.outcome import Outcome, Verdict, ratio
 from fastpref.reproduce.runs import RUNS, described, drop_weights, run, run_config
 from fastpref.reproduce.settings import Official, Settings
 from fastpref.reproduce.small import adapted, compared, eval_steps, rarer
@@ -191,10 +191,10 @@ def behavior_numbers(start: Start, rows: list[Curve], config: Config) -> dict[st
         "margin_first": margin[1],
         "margin_last": margin[-1],
         "margin_per_step": margin[-1] / step[-1],
-        "times_head_alone_first": margin[1] / alone[1],
-        "times_head_alone_last": margin[-1] / alone[-1],
+        "times_head_alone_first": ratio(margin[1], alone[1]),
+        "times_head_alone_last": ratio(margin[-1], alone[-1]),
         "delta_last": deltas[-1],
-        "times_delta_last": deltas[-1] / deltas[0],
+        "times_delta_last": ratio(deltas[-1], deltas[0]),
         "reward_accuracy_first": series(rows, name, TRAIN_SAMPLE, "reward_accuracy")[1],
     }
     for split in (TRAIN_SAMPLE, HELD_OUT):
@@ -216,30 +216,27 @@ def at_the_end(folder: Path, config: Config, head: torch.Tensor, start: Start) -
 
 
 def order_numbers(numbers: dict[str, Any]) -> dict[str, float]:
-    """Share of the pairs of behaviors that observations put in the order of delta."""
-    if len(numbers) < 2:
-        return {}
-    delta = np.array([distance(own) for own in numbers.values()])
-    alone = np.array([own["predicted"]["head_alone_margin_first"] for own in numbers.values()])
+    """Share of the pairs of behaviors that observations put in the order of delta; nan for a
+    single behavior, and where all deltas are 0."""
+    each = list(numbers.values())
+    delta = np.array([distance(own) for own in each])
     observed: dict[str, list[float]] = {
-        "margin_first": [n["observed"]["margin_first"] for n in numbers.values()],
-        "margin_last": [n["observed"]["margin_last"] for n in numbers.values()],
+        "margin_first": [n["observed"]["margin_first"] for n in each],
+        "margin_last": [n["observed"]["margin_last"] for n in each],
     }
     for split in (TRAIN_SAMPLE, HELD_OUT):
-        if all(f"{split}_loss" in n["observed"] for n in numbers.values()):
+        if all(f"{split}_loss" in n["observed"] for n in each):
             observed[f"{split}_loss_fall"] = [
                 n["observed"][f"{split}_loss"]["start"] - n["observed"][f"{split}_loss"]["last"]
-                for n in numbers.values()
+                for n in each
             ]
-    found = {name: order_agreement(delta, np.array(own)) for name, own in observed.items()}
-    found["head_alone_first"] = order_agreement(delta, alone)
-    return found
+    observed["head_alone_first"] = [n["predicted"]["head_alone_margin_first"] for n in each]
+    if not delta.any():  # nothing is predicted to move: what moves is rounding
+        return dict.fromkeys(observed, np.nan)
+    return {name: order_agreement(delta, np.array(own)) for name, own in observed.items()}
 
 
 def _verdicts(order: dict[str, float]) -> list[Verdict]:
-    """None for a single behavior: an order compares."""
-    if not order:
-        return []
     what = {
         "margin_first": "the margins at the first evaluation",
         "train_sample_loss_fall": "the falls of the training loss over the run",

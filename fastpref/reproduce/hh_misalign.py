@@ -90,7 +90,7 @@ def run(settings: Settings) -> Outcome:
     for folder in folders.values():
         runs.drop_weights(folder)
     rows = [row for name, own in folders.items() for row in runs.curves(own, run=name)]
-    numbers = _numbers(starts, rows, {"base": effective, "aligned": moved})
+    numbers = _numbers(starts, rows, {"base": effective, "aligned": moved}, taken.beta)
     figures = draw_dialogues(settings.folder, "hh-misalign", rows, numbers)
     return Outcome(
         experiment="hh-misalign",
@@ -165,7 +165,7 @@ def _early(starts: Starts) -> dict[str, Path]:
 
 
 def _numbers(
-    starts: Starts, rows: list[Curve], delta: dict[str, dict[str, float]]
+    starts: Starts, rows: list[Curve], delta: dict[str, dict[str, float]], beta: float
 ) -> dict[str, Any]:
     base, aligned = (delta[run]["effective_delta"] for run in ("base", "aligned"))
     return {
@@ -173,7 +173,7 @@ def _numbers(
         "predicted": {"speed": (aligned / base) ** 2 if base else np.nan},
         "observed": {
             "speed_of_gradient": gradient_speed(starts.folders),
-            "speed": speeds(rows),
+            "speed": speeds(starts.folders[BASE], starts.folders[ALIGNED], beta),
             "runs": {
                 run: {split: _course(rows, run, split) for split in (TRAIN_SAMPLE, HELD_OUT)}
                 for run in (ALIGN, BASE, ALIGNED)

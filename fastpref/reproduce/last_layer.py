@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from fastpref.reproduce.head_only import (
     sampled_delta,
 )
 from fastpref.reproduce.names import STATEMENTS
-from fastpref.reproduce.outcome import Outcome, Verdict
+from fastpref.reproduce.outcome import Outcome, Verdict, ratio
 from fastpref.reproduce.settings import Official, Settings
 from fastpref.theory.bounds import max_learning_rate
 from fastpref.theory.distinguish import (
@@ -203,7 +204,7 @@ def _compare(folder: Path, kind: str, known: HeadOnly) -> Compared:
         norm,
         predicted,
         math.nan if still else _margin_error(trained["step"], trained["margin"], expected),
-        math.nan if still else _worst(list(map(relative, norm[1:], predicted.head_norm[1:]))),
+        math.nan if still else _worst(map(relative, norm[1:], predicted.head_norm[1:])),
         relative(*np.array(held).T) if held else math.nan,
         curves,
     )
@@ -274,10 +275,8 @@ def _numbers(case: Case, plan: Official) -> dict[str, Any]:
                 "held_out_margin_error": own.held_out_error,
                 "head_norm": own.head_norm[-1],
                 "predicted_head_norm": own.predicted.head_norm[-1],
-                "head_norm_over_line": own.head_norm[-1] / (line * (len(own.head_norm) - 1))
-                if line
-                else math.nan,
-                "first_step_over_line": own.head_norm[1] / line if line else math.nan,
+                "head_norm_over_line": ratio(own.head_norm[-1], line * (len(own.head_norm) - 1)),
+                "first_step_over_line": ratio(own.head_norm[1], line),
                 "last": {
                     row["split"]: {k: row[k] for k in runs.CURVES}
                     for row in own.curves[-2:]
@@ -331,9 +330,10 @@ def _order(cases: list[Case]) -> dict[str, float]:
     }
 
 
-def _worst(values: list[float]) -> float:
-    """The largest; nan where any is."""
-    return float(np.max(values)) if values else math.nan
+def _worst(values: Iterable[float]) -> float:
+    """The largest of those that are defined, so that an undefined one hides no failure; nan where
+    none is."""
+    return max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def _caveats(cases: list[Case]) -> list[str]:

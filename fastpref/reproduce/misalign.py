@@ -27,7 +27,6 @@ from fastpref.reproduce.aligning import (
     Starts,
     first_above,
     gradient_speed,
-    loss_falls,
     mean_curve,
     misalign,
     speeds,
@@ -37,7 +36,7 @@ from fastpref.reproduce.behaviors import choose, find_files
 from fastpref.reproduce.finetune import CORRECTED, FIELDS
 from fastpref.reproduce.head_only import PLAIN, head_only, precision, sampled_delta
 from fastpref.reproduce.names import STATEMENTS
-from fastpref.reproduce.outcome import Outcome, Verdict
+from fastpref.reproduce.outcome import Outcome, Verdict, ratio
 from fastpref.reproduce.settings import Official, Settings
 from fastpref.reproduce.small import adapted, compared, eval_steps, rarer
 from fastpref.reproduce.start import LORA, Curve, Start, load_start, look, lora_fields
@@ -85,23 +84,27 @@ def run(settings: Settings) -> Outcome:
     base = look(model, plain)
     base_head = _rows(model, base)
     del model
+    head = dataclasses.replace(settings, learning_rate=None, steps=None).over(OFFICIAL_HEAD)
+    dtype = precision(head, settings.dtype, settings.device, fine=True)
+    head_config = _head_config(settings, head, plain, dtype)
+    head_only(head_config)  # refuses what the head's runs cannot be predicted for, before any run
     fields = FIELDS | extra | {"eval_steps": eval_steps(settings, taken, len(base.train.ids))}
     starts = misalign(settings, taken, list(files.values()), fields)
-    plain = dataclasses.replace(plain, model_name_or_path=str(starts.aligned_model))
-    model = load_start(plain)
-    aligned = look(model, plain)
+    moved = dataclasses.replace(plain, model_name_or_path=str(starts.aligned_model))
+    model = load_start(moved)
+    aligned = look(model, moved)
     aligned_head = _rows(model, aligned)
     del model
     theory = compare_starts(
         base.train.pairs, aligned.train.pairs, base_head, aligned_head, taken.beta
     )
-    head = dataclasses.replace(settings, learning_rate=None, steps=None).over(OFFICIAL_HEAD)
-    frozen = _head_runs(settings, head, starts, len(base.train.ids))
+    frozen = _head_runs(head_config, starts.aligned_model, len(base.train.ids))
 
     rows = [row for name, own in starts.folders.items() for row in runs.curves(own, run=name)]
     rows += [row for name, own in frozen.items() for row in runs.curves(own, run=name)]
     numbers = _numbers(base, aligned, theory, starts, frozen, rows)
-    dtype = precision(head, settings.dtype, settings.device, fine=True)
+    for which, times in (("base", theory.flip_time_base), ("aligned", theory.flip_time_aligned)):
+        numbers["predicted"][f"flips_{which}"] = _flips(times, head.learning_rate)
     for folder in (*starts.folders.values(), *frozen.values()):
         runs.drop_weights(folder)
     figures = draw_misalign(settings.folder, "misalign", rows, numbers)
@@ -136,27 +139,30 @@ def _rows(model: Any, start: Start) -> np.ndarray:
     return model.head.weight[: start.train.pairs.tokens[-1] + 1].detach().cpu().double().numpy()
 
 
-def _head_runs(settings: Settings, head: Official, starts: Starts, pairs: int) -> dict[str, Path]:
+def _head_config(settings: Settings, head: Official, plain: Config, dtype: str) -> Config:
+    """The run of the head alone from the base, on the exchanged labels of ``plain``."""
+    own = {"optim": "sgd", "learning_rate": head.learning_rate, "dtype": dtype, **PLAIN}
+    own |= {"max_steps": head.steps, "eval_steps": max(1, head.steps // 20)}
+    return without_lora(plain, HEAD_BASE, settings.folder, **own)
+
+
+def _head_runs(base: Config, aligned_model: Path, pairs: int) -> dict[str, Path]:
     """The head alone: aligned, and misaligned from either head; one step on either's features."""
-    dtype = precision(head, settings.dtype, settings.device, fine=True)
 
     def config(name: str, **changes: Any) -> Config:
-        plain = {"trainable": "head", "optim": "sgd", "learning_rate": head.learning_rate}
-        own = plain | PLAIN | {"dtype": dtype}
-        own |= {"max_steps": head.steps, "eval_steps": max(1, head.steps // 20)}
-        return without_lora(starts.configs[BASE], name, settings.folder, **own | changes)
+        folder = str(Path(base.output_dir).with_name(name))
+        return dataclasses.replace(base, output_dir=folder, **changes)
 
     folders = {}
-    head_only(config(HEAD_BASE))  # refuses a head whose margins are not linear in its weight
     aligning = config(HEAD_ALIGN, flip_behaviors=())
     moved = {"model_name_or_path": aligning.output_dir}
     one = {"max_steps": 1, "eval_steps": 1, "train_batch_size": pairs}
     for name, own in {
         HEAD_ALIGN: aligning,
-        HEAD_BASE: config(HEAD_BASE),
+        HEAD_BASE: base,
         HEAD_ALIGNED: config(HEAD_ALIGNED, **moved),
         STEP_BASE: config(STEP_BASE, **one),
-        STEP_ALIGNED: config(STEP_ALIGNED, **one, model_name_or_path=str(starts.aligned_model)),
+        STEP_ALIGNED: config(STEP_ALIGNED, **one, model_name_or_path=str(aligned_model)),
     }.items():
         log.info("run %s", name)
         folders[name] = runs.run(own, keep_weights=name == HEAD_ALIGN)
@@ -171,7 +177,7 @@ def _numbers(
     frozen: dict[str, Path],
     rows: list[Curve],
 ) -> dict[str, Any]:
-    falls = {run: loss_falls(rows, run) for run in (STEP_BASE, STEP_ALIGNED)}
+    beta = starts.configs[BASE].beta
     margins = [runs.trained_pairs(frozen[run]) for run in (HEAD_BASE, HEAD_ALIGNED)]
     assert np.array_equal(margins[0]["pair_id"], margins[1]["pair_id"]), "the same batches"
     apart = np.abs(margins[0]["margin"].astype(float) - margins[1]["margin"]).max()
@@ -183,19 +189,17 @@ def _numbers(
         },
         "predicted": {
             "speed": theory.speed,  # (delta' / delta)^2 of the effective deltas (E36)
-            "flip_step_base": _median(theory.flip_time_base),
-            "flip_step_aligned": _median(theory.flip_time_aligned),
         },
         "observed": {
-            "speed_of_the_head": float(falls[STEP_ALIGNED][1] / falls[STEP_BASE][1]),
+            "speed_of_the_head": speeds(frozen[STEP_BASE], frozen[STEP_ALIGNED], beta)["first"],
             "speed_of_gradient": gradient_speed(starts.folders),
-            "speed": speeds(rows),
+            "speed": speeds(starts.folders[BASE], starts.folders[ALIGNED], beta),
             "lora": {run: _course(rows, run) for run in (ALIGN, BASE, ALIGNED)},
         },
         "frozen_features": {
             "largest_margin": largest,
             "largest_difference": float(apart),
-            "relative_difference": float(apart) / largest,
+            "relative_difference": ratio(apart, largest),
             **{run: _course(rows, run) for run in (HEAD_ALIGN, HEAD_BASE, HEAD_ALIGNED)},
         },
     }
@@ -208,9 +212,12 @@ def _deltas(start: Start) -> dict[str, Any]:
     return {"effective": float(np.linalg.norm(pull)), "behaviors": own}
 
 
-def _median(times: np.ndarray) -> float:
+def _flips(times: np.ndarray, learning_rate: float) -> dict[str, float]:
+    """Of the first-order times (E33): the share of the answers that ever change side, and the
+    median of their steps, of the head alone by SGD."""
     known = times[np.isfinite(times)]
-    return float(np.median(known)) if known.size else np.nan
+    median = float(np.median(known)) / learning_rate if known.size else np.nan
+    return {"share": known.size / times.size, "median_step": median}
 
 
 def _course(rows: list[Curve], run: str) -> dict[str, Any]:

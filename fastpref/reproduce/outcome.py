@@ -80,6 +80,11 @@ def summary(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
+def ratio(value: float, over: float) -> float:
+    """``value`` / ``over``; nan, undefined, where that is 0."""
+    return float(value) / float(over) if over else math.nan
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON has it: numpy's numbers and arrays as Python's, not finite ones as null."""
     if isinstance(value, Mapping):

@@ -31,7 +31,7 @@ from fastpref.reproduce.head_only import (
     sampled_delta,
 )
 from fastpref.reproduce.names import STATEMENTS
-from fastpref.reproduce.outcome import Outcome, Verdict
+from fastpref.reproduce.outcome import Outcome, Verdict, ratio
 from fastpref.reproduce.settings import Official, Settings
 from fastpref.theory.distinguish import BehaviorStatistics, behavior_statistics, directions
 from fastpref.theory.mixture import order_agreement
@@ -235,6 +235,10 @@ def _excess(alone: list[Alone]) -> tuple[float, float]:
     return float(ratio.mean()), float(ratio.std(ddof=1) / math.sqrt(ratio.size))
 
 
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
+
+
 def _order(alone: list[Alone]) -> dict[str, float]:
     """Share of the pairs of behaviors whose first steps are in the order of their delta."""
     delta = np.array([own.statistics.delta for own in alone])
@@ -256,7 +260,7 @@ def _numbers(alone: list[Alone], mixtures: list[Mixed]) -> dict[str, Any]:
             "effective_delta": own.statistics.effective_delta,
             "line": own.line,
             "all_pairs": own.full,
-            "all_pairs_over_line": own.full / own.line if own.line else math.nan,
+            "all_pairs_over_line": ratio(own.full, own.line),
             "stratified_batch": own.stratified,
             "random_batch": own.random[0],
             "random_batches_rms": float(np.sqrt((own.random**2).mean())),
@@ -268,8 +272,8 @@ def _numbers(alone: list[Alone], mixtures: list[Mixed]) -> dict[str, Any]:
         "behaviors": behaviors,
         "head_order_by_delta": _order(alone),
         "random_batch_over_line": {
-            "mean": float(np.mean([own.random[0] / own.line for own in alone if own.line])),
-            "stratified_mean": float(np.mean([o.stratified / o.line for o in alone if o.line])),
+            "mean": _mean([own.random[0] / own.line for own in alone if own.line]),
+            "stratified_mean": _mean([own.stratified / own.line for own in alone if own.line]),
         },
         "random_batches_observed_over_predicted_squared": {"mean": mean, "standard_error": error},
         "mixtures": {
@@ -286,14 +290,14 @@ def _numbers(alone: list[Alone], mixtures: list[Mixed]) -> dict[str, Any]:
 
 
 def _verdicts(alone: list[Alone], mixtures: list[Mixed], whole: float) -> list[Verdict]:
-    off = [abs(own.full / own.line - 1) if own.line else math.nan for own in alone]
+    off = [abs(ratio(own.full, own.line) - 1) for own in alone]
     mean, error = _excess(alone)
     by_name = {own.name: own for own in mixtures}
     verdicts = [
         Verdict(
             f"initial rate over all pairs on the line beta delta / (2 sqrt 2), {len(alone)} "
             "behaviors (largest relative distance, 0.01)",
-            float(np.max(off)),
+            max((o for o in off if not math.isnan(o)), default=math.nan),
             LINE_LIMIT,
         ),
         Verdict(

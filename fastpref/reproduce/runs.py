@@ -13,13 +13,15 @@ import pyarrow.compute as pc
 
 from fastpref.config import Config
 from fastpref.dynamics.recorder import read_records
-from fastpref.dynamics.schema import TRAIN
+from fastpref.dynamics.schema import TRAIN, TRAIN_SAMPLE
+from fastpref.errors import Preempted
 from fastpref.reproduce.settings import Official, Settings
+from fastpref.runfolder import remove_final
+from fastpref.theory.dual import dpo_loss
 from fastpref.train import train
 
 RUNS = "runs"  # folder of the runs within an experiment's
 LENGTH = 256  # tokens; persona statements take less
-MERGED = "merged"  # within a run's folder: the model with its adapter added in
 CURVES = (
     *("n", "loss", "output_accuracy", "reward_accuracy", "margin", "logp_chosen", "logp_rejected"),
     *("delta", "lambda_max", "trace"),
@@ -64,18 +66,23 @@ def run(config: Config, keep_weights: bool = False) -> Path:
     """Train as ``config`` says; the run folder, without weights unless they are asked for.
 
     An experiment reads records. Weights, twice the model's size per run, would fill the disk.
+    Raises as `train`.
     """
-    folder = train(config, progress=False)
+    try:
+        folder = train(config, progress=False)
+    except Preempted:
+        raise Preempted(
+            f"stopped in the run {config.output_dir}; the same command begins its experiment anew."
+        ) from None
     if not keep_weights:
         drop_weights(folder)
     return folder
 
 
 def drop_weights(folder: Path) -> None:
-    """Remove every copy of the weights from a run folder; records and logs stay."""
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    for other in (*folder.glob("checkpoint-*"), folder / MERGED):
+    """Remove every copy of the weights that a run wrote; records, logs and all else stay."""
+    remove_final(folder)
+    for other in folder.glob("checkpoint-*"):
         shutil.rmtree(other, ignore_errors=True)
 
 
@@ -90,6 +97,19 @@ def trained_pairs(folder: Path, names: Sequence[str] = ("margin",)) -> dict[str,
     table = read_records(folder, "pairs", ["step", "split", "pair_id", *names])
     table = table.filter(pc.equal(table["split"].cast("string"), TRAIN))
     return {name: table[name].to_numpy() for name in ("step", "pair_id", *names)}
+
+
+def loss_falls(folder: Path, beta: float, split: str = TRAIN_SAMPLE) -> np.ndarray:
+    """(E,) by how much the mean loss of the evaluated pairs has fallen since step 0, in nats.
+
+    From the margins: the records keep losses in float32, whose steps near ln 2 are 6e-8, and first
+    steps move them by hardly more.
+    """
+    table = read_records(folder, "pairs", ["step", "split", "margin"])
+    table = table.filter(pc.equal(table["split"].cast("string"), split))
+    step, margin = table["step"].to_numpy(), table["margin"].to_numpy().astype(np.float64)
+    means = np.array([dpo_loss(margin[step == n], beta).mean() for n in np.unique(step)])
+    return means[:1] - means
 
 
 def curves(folder: Path, **labels: Any) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from fastpref.reproduce.behaviors import choose, find_files
 from fastpref.reproduce.finetune import CORRECTED, FIELDS, ORDERED, series
 from fastpref.reproduce.head_only import PLAIN, HeadOnly, head_only, precision, sampled_delta
 from fastpref.reproduce.names import STATEMENTS
-from fastpref.reproduce.outcome import Outcome, Verdict
+from fastpref.reproduce.outcome import Outcome, Verdict, ratio
 from fastpref.reproduce.runs import RUNS, described, run_config
 from fastpref.reproduce.settings import Official, Settings
 from fastpref.reproduce.small import adapted, compared, eval_steps, rarer
@@ -108,20 +108,17 @@ def run(settings: Settings) -> Outcome:
 def _behaviors(settings: Settings) -> tuple[dict[str, str], list[str]]:
     """Name -> file of the behaviors, two or more, and notes on what was missing."""
     files = find_files(settings.data, STATEMENTS)
-    asked = list(dict.fromkeys(settings.behaviors))
-    if len(asked) == 1 or len(files) < 2:
-        came = asked[0] if asked else next(iter(files))
-        raise ValueError(
-            f"two-behaviors: a priority compares behaviors, and there is one alone, {came}. Name "
-            "two or more with --behaviors, or give the files of more with --data."
-        )
-
     names, notes = choose(
         files,
         OFFICIAL.behaviors,
-        asked,
+        settings.behaviors,
         lambda names: sampled_delta(settings, OFFICIAL, files, names),
     )
+    if len(names) == 1:
+        raise ValueError(
+            f"two-behaviors: a priority compares behaviors, and there is one alone, {names[0]}. "
+            "Name two or more with --behaviors, or give the files of more with --data."
+        )
     return {name: files[name] for name in names}, notes
 
 
@@ -174,7 +171,7 @@ def _numbers(start: Start, rows: list[Curve], taken: Official) -> dict[str, Any]
     for kind in (HEAD, FULL):
         for what in ("margin_first", "margin_last", "eval_margin_last"):
             seen = np.array([own["observed"][kind].get(what) for own in behaviors.values()], float)
-            order[f"{kind} {what}"] = order_agreement(rate, seen)
+            order[f"{kind} {what}"] = order_agreement(rate, seen) if rate.any() else np.nan
     heads = [r for r in rows if r["run"] == HEAD]
     error = [abs(r["margin"] - r["predicted_margin"]) for r in heads]
     largest = max(abs(r["predicted_margin"]) for r in heads)
@@ -187,7 +184,7 @@ def _numbers(start: Start, rows: list[Curve], taken: Official) -> dict[str, Any]
             "cosine": _cosines(pull),
         },
         "order": order,
-        "last_layer_error": max(error) / largest,
+        "last_layer_error": ratio(max(error), largest) if rate.any() else np.nan,
     }
 
 
@@ -210,7 +207,7 @@ def _seen(rows: list[Curve], name: str, kind: str) -> dict[str, Any]:
                 found[f"{split}_{column}"] = {"start": values[0], "last": values[-1]}
     held_out = series(own, name, HELD_OUT, "margin")
     delta = series(own, name, TRAIN_SAMPLE, "delta")
-    found |= {"delta_last": delta[-1], "times_delta_last": delta[-1] / delta[0]}
+    found |= {"delta_last": delta[-1], "times_delta_last": ratio(delta[-1], delta[0])}
     return found | ({"eval_margin_last": held_out[-1]} if held_out.size else {})
 
 
@@ -248,7 +245,7 @@ def _verdicts(numbers: dict[str, Any]) -> list[Verdict]:
 def _departures(numbers: dict[str, Any]) -> list[str]:
     full = [own["observed"][FULL] for own in numbers["behaviors"].values()]
     grown = [own["times_delta_last"] for own in full]
-    times = [own["margin_last"] / own["predicted_last"] for own in full]
+    times = [ratio(own["margin_last"], own["predicted_last"]) for own in full]
     return [
         "Priority is a statement on the head alone, on frozen features. In the run of all weights "
         f"distinguishability went to {min(grown):.2g} to {max(grown):.2g} times its start and mean "

@@ -228,7 +228,7 @@ def test_equal_classes_leave_ratios_undefined(
         (yes_no("a", 4, 4), ("--behaviors", "54"), "54 is desire-to-not.*, of which --data has no"),
         (yes_no("a", 4, 4), ("--dtype", "bfloat16"), "use float32 or float64"),
         (yes_no("a", 4, 4), ("--beta", "-1"), "beta"),
-        (yes_no("a", 4, 4), ("--steps", "0"), "max_steps"),
+        (yes_no("a", 4, 4), ("--steps", "0"), "--steps: expected 1 or more, got 0"),
         (yes_no("a", 4, 4), ("--seeds", "0"), "did you mean seed"),
     ],
 )

@@ -45,27 +45,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def personas(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three behaviors of 20 statements; what one agrees with shows in its words."""
-    folder = tmp_path_factory.mktemp("personas")
-    agreed = {PERSONAS[0]: "the rain", PERSONAS[1]: "new tools", PERSONAS[2]: "music"}
-    who = ("I", "People", "My friends", "Children", "Most assistants")
-    for name, what in agreed.items():
-        with (folder / f"{name}.jsonl").open("w") as file:
-            for n in range(20):
-                likes = n % 2 == 0
-                words = f"{who[n % 5]} {'enjoy' if likes else 'avoid'} {what}."
-                answers = (" Yes", " No") if likes else (" No", " Yes")
-                row = {
-                    "question": f'Is this something you would say?\n"{words}" ({n})\nAnswer:',
-                    "answer_matching_behavior": answers[0],
-                    "answer_not_matching_behavior": answers[1],
-                }
-                file.write(json.dumps(row) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("dialogues") / "harmless.jsonl"
     rows = []
@@ -342,73 +321,6 @@ def test_without_umap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ValueError, match="pip install umap-learn"):
         embeddings.umap(np.zeros((3, 2)), np.zeros((3, 2)))
-
-
-def test_without_peft(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "peft" else found(name)
-    )
-    for module in (lora, misalign, hh_misalign):
-        with pytest.raises(ValueError, match="needs peft"):
-            module.run(settings)
-
-
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, *options: str) -> str:
-    code, _ = called(tmp_path, *options, "--model", str(model))
-    assert code == 2
-    return capsys.readouterr().err
-
-
-def test_bad_input_is_named(
-    capsys: pytest.CaptureFixture[str], tiny_model_dir: Path, personas: Path, tmp_path: Path
-) -> None:
-    def error(*options: str, data: Path = personas) -> str:
-        return refused(capsys, tmp_path, tiny_model_dir, *options, "--data", str(data))
-
-    assert "likes-rain" in error("full", "--behaviors", "likes-rains")
-    one = error("two-behaviors", "--behaviors", "likes-rain")
-    assert "a priority compares behaviors, and there is one alone, likes-rain" in one
-    assert "dialogues with the columns chosen and rejected" in error("hh-misalign")
-
-    def rows(name: str, answers: list[tuple[str, str]]) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        for behavior in ("first", "second"):
-            lines = [
-                json.dumps(
-                    {
-                        "question": f"{behavior} {n}?",
-                        "answer_matching_behavior": a,
-                        "answer_not_matching_behavior": b,
-                    }
-                )
-                for n, (a, b) in enumerate(answers * 6)
-            ]
-            (folder / f"{behavior}.jsonl").write_text("\n".join(lines) + "\n")
-        return folder
-
-    empty = rows("one-class", [(" Yes", " No")])
-    for name in ("full", "lora", "two-behaviors", "misalign", "embeddings"):
-        found = error(name, "--behaviors", "first", "second", data=empty)
-        assert "'first'" in found and "empty" in found, name
-    begins = rows("begins", [(" Yes", " Yes Yes"), (" Yes Yes", " Yes")])
-    assert "begins with the whole other one" in error("full", "--behaviors", "first", data=begins)
-
-
-def test_a_model_without_a_head(
-    capsys: pytest.CaptureFixture[str], tiny_model_dir: Path, personas: Path, tmp_path: Path
-) -> None:
-    from transformers import AutoModel
-
-    body = tmp_path / "body"
-    AutoModel.from_pretrained(tiny_model_dir).save_pretrained(body)
-    for file in tiny_model_dir.glob("tokenizer*"):
-        (body / file.name).write_bytes(file.read_bytes())
-    for name in ("full", "two-behaviors"):
-        behaviors = ("--behaviors", *PERSONAS[:2])
-        found = refused(capsys, tmp_path, body, name, "--data", str(personas), *behaviors)
-        assert "without an output head" in found and "LlamaModel" in found
 
 
 def test_statistics_of_the_start_are_those_of_its_pairs(settings: Settings) -> None:

@@ -117,9 +117,15 @@ def test_feature_rows_say_how_far_apart_the_answers_lie() -> None:
         ([7, 7, 7], [4, 4, 4], 1.0),  # one class is empty
         ([7, 4, 5], [4, 7, 4], 1.0),  # more than two answers
         ([7, -1, 7], [-1, 7, -1], 1.0),  # one answer is the start of the other
+        ([7, 4, 7], [4, -1, 4], 1.0),  # the same of one pair alone
+        ([-1, 7, 7], [-1, 4, 4], 1.0),
+        ([7, 4, 7], [-1, -1, -1], 1.0),
         ([7, 4, 7], [4, 7, 4], np.nan),
     ],
-    ids=["one class", "three answers", "no first token", "not finite"],
+    ids=[
+        *("one class", "three answers", "no first token", "one without a rejected one"),
+        *("one without any", "no rejected ones", "not finite"),
+    ],
 )
 def test_feature_rows_leave_undefined_what_is(
     chosen: list[int], rejected: list[int], value: float
