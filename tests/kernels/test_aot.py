@@ -35,7 +35,7 @@ def aot(tmp_path: Path, *arguments: str, first: str = "") -> str:
 def test_widest_tile_for_an_h100(tmp_path: Path) -> None:
     out = aot(tmp_path, "--only", "exp_tile bf16 8192 training", "--arch", "90")
     assert json.loads(out.splitlines()[-1])["ok"]
-    assert out.count("sm_90") == 4  # with and without the sketch, in the table and in the record
+    assert out.count("sm_90") == 4  # with and without a sketch; with all options or none
 
 
 @pytest.mark.slow
