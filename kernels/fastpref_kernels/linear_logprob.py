@@ -133,13 +133,16 @@ def linear_logprob(
     return LinearLogprob(logp=logp, **fields)
 
 
+LATER = 2  # `Plan.need_hidden`
+
+
 class Plan(NamedTuple):
     """What the ops do, as a list of integers: every argument of a custom op costs time a call."""
 
     width: int  # vocabulary entries per tile
     kept: int  # tiles of E kept for the backward
     group_size: int  # 0: no Gram matrices
-    need_hidden: int
+    need_hidden: int  # LATER: formed by the backward, which has all of E
     need_weight: int
     need_bias: int
     warps: int = 0  # of `TritonTile`; 0: the torch backend
@@ -165,11 +168,16 @@ def make_plan(
     need_weight = grad and weight.requires_grad
     need_bias = grad and bias is not None and bias.requires_grad
     count = -(-weight.shape[0] // width) if need_weight or need_bias else 0
+    kept = count if cache < 0 else min(cache, count)
+    need_hidden = int(grad and hidden.requires_grad)
+    whole = hidden.dtype == torch_tiles.accumulate_dtype(hidden.dtype)
+    if need_hidden and not triton and whole and kept == count > 1:
+        need_hidden = LATER
     return Plan(
         width=width,
-        kept=count if cache < 0 else min(cache, count),
+        kept=kept,
         group_size=group_size,
-        need_hidden=grad and hidden.requires_grad,
+        need_hidden=need_hidden,
         need_weight=need_weight,
         need_bias=need_bias,
         warps=warps,
@@ -236,7 +244,7 @@ def forward(
             transform,
             **cut,
             kept=what.kept,
-            need_hidden=bool(what.need_hidden),
+            need_hidden=what.need_hidden not in (0, LATER),
             stats=names - {"row_norm_sq"},
             riders=norms.riders,
         )
@@ -306,7 +314,7 @@ def _forward_fake(
         wide.new_empty(groups if size else (0,)),
         wide.new_empty((segments, size, size) if size else (0,)),
         wide.new_empty(states, rows),
-        wide.new_empty(rows if what.need_hidden else 0, dim),
+        wide.new_empty(rows if what.need_hidden not in (0, LATER) else 0, dim),
         hidden.new_empty(min(what.kept * what.width, exps_width), rows),
         wide.new_empty(offsets, rows),
     )

@@ -16,6 +16,8 @@ from torch import Tensor
 from .row_sums import RowSums, Tiles, exp_
 from .segment import add_rows_
 
+COLUMNS = 32  # of hidden, where a scaled copy of all of them has no place
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -73,7 +75,7 @@ class Saved:
 
     row_state    (3 | 4, R) the non-target maximum, the non-target sum S', a = log((1 - p) / p), and
                  with a softcap phi = (dz/da) / k at the target
-    hidden_grad  (R, D) d logp / d hidden over k (1 - p)
+    hidden_grad  (R, D) d logp / d hidden over k (1 - p); (0, D) where the backward forms it
     exps         (kept vocabulary, R) E, with a softcap F. One tile in the accumulation dtype: with
                  -S' phi at the target, which spares the backward its scattered additions (several
                  tiles cannot: relative to an earlier maximum that entry may overflow)
@@ -170,15 +172,17 @@ def backward(
     bias_like = weight if transform.bias is None else transform.bias
     grad_weight = weight.new_empty(vocab if need_weight else 0, dim)
     grad_bias = bias_like.new_zeros(vocab if need_bias else 0, dtype=dtype)
-    # One (R, D) buffer holds every scaled copy of hidden and at last hidden's gradient.
-    buffer = hidden.new_empty(hidden.shape, dtype=dtype)
+    grad_hidden = hidden.new_empty(0)
+    if need_hidden and saved.hidden_grad.shape[0] == hidden.shape[0]:
+        grad_hidden = (saved.hidden_grad * scale.unsqueeze(1)).to(hidden.dtype)
+    elif need_hidden:  # before any of dW is touched: what it borrows is given back by then
+        grad_hidden = _hidden_backward(scale, phi, weight, target, saved, width)
     if need_weight or need_bias:
         own = scale * phi[0] if phi else scale  # what a row adds at its target,
         others = -scale / total  # and per unit of E elsewhere
         _weight_backward_(
             grad_weight,
             grad_bias,
-            buffer,
             own,
             others,
             hidden,
@@ -188,16 +192,41 @@ def backward(
             saved,
             width,
         )
-    grad_hidden = hidden.new_empty(0)
-    if need_hidden:
-        grad_hidden = torch.mul(saved.hidden_grad, scale.unsqueeze(1), out=buffer).to(hidden.dtype)
     return grad_hidden, grad_weight, grad_bias.to(bias_like.dtype)
+
+
+def _hidden_backward(
+    scale: Tensor,  # (R,) g k (1 - p)
+    phi: Sequence[Tensor],  # one (R,), or none: 1
+    weight: Tensor,
+    target: Tensor,
+    saved: Saved,
+    width: int,
+) -> Tensor:
+    """scale (phi_y W_y - U / S') from kept tiles, with U = sum_v F_v W_v; one (R, D) in all."""
+    rows, vocab = target.shape[0], weight.shape[0]
+    out = weight.new_empty(rows, weight.shape[1])
+    for i, lo in enumerate(range(0, vocab, width)):
+        shrink = (saved.offsets[i - 1] - saved.offsets[i]).exp_() if i else None
+        _accumulate_(out, shrink, saved.exps[lo : lo + width].t(), weight[lo : lo + width])
+    total = saved.row_state[1].unsqueeze(1)
+    for block in _blocks(rows):
+        own = weight.index_select(0, target[block])
+        if phi:
+            own.mul_(phi[0][block].unsqueeze(1))
+        own.addcdiv_(out[block], total[block], value=-1)
+        torch.mul(own, scale[block].unsqueeze(1), out=out[block])
+    return out
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    """Rows 16 at a time: what (R, D) is needed for once need not be there all at once."""
+    return (slice(lo, min(lo + 16, rows)) for lo in range(0, rows, 16))
 
 
 def _weight_backward_(
     grad_weight: Tensor,  # (V, D) written, or (0, D)
     grad_bias: Tensor,  # (V,) zeros, added to, or (0,)
-    buffer: Tensor,  # (R, D) scratch
     own: Tensor,
     others: Tensor,
     hidden: Tensor,
@@ -207,7 +236,7 @@ def _weight_backward_(
     saved: Saved,
     width: int,
 ) -> None:
-    dtype, rows = own.dtype, hidden.shape[0]
+    dtype, rows, vocab = own.dtype, hidden.shape[0], weight.shape[0]
     need_weight, need_bias = bool(grad_weight.numel()), bool(grad_bias.numel())
     tiles = Tiles.make(target, weight.shape[0], width)
     count, kept = len(tiles.bounds), -(-saved.exps.shape[0] // width)
@@ -216,6 +245,11 @@ def _weight_backward_(
     add_own = count > 1 or not kept or not in_place
     scratch = hidden.new_empty(0 if in_place else width, hidden.shape[1], dtype=dtype)
     recomputed = hidden.new_empty(0 if kept == count else width, rows, dtype=dtype)
+    # Scaled copies of hidden stand in those rows of dW that are written last.
+    tail = vocab - rows if need_weight and in_place and count > 1 and 2 * rows <= vocab else vocab
+    buffer = grad_weight[tail:]
+    if need_weight and tail == vocab:
+        buffer = hidden.new_empty(hidden.shape, dtype=dtype)
     for i, (lo, hi) in enumerate(tiles.bounds):
         exps, per_row = saved.exps[lo:hi], others
         if i >= kept:
@@ -227,6 +261,13 @@ def _weight_backward_(
             torch.mv(exps.to(dtype), per_row, out=grad_bias[lo:hi])
         if not need_weight:
             continue
+        if hi > tail:  # this tile's rows are the buffer: a few columns of the copy at a time
+            parts = zip(
+                hidden_w.split(COLUMNS, 1), grad_weight[lo:hi].split(COLUMNS, 1), strict=True
+            )
+            for columns, out in parts:
+                product(exps, columns * per_row.unsqueeze(1), out)
+            continue
         torch.mul(hidden_w, per_row.unsqueeze(1), out=buffer)
         if in_place:
             product(exps, buffer, grad_weight[lo:hi])
@@ -237,7 +278,8 @@ def _weight_backward_(
             tiles.add_target_rows_(i, tile, torch.mul(hidden_w, own_1, out=buffer))
             grad_weight[lo:hi].copy_(tile)
     if need_weight and in_place and add_own:
-        add_rows_(grad_weight, target, torch.mul(hidden_w, own_1, out=buffer))
+        for block in _blocks(rows):
+            add_rows_(grad_weight, target[block], hidden_w[block] * own_1[block])
     if need_bias and add_own:
         add_rows_(grad_bias, target, own)
 
