@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import head_ops, measure
+from bench import gpu_norms, head_ops, measure, norm_cases
 from bench.gpu import Session
 from bench.head_ops import HeadOp, Problem
 from bench.measure import Quantiles
@@ -94,7 +94,10 @@ def run(session: Session) -> dict[str, dict[str, float] | None]:
     session.notes["ceilings"] = ceilings
     print(f"copy {ceilings['copy_gb_s']:.0f} GB/s, products {ceilings['tflop_s']:.1f} TFLOP/s")
     lines: list[dict[str, Any]] = []
-    for case, mode in cases(session.dry):
+    norms: dict[str, dict[str, float] | None] = {}
+    for i, (case, mode) in enumerate(cases(session.dry)):
+        if i == len(MODES):  # after the headline's modes
+            norms = _norm_values(session)
         label = f"{case.name} {mode}"
         if not session.has_time(label):
             continue
@@ -104,7 +107,16 @@ def run(session: Session) -> dict[str, dict[str, float] | None]:
         lines.append(line)
         print(table_of(line))
     session.notes["cases"] = {f"{line['case']} {line['mode']}": line["ops"] for line in lines}
-    return headline_values(lines)
+    return headline_values(lines) | norms
+
+
+def _norm_values(session: Session) -> dict[str, dict[str, float] | None]:
+    """What norms cost: those of the head, and those of a layer of Llama-3-8B."""
+    values: dict[str, dict[str, float] | None] = {}
+    for part in (gpu_norms, norm_cases):
+        with released(session.device):
+            values |= part.run(session, seconds_of)
+    return values
 
 
 def measure_ceilings(session: Session) -> dict[str, float]:
