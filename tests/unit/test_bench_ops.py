@@ -104,6 +104,9 @@ def test_targets_are_those_of_the_issue() -> None:
         "full_vs_trl": "at least 1.3",
         "full_vs_liger_dpo": "at least 1.8",
         "full_vs_quack_inplace": "at least 1",
+        "head_exact_extra": "at most 0.05",
+        "head_sketch_extra": "at most 0.01",
+        "norms_share_512": "at most 0.12",
     }
 
 
@@ -141,8 +144,11 @@ def test_dry_run_of_the_op_part_goes_through_every_case(
     assert main([*call, "--only", "eager", "linear_ce"]) == 0
     head, *lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert head["part"] == "op" and "torch" in head["versions"]
-    assert len(lines) == 6 and {line["mode"] for line in lines} == set(gpu_op.MODES)
-    for line in lines:
+    norms = [line.pop("case") for line in lines if "norms" in line["case"]]
+    assert norms == ["norms of the head", "norms, fastpref-tiny T=256 pairs of 64"]
+    steps = [line for line in lines if "case" in line]
+    assert len(steps) == 6 and {line["mode"] for line in steps} == set(gpu_op.MODES)
+    for line in steps:
         ours = line["ops"]["ours"]
         assert ours["seconds"]["count"] == 1 and ours["errors"]["rows"] < 1e-5
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["ok"] is True
@@ -178,4 +184,4 @@ def test_dry_run_of_the_correctness_part_holds(tmp_path: Path) -> None:
     output = tmp_path / "correctness.jsonl"
     assert main(["gpu", "--part", "correctness", "--dry_run", "--output", str(output)]) == 0
     lines = [json.loads(line) for line in output.read_text().splitlines()][1:]
-    assert len(lines) == 27 and all(line["ok"] for line in lines)
+    assert len(lines) == 36 and all(line["ok"] for line in lines)
