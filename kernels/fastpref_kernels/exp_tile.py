@@ -346,7 +346,8 @@ def hidden_grad_kernel(
         cols = start + tl.arange(0, BLOCK)
         inside = cols < DIM
         u = tl.load(mixed + row * DIM + cols, mask=inside, other=0.0)
-        lead = tl.load(line + cols * column_stride, mask=inside, other=0.0).to(tl.float32)
+        place = cols.to(tl.int64) * column_stride  # V D in all where weight is a transpose
+        lead = tl.load(line + place, mask=inside, other=0.0).to(tl.float32)
         grad = by_lead * lead - by_mixed * u
         tl.store(out + row * DIM + cols, grad.to(out.dtype.element_ty), mask=inside)
 

@@ -90,6 +90,7 @@ def pair_forward(
     sum_0 = tl.zeros((BLOCK,), tl.float64)
     sum_1 = tl.zeros((BLOCK,), tl.float64)
     sum_2 = tl.zeros((BLOCK,), tl.float64)
+    strays = tl.zeros((BLOCK,), tl.int32)
     for begin in range(start, end, BLOCK):
         row = begin + offset
         x = tl.load(logp_ptr + row, mask=row < end, other=0.0).to(tl.float64)
@@ -97,6 +98,17 @@ def pair_forward(
         sum_1 += tl.where((row >= second) & (row < third), x, 0.0)
         if GROUP == 3:
             sum_2 += tl.where(row >= third, x, 0.0)
+        if HAS_SEGMENTS:
+            segment = pair * GROUP + (row >= second).to(tl.int32)
+            if GROUP == 3:
+                segment += (row >= third).to(tl.int32)
+            found = tl.load(segment_ptr + row, mask=row < end, other=0)
+            strays += ((row < end) & (found != segment)).to(tl.int32)
+    if HAS_SEGMENTS:
+        # Bisection gives every row to one pair at most, to one and no less if the first pair begins
+        # at the first row and the last ends at the last: ids that fall are then seen by some pair.
+        valid = valid & (tl.sum(strays, 0) == 0)
+        valid = valid & ((pair > 0) | (start == 0)) & ((pair < pairs - 1) | (end == rows))
     # Rounded once, then added and subtracted as the caller would: a policy that is its own
     # reference then has a margin of exactly 0.
     part_0 = tl.sum(sum_0, 0).to(dtype)

@@ -83,8 +83,8 @@ def pair_loss(
     Memory    12 numbers a pair; the gradient is one launch over the rows.
     Numerics  segment sums in float64, rounded once; log-sigmoid without overflow or cancellation.
               No atomics: the same bits every time. One launch with Triton, forward and backward.
-    Errors    ValueError with the offending value; on CUDA ids out of range give NaN (Triton) or an
-              index assertion (torch). A second derivative raises.
+    Errors    ValueError with the offending value; on CUDA ids that fall or are out of range give NaN
+              (Triton) or, out of range, an index assertion (torch). A second derivative raises.
     Oracle    reference.pair_loss
     """
     pairs = check_pair_loss(
@@ -163,26 +163,20 @@ def _forward_op(
     if what.triton:
         from .pair_kernels import forward
 
-        return forward(
-            logp,
-            segment_id,
-            (ref_chosen, ref_rejected),
-            (chosen_len, rejected_len),
-            pairs,
-            numbers,
-            what,
-        )
+        reference, lengths = (ref_chosen, ref_rejected), (chosen_len, rejected_len)
+        with _launch.surroundings(logp.device):
+            return forward(logp, segment_id, reference, lengths, pairs, numbers, what)
     segments = segment_sum(logp, segment_id, what.group * pairs)
     chosen, rejected = _sequence_sums(segments, what.group)
     ratios = [
         x if ref is None else x - ref.to(x.dtype)
         for x, ref in ((chosen, ref_chosen), (rejected, ref_rejected))
     ]
-    lengths = None
+    counts = None
     if what.per_token:
         given = (chosen_len, rejected_len)
-        lengths = _lengths(given, segment_id, pairs, what.group, logp.dtype)
-    loss, slopes = _losses(ratios, lengths, numbers, what)
+        counts = _lengths(given, segment_id, pairs, what.group, logp.dtype)
+    loss, slopes = _losses(ratios, counts, numbers, what)
     beta = numbers[0]
     rewards = [beta * ratio for ratio in ratios]
     rows = [chosen, rejected, *ratios, ratios[0] - ratios[1], *rewards]
@@ -212,7 +206,8 @@ def _backward_op(
     if what.triton:
         from .pair_kernels import backward
 
-        return backward(grad, table, segment_id, logp.shape[0], what)
+        with _launch.surroundings(logp.device):
+            return backward(grad, table, segment_id, logp.shape[0], what)
     chosen, rejected = table[-2], table[-1]
     parts = [chosen, rejected] if what.group == 2 else [chosen + rejected, chosen, rejected]
     segments = (torch.stack(parts, 1) * grad.unsqueeze(1)).flatten()

@@ -213,7 +213,9 @@ def row_statistics(sums: RowSums, logp: Tensor, vocab: int, target: Tensor) -> d
         1 - p_max = 1 - p if the target is the largest entry, else (rest + e_y) / (S' + e_y), e_y =
         exp(z_y - max)
     """
-    maximum, total, log_odds = sums.maximum, sums.total, sums.odds
+    maximum, log_odds = sums.maximum, sums.odds
+    # S' = 0 where nothing but the target is possible; what is divided by it is then 0.
+    total = torch.where(sums.total == 0.0, 1.0, sums.total)
     out: dict[str, Tensor] = {}
     log1m, miss = F.logsigmoid(log_odds), log_odds.sigmoid()
     if "entropy" in sums.stats:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from fastpref_kernels import _launch
+from fastpref_kernels import _launch, linear_dpo, tile_calls
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -64,3 +66,32 @@ def test_a_launch_is_recorded_in_place_of_running() -> None:
     with _launch.recorded(seen.append):
         _launch.launch("kernel", (3,), {"x": 1}, warps=4, rewritten=("x",))
     assert seen == [("kernel", (3,), {"x": 1}, 4, 2, ("x",), {})]
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which need not be the tensors': the ops change it."""
+    inside: list[torch.device] = []
+    launched = []
+
+    @contextlib.contextmanager
+    def surroundings(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    def launch(kernel: Any, *arguments: Any, **named: Any) -> None:
+        assert inside, kernel
+        launched.append(kernel)
+        original(kernel, *arguments, **named)
+
+    original = _launch.launch
+    monkeypatch.setattr(_launch, "surroundings", surroundings)
+    monkeypatch.setattr(_launch, "launch", launch)
+    monkeypatch.setattr(tile_calls, "launch", launch)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden = torch.randn(4, 3, device=device, requires_grad=True)
+    weight = torch.randn(9, 3, device=device, requires_grad=True)
+    target = torch.arange(4, device=device)
+    out = linear_dpo(hidden, weight, target, target, beta=0.1, num_segments=4, backend="triton")
+    out.loss.sum().backward()
+    assert len(launched) >= 6

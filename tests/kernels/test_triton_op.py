@@ -67,6 +67,41 @@ def test_log1m_pmax_does_not_cancel() -> None:
         torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-6, atol=0)
 
 
+def test_statistics_where_nothing_but_the_target_is_possible(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One entry, or -inf everywhere else: the sum of the others is 0."""
+    set_tile(monkeypatch, 16)
+    for vocab in (1, 40):
+        hidden, weight = torch.randn(2, 3), torch.randn(vocab, 3)
+        bias = torch.full((vocab,), -torch.inf)
+        bias[0] = 0.5
+        tensors = [x.to(TRITON_DEVICE) for x in (hidden, weight, torch.zeros(2, dtype=torch.int64))]
+        out = linear_logprob(*tensors, bias=bias.to(TRITON_DEVICE), stats=STATS, backend="triton")
+        assert out.entropy is not None and out.log1m_pmax is not None
+        for name, value in (("entropy", 0), ("sum_sq_prob", 1), ("log_sum_sq_prob", 0)):
+            assert getattr(out, name).tolist() == [value, value], (vocab, name)
+        assert out.log1m_pmax.tolist() == [-torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("layout", ["every other", "one for all"])
+def test_targets_in_any_layout(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read R numbers in a row; a column of a larger tensor is none."""
+    set_tile(monkeypatch, 32, 4)
+    case = make_case(6, 5, 70, dtype=torch.float32, segments=3).on(TRITON_DEVICE)
+    target = torch.stack([case.target, case.target.flip(0)], 1)[:, 0]
+    if layout == "one for all":
+        target = case.target[:1].expand(6)
+    assert not target.is_contiguous()
+    for cache in (-1, 0):
+        given, plain = (
+            run(linear_logprob, replace(case, target=x), backend="triton", cache=cache)
+            for x in (target, target.contiguous())
+        )
+        for name, value in plain.items():
+            assert torch.equal(value, given[name]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_statistics_and_norms_change_no_bit(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
