@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=float, default=500.0, help="seconds after which no case is begun")
     add("--repeats", type=int, default=10, help="turns of every contender in a case")
     add("--only", nargs="+", metavar="NAME", help="contenders to measure beside ours")
-    add("--output", type=Path, help="JSON Lines, a line as each case ends; default: bench/results")
+    where = "JSON Lines, a line as each case ends; default: bench/results/gpu, or of a dry run and "
+    add("--output", type=Path, help=f"{where}with --no_record a temporary folder")
     add("--no_record", action="store_true", help="append nothing to bench/results")
 
 
@@ -114,7 +116,9 @@ class Session:
         where["versions"] |= {name: measure.version_of(name) for name in PACKAGES}
         where["cuda"] = torch.version.cuda
         name = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.")
-        output = arguments.output or results.RESULTS / "gpu" / f"{name}-{arguments.part}.jsonl"
+        kept = not (arguments.dry_run or arguments.no_record)
+        folder = results.RESULTS / "gpu" if kept else Path(tempfile.mkdtemp(prefix="fastpref-gpu-"))
+        output = arguments.output or folder / f"{name}-{arguments.part}.jsonl"
         output.parent.mkdir(parents=True, exist_ok=True)
         only = None if arguments.only is None else tuple(arguments.only)
         session = Session(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,15 @@ def test_widest_tile_for_an_h100(tmp_path: Path) -> None:
     out = aot(tmp_path, "--only", "exp_tile bf16 8192 training", "--arch", "90")
     assert json.loads(out.splitlines()[-1])["ok"]
     assert out.count("sm_90") == 4  # with and without a sketch; with all options or none
+    # One pass within the kernel, too: 16 entries a thread are 4 loads of 16 bytes and 2 stores, the
+    # bias 2 loads more. `bench roofline` sees a launch's arguments, not how often it reads them.
+    wide = {
+        line.split(", sm_90")[0]: re.findall(r"128x(\d+)", line)
+        for line in out.splitlines()
+        if "sm_90" in line
+    }
+    assert wide["exp_tile bf16 8192 training"] == ["4", "2"]
+    assert wide["exp_tile bf16 8192 training, softcap, bias, statistics"] == ["6", "2"]
 
 
 @pytest.mark.slow

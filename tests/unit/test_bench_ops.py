@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,18 @@ def test_a_case_that_would_be_late_is_named(
     assert main([*call, "--only", "eager"]) == 0
     assert len(output.read_text().splitlines()) == 1
     assert "not reached within 0 s: R=64 D=16 V=300 full" in capsys.readouterr().out
+
+
+@no_gpu
+def test_a_dry_run_leaves_the_results_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert main(["gpu", "--part", "op", "--dry_run", "--budget", "0", "--only", "eager"]) == 0
+    assert not list(tmp_path.iterdir())
+    (cases,) = re.findall(r"cases in (.*)", capsys.readouterr().out)
+    assert Path(cases).is_file()
+    shutil.rmtree(Path(cases).parent)
 
 
 @no_gpu
