@@ -111,7 +111,7 @@ def linear_logprob(
     logp, sums, argmax, row_floats, *of_norms = _forward_op(
         hidden,
         weight,
-        target,
+        target.contiguous(),  # the kernels read it without a stride
         segment_id,
         bias,
         segments,
