@@ -32,6 +32,11 @@ def row_counts(segment_id: Tensor, num_segments: int, *, name: str = "row_counts
     Errors  ValueError with the first id that is out of order or out of 0 .. S - 1. `name` is what
             the message calls the caller.
     """
+    if segment_id.dim() != 1 or segment_id.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name}: expected segment_id (T,) int32 or int64, got {tuple(segment_id.shape)} "
+            f"{segment_id.dtype}."
+        )
     if not segment_id.numel():
         return [0] * num_segments
     ids = segment_id.to(torch.int64)

@@ -151,6 +151,7 @@ def triton_pair_gram(
     groups, rows = len(counts) // group_size, group_counts(counts, group_size)
     out = x.new_zeros(groups, group_size, group_size, dtype=torch.float32)
     x, *dy = (a if a.stride(-1) == 1 else a.contiguous() for a in (x, *dy))
+    segment_id = segment_id.contiguous()
     if len(dy) > 3:
         dy = [torch.cat(list(dy), 1)]
     longest = longest_gram(x.shape[1], sum(y.shape[1] for y in dy))
