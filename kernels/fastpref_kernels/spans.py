@@ -66,6 +66,13 @@ def starts(counts: Sequence[int]) -> list[int]:
     return [0, *accumulate(counts)]
 
 
+def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """As an int32 tensor; on CUDA from pinned memory, or the copy would wait for all that the
+    device still has to do."""
+    found = torch.tensor(numbers, dtype=torch.int32, device="cpu")
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+
+
 def group_counts(counts: Sequence[int], group_size: int) -> list[int]:
     """Rows of every group of `group_size` neighbouring segments."""
     if group_size == 1:
