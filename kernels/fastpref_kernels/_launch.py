@@ -215,7 +215,7 @@ def check_linear_logprob(
     _check_numbers(softcap, logit_scale, temperature, cache, group_size)
     _check_names(stats, norms)
     if norms == "sketch":
-        _check_sketch(sketch_dim, sketch_buckets)
+        check_sketch("linear_logprob", sketch_dim, sketch_buckets, "sketch_dim", "sketch_buckets")
     segments = _count_segments(hidden, segment_id, num_segments)
     if norms is not None and segments % group_size:
         raise ValueError(
@@ -311,16 +311,20 @@ def _check_names(stats: Sequence[str], norms: str | None) -> None:
         )
 
 
-def _check_sketch(dim: int, buckets: int) -> None:
-    if dim < 1:
+def check_sketch(
+    op: str, k: int, buckets: int | None, k_name: str = "k", buckets_name: str = "buckets"
+) -> None:
+    """A sketch has at least one row and column, a vocabulary goes through a power of two buckets
+    (None: not a vocabulary)."""
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"{op}: {k_name} must be at least 1, got {k!r}. Common are 16, 32 and 64.")
+    if buckets is not None and (
+        not LEAST_BUCKETS <= buckets <= MOST_BUCKETS or buckets & (buckets - 1)
+    ):
         raise ValueError(
-            f"linear_logprob: sketch_dim must be at least 1, got {dim!r}. Common are 16, 32 and 64."
-        )
-    if not LEAST_BUCKETS <= buckets <= MOST_BUCKETS or buckets & (buckets - 1):
-        raise ValueError(
-            f"linear_logprob: sketch_buckets must be a power of two from {LEAST_BUCKETS} to "
-            f"{MOST_BUCKETS}, got {buckets!r}. The standard error of a norm is about "
-            "1 / sqrt(2 sketch_buckets) of it at most."
+            f"{op}: {buckets_name} must be a power of two from {LEAST_BUCKETS} to {MOST_BUCKETS}, "
+            f"got {buckets!r}. K buckets give a squared norm a standard error of at most "
+            "sqrt(2 / K) of it."
         )
 
 

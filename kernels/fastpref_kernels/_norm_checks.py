@@ -97,9 +97,3 @@ def check_segments(
                 f"a smallest of {min(counts, default=0)} and a sum of {sum(counts)}."
             )
     return size
-
-
-def check_sketch_size(name: str, k: int) -> None:
-    """A sketch needs at least one row and column."""
-    if k < 1:
-        raise ValueError(f"{name}: k must be at least 1, got {k!r}. Common are 16, 32 and 64.")

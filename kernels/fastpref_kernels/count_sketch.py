@@ -20,10 +20,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .pair_gram import wide_dtype
 from .projection import SIGNS_AT_ONCE, Projection
 from .row_sums import Tiles
 from .segment import add_rows_
+from .segment_products import wide_dtype
 
 BUCKETS = 1024
 EIGHT = 8  # ids whose places differ in the last three bits

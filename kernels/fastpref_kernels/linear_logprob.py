@@ -78,7 +78,8 @@ def linear_logprob(
     within each group of `group_size` segments. `norms="sketch"`: an unbiased estimate of it from
     `sketch_buckets` buckets of the vocabulary, with its `gram_error`, and `sketch`, (k, k) with
     k = `sketch_dim` for every segment: it adds up over batches, ranks and uses of the weight, and
-    is compared with other sketches of that seed (see `linear_sketch`).
+    is compared with other sketches of that seed, key, k and buckets: what `linear_sketch` calls
+    seed, key, k, buckets has the prefix sketch_ here.
     `backend`: triton on CUDA, else torch; or the one that is named.
 
     Memory    weight trained: one (R, V) buffer in its dtype, or `cache` tiles of it (0: none) at a

@@ -58,7 +58,21 @@ def linear_norms(
               with `counts` given, order is not read)
     Oracle    reference.linear_norms
     """
-    name = "linear_norms"
+    return _linear_norms(
+        "linear_norms", x, dy, segment_id, num_segments, group_size, counts, backend
+    )
+
+
+def _linear_norms(
+    name: str,  # what messages call the caller
+    x: Tensor,
+    dy: Tensor | Sequence[Tensor],
+    segment_id: Tensor,
+    num_segments: int,
+    group_size: int | None,
+    counts: Sequence[int] | None,
+    backend: str,
+) -> Tensor:
     many = [dy] if isinstance(dy, Tensor) else list(dy)
     if not many:
         raise ValueError(f"{name}: dy is an empty sequence; expected (T, p) or several of them.")
@@ -76,7 +90,7 @@ def linear_norms(
         num_segments,
         size,
         None if counts is None else list(counts),
-        chosen,
+        f"{chosen} {name}",
     )
     return gram.flatten() if group_size is None else gram
 
@@ -170,17 +184,10 @@ def lora_norms(
 ) -> LoraNorms:  # each (S,) | (S / g, g, g)
     """Squared norms of an adapter y = W x + scale B (A x): A has input x and gradient scale B^T dy,
     B has input A x and gradient scale dy."""
-    inner, outer = adapter_sides("lora_norms", x, dy, lora_a, lora_b)
+    name = "lora_norms"
+    inner, outer = adapter_sides(name, x, dy, lora_a, lora_b)
     a, b = (
-        linear_norms(
-            inputs,
-            outputs,
-            segment_id,
-            num_segments=num_segments,
-            group_size=group_size,
-            counts=counts,
-            backend=backend,
-        )
+        _linear_norms(name, inputs, outputs, segment_id, num_segments, group_size, counts, backend)
         for inputs, outputs in ((x, outer), (inner, dy))
     )
     return LoraNorms(a * (scale * scale), b * (scale * scale))
@@ -199,6 +206,8 @@ def adapter_sides(
     _norm_checks.check_matrix(name, "dy", dy)
     _norm_checks.check_matrix(name, "lora_a", lora_a, x.shape[1])
     _norm_checks.check_matrix(name, "lora_b", lora_b, lora_a.shape[0])
+    _norm_checks.check_device(name, "x", x, "lora_a", lora_a)
+    _norm_checks.check_device(name, "x", x, "lora_b", lora_b)
     if lora_b.shape[0] != dy.shape[1]:
         raise ValueError(
             f"{name}: expected lora_b with the {dy.shape[1]} outputs of dy as rows, got "
@@ -214,7 +223,8 @@ def of_sums(sums: Tensor, group_size: int | None) -> Tensor:
     if group_size is None:
         return sums.square().sum(1)
     grouped = sums.unflatten(0, (-1, group_size)) if len(sums) else sums.view(0, group_size, 0)
-    return torch.bmm(grouped, grouped.transpose(1, 2))
+    with surroundings(sums.device):
+        return torch.bmm(grouped, grouped.transpose(1, 2))
 
 
 def _check_ids(
@@ -264,12 +274,13 @@ def _pair_gram_op(
     counts: Sequence[int] | None,
     backend: str,
 ) -> Tensor:
+    chosen, name = backend.split()
     if counts is None or not x.is_cuda:
         # On the CPU reading is free, and the order is checked whoever counted.
-        counts = row_counts(segment_id, segments, name="linear_norms")
+        counts = row_counts(segment_id, segments, name=name)
     with surroundings(x.device):
         products = torch_segment_products
-        if backend == "triton":
+        if chosen == "triton":
             from .triton_pair_gram import triton_pair_gram
             from .triton_sketch import triton_segment_products
 

@@ -23,8 +23,8 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b, accumulated and returned in `dtype`; half operands as they are on CUDA."""
-    if a.is_cuda and a.dtype == b.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)
+    if a.is_cuda and a.dtype == b.dtype and a.itemsize == 2 and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)  # knows no other pair of types
     return torch.mm(a.to(dtype), b.to(dtype))
 
 

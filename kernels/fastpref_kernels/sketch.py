@@ -49,13 +49,14 @@ def linear_sketch(
 
     `key` names the weight, alike in all runs, ranks and calls that are to be added or compared; the
     weight's layout does not matter here. `first_input`, `first_output`: where x and dy begin in the
-    whole layer if they are a tensor-parallel rank's share.
+    whole layer if they are a tensor-parallel rank's share. `buckets`: of a head outside
+    `linear_logprob`, whose outputs are a vocabulary; its `sketch_buckets`.
 
     Cost      2 T k (d + p) operations, one read of x and dy
-    Errors    ValueError as `linear_norms`, and for k < 1
+    Errors    ValueError as `linear_norms`, and for k < 1 or buckets that are no power of two
     """
     name = "linear_sketch"
-    _norm_checks.check_sketch_size(name, k)
+    _launch.check_sketch(name, k, buckets)
     _norm_checks.check_rows(name, ("x", x), ("dy", dy))
     _norm_checks.check_matrix(name, "x", x)
     _norm_checks.check_matrix(name, "dy", dy)
@@ -94,22 +95,19 @@ def lora_sketch(
     ".lora_B".
     """
     name = "lora_sketch"
-    _norm_checks.check_sketch_size(name, k)
+    _launch.check_sketch(name, k, None)
     inner, outer = adapter_sides(name, x, dy, lora_a, lora_b)
-    sketches = [
-        linear_sketch(
-            inputs,
-            outputs,
-            segment_id,
-            k,
-            seed=seed,
-            key=f"{key}.{side}",
-            num_segments=num_segments,
-            counts=counts,
-            backend=backend,
+    _norm_checks.check_ids(name, "segment_id", segment_id, "x", x)
+    _norm_checks.check_segments(name, x.shape[0], num_segments, None, counts)
+    sketches = []
+    for matrix, inputs, outputs in (("lora_A", x, outer), ("lora_B", inner, dy)):
+        left, right = (
+            project(
+                side, Projection.of(seed, f"{key}.{matrix}", end), k, backend=backend, name=name
+            )
+            for end, side in (("out", outputs), ("in", inputs))
         )
-        for side, inputs, outputs in (("lora_A", x, outer), ("lora_B", inner, dy))
-    ]
+        sketches.append(_combine(left, right, segment_id, num_segments, counts, k, backend, name))
     return (sketches[0] + sketches[1]) * scale
 
 
@@ -131,11 +129,11 @@ def embedding_sketch(
     """Sketch of an embedding's gradient, (V, D): sum_t scale dy_t at row token_id_t.
 
     Its vocabulary is the "out" side and its features the "in" side, as of a head (V, D): the
-    sketches of a tied embedding and head add up under one key, their common term included. `scale`
-    and `padding_idx` as in `embedding_norms`.
+    sketches of a tied embedding and head add up under one key, their common term included, if
+    `buckets` is the head's `sketch_buckets`. `scale` and `padding_idx` as in `embedding_norms`.
     """
     name = "embedding_sketch"
-    _norm_checks.check_sketch_size(name, k)
+    _launch.check_sketch(name, k, buckets)
     _norm_checks.check_rows(name, ("dy", dy))
     _norm_checks.check_matrix(name, "dy", dy)
     _norm_checks.check_ids(name, "token_id", token_id, "dy", dy)
@@ -169,7 +167,7 @@ def column_sketch(
     of D is projected to k k numbers at once.
     """
     name = "column_sketch"
-    _norm_checks.check_sketch_size(name, k)
+    _launch.check_sketch(name, k, None)
     _norm_checks.check_rows(name, ("dy", dy), *([] if x is None else [("x", x)]))
     if dy.dim() > 3 or (x is not None and x.shape != dy.shape):
         raise ValueError(
@@ -200,14 +198,14 @@ def weight_sketch(
     """Sketch of new - old under the projections of the weight's gradients.
 
     `transposed`: the weight is stored (d, p), as GPT-2's Conv1D. `first_input`, `first_output`:
-    where a shard begins in the whole weight; sketches of shards add up. An embedding is (V, D). A
-    vector's first element is `first_output`.
+    where a shard begins in the whole weight; sketches of shards add up. An embedding is (V, D), a
+    head too; `buckets` as in their gradients' sketches. A vector's first element is `first_output`.
 
     Memory    a tile of the difference in float64; no copy of a weight
     Numerics  the difference is formed and summed up in float64: an update is small beside a weight
     """
     name = "weight_sketch"
-    _norm_checks.check_sketch_size(name, k)
+    _launch.check_sketch(name, k, buckets)
     if new.dim() not in (1, 2):
         raise ValueError(
             f"{name}: expected new (p, d) or (D,), got {tuple(new.shape)}; sketch the experts of a "

@@ -32,6 +32,11 @@ def row_counts(segment_id: Tensor, num_segments: int, *, name: str = "row_counts
     Errors  ValueError with the first id that is out of order or out of 0 .. S - 1. `name` is what
             the message calls the caller.
     """
+    if segment_id.dim() != 1 or segment_id.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name}: expected segment_id (T,) int32 or int64, got {tuple(segment_id.shape)} "
+            f"{segment_id.dtype}."
+        )
     if not segment_id.numel():
         return [0] * num_segments
     ids = segment_id.to(torch.int64)
@@ -59,6 +64,13 @@ def row_counts(segment_id: Tensor, num_segments: int, *, name: str = "row_counts
 def starts(counts: Sequence[int]) -> list[int]:
     """First row of every segment, and the number of rows: S + 1 integers."""
     return [0, *accumulate(counts)]
+
+
+def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """As an int32 tensor; on CUDA from pinned memory, or the copy would wait for all that the
+    device still has to do."""
+    found = torch.tensor(numbers, dtype=torch.int32, device="cpu")
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
 def group_counts(counts: Sequence[int], group_size: int) -> list[int]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ._aot import AotCase
 from ._launch import launch
 from .pair_gram import longest_gram, product_gram
-from .spans import cut, group_counts, runs, starts
+from .spans import cut, group_counts, runs, starts, to_device
 
 # Tile rows, depth of a step of a product, warps, stages. The larger one has twice the arithmetic
 # per byte that is read.
@@ -151,6 +151,7 @@ def triton_pair_gram(
     groups, rows = len(counts) // group_size, group_counts(counts, group_size)
     out = x.new_zeros(groups, group_size, group_size, dtype=torch.float32)
     x, *dy = (a if a.stride(-1) == 1 else a.contiguous() for a in (x, *dy))
+    segment_id = segment_id.contiguous()
     if len(dy) > 3:
         dy = [torch.cat(list(dy), 1)]
     longest = longest_gram(x.shape[1], sum(y.shape[1] for y in dy))
@@ -177,7 +178,7 @@ def _gram(
     rows, segments = x.shape[0], len(counts)
     wide = torch.float32 if any(a.dtype == torch.float32 for a in (x, *dy)) else x.dtype
     block, depth, warps, stages = tile_shape(wide, max(group_counts(counts, group_size)))
-    first, last, left, bounds = _tables(counts, group_size, block, str(x.device))
+    first, last, left, bounds = _tables(counts, group_size, block, x.device)
     tiles = int(_most_tiles(counts, group_size, block))
     sums = x.new_empty(tiles, group_size, rows, dtype=torch.float32)
     outputs = [*dy, *[dy[0]] * (3 - len(dy))]
@@ -237,7 +238,7 @@ def tile_shape(dtype: torch.dtype, longest: int) -> tuple[int, int, int, int]:
 
 @lru_cache(maxsize=8)
 def _tables(
-    counts: tuple[int, ...], group_size: int, block: int, device: str
+    counts: tuple[int, ...], group_size: int, block: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First row, end, and tiles left of its span, of every tile; first row of every segment. Kept
     for the calls of one batch: every layer of a model asks for the same."""
@@ -248,10 +249,7 @@ def _tables(
             last.append(min(start + block, hi))
             left.append(-(-(hi - start) // block))
     columns = [first, last, left, starts(counts)]
-    packed = torch.tensor(sum(columns, []), dtype=torch.int32)
-    if device != "cpu":
-        # From pinned memory, or the copy would wait for all that the device still has to do.
-        packed = packed.pin_memory().to(device, non_blocking=True)
+    packed = to_device(sum(columns, []), device)
     return tuple(packed.split([len(c) for c in columns]))
 
 

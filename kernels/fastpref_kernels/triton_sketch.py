@@ -9,6 +9,7 @@ Formulas: kernels/README.md; the hash: projection.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -18,7 +19,7 @@ from torch import Tensor
 from ._aot import AotCase
 from ._launch import launch
 from .projection import Projection
-from .spans import starts
+from .spans import starts, to_device
 
 
 @triton.jit
@@ -143,9 +144,6 @@ def triton_segment_products(left: Tensor, right: Tensor, counts: Sequence[int]) 
     left, right = (a if a.stride(-1) == 1 else a.contiguous() for a in (left, right))
     segments, (narrow, other) = len(counts), (left.shape[1], right.shape[1])
     out = left.new_empty(segments, narrow, other, dtype=torch.float32)
-    first = torch.tensor(starts(counts), dtype=torch.int32)
-    if left.is_cuda:
-        first = first.pin_memory().to(left.device, non_blocking=True)
     size = _power(narrow)
     width = min(32 if size > 64 else 64, _power(other))
     launch(
@@ -154,7 +152,7 @@ def triton_segment_products(left: Tensor, right: Tensor, counts: Sequence[int]) 
         {
             "left": left,
             "right": right,
-            "first": first,
+            "first": _first_rows(tuple(counts), left.device),
             "out": out,
             "narrow": narrow,
             "other": other,
@@ -168,6 +166,13 @@ def triton_segment_products(left: Tensor, right: Tensor, counts: Sequence[int]) 
         warps=4,
     )
     return out
+
+
+@lru_cache(maxsize=8)
+def _first_rows(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """(S + 1,) int32. Kept: every layer of a batch asks for it, and a CUDA graph must not replay a
+    copy from memory of the host."""
+    return to_device(starts(counts), device)
 
 
 def _power(n: int) -> int:

@@ -15,6 +15,7 @@ from fastpref_kernels import (
     linear_norms,
     linear_sketch,
     lora_norms,
+    lora_sketch,
     rmsnorm_norms,
     row_counts,
     tied_norms,
@@ -39,8 +40,11 @@ def test_opcheck(group_size: int, counts: list[int] | None) -> None:
     segment_id, token_id = ids(COUNTS), torch.arange(12) % 5
     wide, dy = single(150), single(140)
     checks: list[tuple[Any, tuple[Any, ...]]] = [
-        (OP.pair_gram, (wide, [dy, dy], segment_id, 4, group_size, counts, "torch")),
-        (OP.pair_gram, (single(6), [single(7)], segment_id, 4, group_size, counts, "torch")),
+        (OP.pair_gram, (wide, [dy, dy], segment_id, 4, group_size, counts, "torch linear_norms")),
+        (
+            OP.pair_gram,
+            (single(6), [single(7)], segment_id, 4, group_size, counts, "torch linear_norms"),
+        ),
         (OP.column_sums, (dy, None, segment_id, 4, 0.0, False, "torch bias_norms")),
         (OP.column_sums, (dy, dy, segment_id, 4, 1e-5, True, "torch layernorm_norms")),
         (OP.column_sums, (single(2, 5), single(2, 5), segment_id, 4, 0.1, False, "torch x")),
@@ -76,6 +80,32 @@ def test_compile_full_graph() -> None:
     compiled = torch.compile(all_of_them, fullgraph=True, backend="aot_eager")
     for one, other in zip(eager, compiled(wide, dy, segment_id), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_autocast_changes_nothing(group_size: int | None) -> None:
+    segment_id, wide, dy = ids(COUNTS), single(150), single(140)
+    same: dict[str, Any] = {"num_segments": 4, "group_size": group_size}
+    sketch: dict[str, Any] = {"seed": 0, "key": "a", "num_segments": 4}
+
+    def all_of_them() -> list[Tensor]:
+        return [
+            linear_norms(wide, dy, segment_id, **same),
+            bias_norms(dy, segment_id, **same),
+            rmsnorm_norms(dy, dy, segment_id, eps=1e-5, **same),
+            *layernorm_norms(dy, dy, segment_id, eps=1e-5, **same),
+            embedding_norms(torch.arange(12) % 5, dy, segment_id, **same),
+            *lora_norms(wide, dy, wide[:4], dy[:4].t(), segment_id, scale=1.0, **same),
+            linear_sketch(wide, dy, segment_id, 4, **sketch),
+            linear_sketch(wide, dy, segment_id, 4, buckets=64, **sketch),
+            column_sketch(dy, segment_id, 4, **sketch),
+        ]
+
+    plain = all_of_them()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = all_of_them()
+    for one, other in zip(plain, cast, strict=True):
+        assert other.dtype == one.dtype and torch.equal(other, one)
 
 
 def test_nothing_is_differentiable_in_silence() -> None:
@@ -152,6 +182,7 @@ def test_linear_norms_names_what_is_wrong(changes: dict[str, Any], message: str)
 
 X, DY, IDS, Z = torch.zeros(5, 3), torch.zeros(5, 2), torch.tensor([0, 0, 1, 1, 3]), torch.zeros
 TOKENS = torch.zeros(5, dtype=torch.int64)
+A, B = Z(4, 3), Z(2, 4)
 BACK = torch.tensor([0, 2, 1, 3, 3])
 SAME: dict[str, Any] = {"num_segments": 4}
 KEY: dict[str, Any] = {"seed": 0, "key": "a", **SAME}
@@ -182,6 +213,26 @@ KEY: dict[str, Any] = {"seed": 0, "key": "a", **SAME}
         (lambda: embedding_norms(TOKENS, X, BACK, **SAME), "embedding_norms: .* follows"),
         (lambda: unique_ids(TOKENS, BACK, **SAME), "unique_ids: .* follows"),
         (lambda: row_counts(BACK, 4), "row_counts: .* follows"),
+        (lambda: row_counts(IDS.float(), 4), r"row_counts: expected segment_id .* torch.float32"),
+        (lambda: row_counts(IDS[None], 4), r"expected segment_id \(T,\) .* \(1, 5\)"),
+        (lambda: unique_ids(TOKENS, IDS.short(), **SAME), "unique_ids: .* torch.int16"),
+        (lambda: linear_sketch(X, DY, IDS, 2.0, **KEY), "k must be at least 1, got 2.0"),
+        (lambda: weight_sketch(X, None, 2.0, seed=0, key="a"), "k must be at least 1, got 2.0"),
+        (lambda: linear_sketch(X, DY, IDS, 2, buckets=0, **KEY), "buckets must be a power .* 0"),
+        (lambda: embedding_sketch(TOKENS, X, IDS, 2, buckets=100, **KEY), "power .* got 100"),
+        (lambda: weight_sketch(X, None, 2, seed=0, key="a", buckets=-64), "power .* got -64"),
+        (lambda: lora_norms(X, DY, A, B, BACK, scale=1.0, **SAME), "lora_norms: .* follows"),
+        (lambda: lora_norms(X, DY, A, B, IDS, scale=1.0, num_segments=2), "lora_norms: .*outside"),
+        (
+            lambda: lora_norms(X, DY, A, B, IDS, scale=1.0, group_size=3, **SAME),
+            "lora_norms: num_segments=4 is not a multiple of group_size=3",
+        ),
+        (
+            lambda: lora_norms(X, DY, A.to("meta"), B, IDS, scale=1.0, **SAME),
+            "x is on cpu but lora_a on meta",
+        ),
+        (lambda: lora_sketch(X, DY, A, B, BACK, 2, scale=1.0, **KEY), "lora_sketch: .* follows"),
+        (lambda: lora_sketch(X, DY, A, B, IDS[:4], 2, scale=1.0, **KEY), "lora_sketch: expected"),
         (
             lambda: lora_norms(X, DY, Z(4, 2), Z(2, 4), IDS, scale=1.0, **SAME),
             r"lora_a \(rows, 3\), got \(4, 2\)",

@@ -86,6 +86,17 @@ def test_half_types(dtype: torch.dtype) -> None:
     assert float((sketch - exact).norm() / exact.norm()) < 1e-5
 
 
+def test_ids_that_are_not_contiguous() -> None:
+    counts = [30, 1, 20]
+    x, dy, segment_id = data(counts, 130), data(counts, 140, seed=1), ids(counts).to(DEVICE)
+    apart = torch.stack((segment_id, torch.full_like(segment_id, 7)), 1)[:, 0]
+    assert not apart.is_contiguous()
+    one, other = (
+        linear_norms(x, dy, of, num_segments=3, backend="triton") for of in (segment_id, apart)
+    )
+    assert torch.equal(one, other)
+
+
 def test_several_tiles_of_one_group_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernel sums is every pair of rows once: also if no group goes by gradients."""
     from fastpref_kernels import triton_pair_gram

@@ -283,7 +283,10 @@ def test_ids_that_fall_or_are_of_no_pair_are_seen() -> None:
     """Values are checked on the CPU; what a GPU would do is shown by the kernel itself."""
     from fastpref_kernels.pair_kernels import forward
 
-    out_of_range, falling = ([0, 1, 2, 4], [-1, 0, 1, 3]), ([1, 0, 2, 3], [0, 3, 2, 3], [0, 1, 9, 3])
+    out_of_range, falling = (
+        ([0, 1, 2, 4], [-1, 0, 1, 3]),
+        ([1, 0, 2, 3], [0, 3, 2, 3], [0, 1, 9, 3]),
+    )
     for ids in out_of_range + falling:
         loss, _ = forward(
             torch.zeros(4),

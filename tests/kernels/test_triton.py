@@ -271,6 +271,7 @@ def test_tensors_of_any_stride() -> None:
         hidden=case.hidden.t().contiguous().t(),
         weight=case.weight.t().contiguous().t(),
         bias=case.bias.repeat_interleave(2)[::2],
+        target=torch.stack((case.target, case.target.flip(0)), 1)[:, 0],
     )
     strided = run_strided(loose)
     for name, value in triton(case).items():
@@ -284,7 +285,7 @@ def run_strided(case: Case) -> dict[str, Any]:
     leaves = {"hidden": at.hidden, "weight": at.weight, "bias": at.bias}
     for leaf in leaves.values():
         leaf.requires_grad_()
-    assert not at.weight.is_contiguous()
+    assert not at.weight.is_contiguous() and not at.target.is_contiguous()
     logp = linear_logprob(at.hidden, at.weight, at.target, bias=at.bias, backend="triton").logp
     grads = torch.autograd.grad(logp, list(leaves.values()), at.grad)
     return {"logp": logp.detach().cpu(), **{n: g.cpu() for n, g in zip(leaves, grads, strict=True)}}
