@@ -83,8 +83,8 @@ def pair_loss(
     Memory    12 numbers a pair; the gradient is one launch over the rows.
     Numerics  segment sums in float64, rounded once; log-sigmoid without overflow or cancellation.
               No atomics: the same bits every time. One launch with Triton, forward and backward.
-    Errors    ValueError with the offending value; on CUDA ids that fall or are out of range give NaN
-              (Triton) or, out of range, an index assertion (torch). A second derivative raises.
+    Errors    ValueError with the offending value; on CUDA ids that fall or are out of range give
+              NaN (Triton) or, out of range, an index assertion (torch). A second derivative raises.
     Oracle    reference.pair_loss
     """
     pairs = check_pair_loss(
