@@ -282,7 +282,7 @@ def _check_numbers(
             )
     if not abs(logit_scale) < math.inf:
         raise ValueError(f"linear_logprob: logit_scale must be finite, got {logit_scale!r}.")
-    if cache < -1:
+    if not isinstance(cache, int) or cache < -1:
         raise ValueError(
             "linear_logprob: cache must be -1 (keep every tile) or a number of tiles >= 0, got "
             f"{cache!r}."

@@ -41,7 +41,8 @@ def linear_dpo(
     ``linear_dpo(...).loss.mean().backward()``.
 
     Memory    that of `linear_logprob`, and 12 numbers a pair.
-    Errors    ValueError with the offending value, before any work.
+    Errors    ValueError with the offending value: of `pair_loss` names and numbers before any work,
+              what else it refuses once the rows' log-probs are there.
     Oracle    reference.linear_logprob into reference.pair_loss
     """
     check_options(beta, loss_type, label_smoothing, group_size)

@@ -227,6 +227,7 @@ def test_auto_says_once_what_it_chose(
         ({"temperature": -1.0}, "temperature must be positive"),
         ({"logit_scale": float("nan")}, "logit_scale must be finite"),
         ({"cache": -2}, "cache must be -1"),
+        ({"cache": 1.5}, "cache must be -1 .* got 1.5"),
         ({"group_size": 0}, "group_size must be at least 1"),
         ({"group_size": 3, "norms": "exact"}, "num_segments=4 is not a multiple of group_size=3"),
         ({"num_segments": 2}, r"segment_id\[4\]=3 is outside 0..1"),

@@ -52,6 +52,16 @@ def test_another_pass_over_the_logits_is_seen(where: str, monkeypatch: pytest.Mo
     assert {f"logits_gb_{name}" for name in roofline.CASES} <= missed(counted())
 
 
+def test_another_pass_over_the_hidden_sums_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = tile_calls.hidden_grad
+
+    def twice(mixed: torch.Tensor, *arguments: Any) -> None:
+        original(mixed.mul_(1.0), *arguments)
+
+    monkeypatch.setattr(tile_calls, "hidden_grad", twice)
+    assert missed(counted()) == {f"rows_gb_{name}" for name in ("all_kept", "none_kept", "frozen")}
+
+
 def test_another_product_and_another_buffer_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     original = tile_calls.rounded_product
 
