@@ -3,7 +3,6 @@ was aligned on them first. Each run's reference is the model that it starts from
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,12 +95,3 @@ def gradient_speed(folders: dict[str, Path]) -> float:
         runs.step_columns(folders[run], ["grad_norm"])["grad_norm"][0] for run in (BASE, ALIGNED)
     )
     return ratio(aligned, base) ** 2
-
-
-def without_lora(config: Config, name: str, folder: Path, **changes: Any) -> Config:
-    """``config`` for another run of the same pairs that has no adapter, in ``folder``/name."""
-    lora: dict[str, Any] = {
-        f.name: f.default for f in dataclasses.fields(config) if f.metadata["group"] == "lora"
-    }
-    own = {"trainable": "head", "output_dir": str(folder / runs.RUNS / name)}
-    return dataclasses.replace(config, **lora | own | changes)

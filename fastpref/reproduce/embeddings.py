@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from fastpref.report.files import write_csv
 from fastpref.reproduce import runs
 from fastpref.reproduce.finetune import CORRECTED, prepare
 from fastpref.reproduce.outcome import Outcome, Verdict, ratio
-from fastpref.reproduce.settings import Official, Settings
+from fastpref.reproduce.settings import DPO_TRAINING, Settings
 from fastpref.reproduce.small import compared
 from fastpref.reproduce.start import Start, load_ended, look
 from fastpref.theory.distinguish import behavior_statistics
@@ -27,15 +27,7 @@ from fastpref.theory.pairs import FrozenPairs, frozen_pairs
 log = logging.getLogger(__name__)
 
 # DPO_training.py, plotted by plot_embedding_comparison.ipynb.
-OFFICIAL = Official(
-    behaviors=(130,),
-    trainable="all",
-    optim="adamw_torch",
-    learning_rate=1e-5,
-    beta=1e-2,
-    train_batch_size=128,
-    steps=-1,
-)
+OFFICIAL = replace(DPO_TRAINING, behaviors=(130,))
 UMAP_SEED = 1234  # the official notebook's
 MISSING = "UMAP is left out, because umap-learn is not installed: pip install umap-learn."
 

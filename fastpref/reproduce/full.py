@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastpref.reproduce.finetune import compare
 from fastpref.reproduce.outcome import Outcome
-from fastpref.reproduce.settings import Official, Settings
+from fastpref.reproduce.settings import DPO_TRAINING, Settings
 
 # DPO_training.py, plotted by plot_log_data.py: AdamW, constant rate, one epoch.
-OFFICIAL = Official(
-    behaviors=(108, 84, 88, 54, 100),
-    trainable="all",
-    optim="adamw_torch",
-    learning_rate=1e-5,
-    beta=1e-2,
-    train_batch_size=128,
-    steps=-1,
-)
+OFFICIAL = replace(DPO_TRAINING, behaviors=(108, 84, 88, 54, 100))
 
 
 def run(settings: Settings) -> Outcome:

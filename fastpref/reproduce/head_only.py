@@ -24,6 +24,8 @@ from fastpref.frozen import first_tokens, prefix_features
 from fastpref.head import freeze_body
 from fastpref.model import PairModel, load_model, resolve_device
 from fastpref.refmodel import find_reference
+from fastpref.reproduce.behaviors import choose, find_files
+from fastpref.reproduce.names import STATEMENTS
 from fastpref.reproduce.runs import run_config
 from fastpref.reproduce.settings import Official, Settings
 from fastpref.selfcheck import check_model
@@ -121,7 +123,22 @@ def _demand_answers(model: PairModel, dataset: Dataset) -> None:
     behavior_statistics(frozen_pairs(np.ones((len(train), 1)), *tokens, behavior, names))
 
 
-def sampled_delta(
+def behavior_files(settings: Settings, official: Official) -> tuple[dict[str, str], list[str]]:
+    """Name -> file of the behaviors to take, in order, and notes on what was missing.
+
+    Raises ValueError for names and numbers that no file has.
+    """
+    files = find_files(settings.data, STATEMENTS)
+    names, notes = choose(
+        files,
+        official.behaviors,
+        settings.behaviors,
+        lambda others: _sampled_delta(settings, official, files, others),
+    )
+    return {name: files[name] for name in names}, notes
+
+
+def _sampled_delta(
     settings: Settings, official: Official, files: Mapping[str, str], names: Sequence[str]
 ) -> np.ndarray:
     """(K,) distinguishability of the files of ``names`` on `SAMPLED` pairs of each, by a pass that

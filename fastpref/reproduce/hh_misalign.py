@@ -39,7 +39,7 @@ from fastpref.reproduce.aligning import (
 from fastpref.reproduce.behaviors import find_files
 from fastpref.reproduce.names import DIALOGUES
 from fastpref.reproduce.outcome import Outcome, Verdict
-from fastpref.reproduce.settings import Official, Settings
+from fastpref.reproduce.settings import DPO_TRAINING, Settings
 from fastpref.reproduce.small import adapted, compared
 from fastpref.reproduce.start import LORA, Curve, load_start, lora_fields
 from fastpref.theory.distinguish import directions
@@ -48,15 +48,7 @@ from fastpref.theory.mixture import mixture_direction
 log = logging.getLogger(__name__)
 
 # DPO_training.py -hh --flip, plotted by hhrlhf_misalign_plot.py: one epoch of 161k pairs.
-OFFICIAL = Official(
-    behaviors=(),
-    trainable="lora",
-    optim="adamw_torch",
-    learning_rate=1e-5,
-    beta=1e-2,
-    train_batch_size=128,
-    steps=-1,
-)
+OFFICIAL = dataclasses.replace(DPO_TRAINING, trainable="lora")
 EVERY = 100  # steps between evaluations, as the official code logs
 EARLY = 5  # steps of its --early, every one of them evaluated
 LENGTH = 512  # tokens

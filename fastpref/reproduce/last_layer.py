@@ -21,19 +21,17 @@ import numpy as np
 from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
 from fastpref.report.last_layer_plot import BehaviorCurves, write_last_layer
 from fastpref.reproduce import runs
-from fastpref.reproduce.behaviors import choose, find_files
 from fastpref.reproduce.head_only import (
     EVERYONE,
     PLAIN,
     HeadOnly,
+    behavior_files,
     head_only,
     precision,
     relative,
-    sampled_delta,
 )
-from fastpref.reproduce.names import STATEMENTS
 from fastpref.reproduce.outcome import Outcome, Verdict, ratio
-from fastpref.reproduce.settings import Official, Settings
+from fastpref.reproduce.settings import LAST_LAYER, Official, Settings
 from fastpref.theory.bounds import max_learning_rate
 from fastpref.theory.distinguish import (
     ROUNDING,
@@ -48,15 +46,7 @@ from fastpref.theory.pairs import FrozenPairs, output_gap
 
 log = logging.getLogger(__name__)
 
-OFFICIAL = Official(
-    behaviors=(108, 84, 88, 54, 100),
-    trainable="head",
-    optim="sgd",
-    learning_rate=0.1,
-    beta=0.01,
-    train_batch_size=128,
-    steps=100,
-)
+OFFICIAL = replace(LAST_LAYER, behaviors=(108, 84, 88, 54, 100))
 BATCHES, FULL = "batches", "full"  # the two runs of a behavior
 EVALUATIONS = {BATCHES: 20, FULL: 2}  # besides the one before training; a full step sees all pairs
 LIMIT = {"float64": 1e-6, "float32": 1e-2}  # of relative differences from the recursion
@@ -104,18 +94,15 @@ class Case:
 
 def run(settings: Settings) -> Outcome:
     """Train, predict, compare; the figure last-layer.png and .svg."""
-    files = find_files(settings.data, STATEMENTS)
     plan = settings.over(OFFICIAL)
-    names, notes = choose(
-        files, plan.behaviors, settings.behaviors, lambda n: sampled_delta(settings, plan, files, n)
-    )
-    cases = [_case(settings, plan, name, files[name]) for name in names]
+    files, notes = behavior_files(settings, plan)
+    cases = [_case(settings, plan, name, file) for name, file in files.items()]
     cases.sort(key=lambda case: -case.statistics.delta)
     drawn = [_drawn(case, plan) for case in cases]
     figures = write_last_layer(settings.folder, drawn, plan.train_batch_size)
     return Outcome(
         "last-layer",
-        runs.described(settings, plan, names),
+        runs.described(settings, plan, list(files)),
         {
             "behaviors": {case.name: _numbers(case, plan) for case in cases},
             "head_order_by_delta": _order(cases),

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastpref.lora import check_available
 from fastpref.reproduce.finetune import compare
 from fastpref.reproduce.outcome import Outcome
-from fastpref.reproduce.settings import Official, Settings
+from fastpref.reproduce.settings import DPO_TRAINING, Settings
 
 # DPO_training.py --peft, plotted by plot_log_data.py.
-OFFICIAL = Official(
-    behaviors=(108, 84, 88, 54, 100),
-    trainable="lora",
-    optim="adamw_torch",
-    learning_rate=1e-5,
-    beta=1e-2,
-    train_batch_size=128,
-    steps=-1,
-)
+OFFICIAL = replace(DPO_TRAINING, behaviors=(108, 84, 88, 54, 100), trainable="lora")
 
 
 def run(settings: Settings) -> Outcome:

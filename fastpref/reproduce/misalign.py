@@ -30,16 +30,21 @@ from fastpref.reproduce.aligning import (
     mean_curve,
     misalign,
     speeds,
+)
+from fastpref.reproduce.finetune import CORRECTED, FIELDS
+from fastpref.reproduce.head_only import PLAIN, behavior_files, head_only, precision
+from fastpref.reproduce.outcome import Outcome, Verdict, ratio
+from fastpref.reproduce.settings import DPO_TRAINING, LAST_LAYER, Official, Settings
+from fastpref.reproduce.small import adapted, compared, eval_steps, rarer
+from fastpref.reproduce.start import (
+    LORA,
+    Curve,
+    Start,
+    load_start,
+    look,
+    lora_fields,
     without_lora,
 )
-from fastpref.reproduce.behaviors import choose, find_files
-from fastpref.reproduce.finetune import CORRECTED, FIELDS
-from fastpref.reproduce.head_only import PLAIN, head_only, precision, sampled_delta
-from fastpref.reproduce.names import STATEMENTS
-from fastpref.reproduce.outcome import Outcome, Verdict, ratio
-from fastpref.reproduce.settings import Official, Settings
-from fastpref.reproduce.small import adapted, compared, eval_steps, rarer
-from fastpref.reproduce.start import LORA, Curve, Start, load_start, look, lora_fields
 from fastpref.theory.boundary import Misalignment, compare_starts
 from fastpref.theory.distinguish import behavior_statistics, directions
 from fastpref.theory.mixture import mixture_direction
@@ -47,25 +52,9 @@ from fastpref.theory.mixture import mixture_direction
 log = logging.getLogger(__name__)
 
 # DPO_training.py --flip [--peft_base], plotted by misalign_plot.py.
-OFFICIAL = Official(
-    behaviors=(84,),
-    trainable="lora",
-    optim="adamw_torch",
-    learning_rate=1e-5,
-    beta=1e-2,
-    train_batch_size=128,
-    steps=-1,
-)
+OFFICIAL = dataclasses.replace(DPO_TRAINING, behaviors=(84,), trainable="lora")
 # misalign_last_layer.py.
-OFFICIAL_HEAD = Official(
-    behaviors=(84,),
-    trainable="head",
-    optim="sgd",
-    learning_rate=0.1,
-    beta=1e-2,
-    train_batch_size=128,
-    steps=100,
-)
+OFFICIAL_HEAD = dataclasses.replace(LAST_LAYER, behaviors=OFFICIAL.behaviors)
 HEAD_ALIGN, HEAD_BASE, HEAD_ALIGNED = "head-align", "head-base", "head-aligned"
 STEP_BASE, STEP_ALIGNED = "step-base", "step-aligned"  # one step of the head on all pairs
 IDENTICAL = {"float64": 1e-6, "float32": 1e-2}  # of the largest margin; records are float32
@@ -77,7 +66,7 @@ def run(settings: Settings) -> Outcome:
     head."""
     check_available()
     taken, caveats = adapted(settings, OFFICIAL)
-    files, notes = _files(settings)
+    files, notes = behavior_files(settings, OFFICIAL)
     plain = runs.run_config(settings, taken, list(files.values()), "none", **FIELDS | FLIPPED)
     model = load_start(plain)
     extra, more = lora_fields(model)
@@ -122,18 +111,6 @@ def run(settings: Settings) -> Outcome:
     )
 
 
-def _files(settings: Settings) -> tuple[dict[str, str], list[str]]:
-    files = find_files(settings.data, STATEMENTS)
-
-    names, notes = choose(
-        files,
-        OFFICIAL.behaviors,
-        settings.behaviors,
-        lambda names: sampled_delta(settings, OFFICIAL, files, names),
-    )
-    return {name: files[name] for name in names}, notes
-
-
 def _rows(model: Any, start: Start) -> np.ndarray:
     """(largest answer token + 1, D) of the head, as much as the answers need."""
     return model.head.weight[: start.train.pairs.tokens[-1] + 1].detach().cpu().double().numpy()
@@ -143,7 +120,8 @@ def _head_config(settings: Settings, head: Official, plain: Config, dtype: str) 
     """The run of the head alone from the base, on the exchanged labels of ``plain``."""
     own = {"optim": "sgd", "learning_rate": head.learning_rate, "dtype": dtype, **PLAIN}
     own |= {"max_steps": head.steps, "eval_steps": max(1, head.steps // 20)}
-    return without_lora(plain, HEAD_BASE, settings.folder, **own)
+    folder = settings.folder / runs.RUNS / HEAD_BASE
+    return without_lora(plain, trainable="head", output_dir=str(folder), **own)
 
 
 def _head_runs(base: Config, aligned_model: Path, pairs: int) -> dict[str, Path]:

@@ -19,35 +19,25 @@ from fastpref.data.tokenize import TokenPair
 from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
 from fastpref.report.rates_plot import RatesFigure, write_rates
 from fastpref.reproduce import runs
-from fastpref.reproduce.behaviors import choose, find_files
 from fastpref.reproduce.first_steps import first_step
 from fastpref.reproduce.head_only import (
     EVERYONE,
     PLAIN,
     HeadOnly,
+    behavior_files,
     head_only,
     precision,
     relative,
-    sampled_delta,
 )
-from fastpref.reproduce.names import STATEMENTS
 from fastpref.reproduce.outcome import Outcome, Verdict, ratio
-from fastpref.reproduce.settings import Official, Settings
+from fastpref.reproduce.settings import LAST_LAYER, Official, Settings
 from fastpref.theory.distinguish import BehaviorStatistics, behavior_statistics, directions
 from fastpref.theory.mixture import order_agreement
 from fastpref.theory.rates import batch_head_rate, initial_rates
 
 log = logging.getLogger(__name__)
 
-OFFICIAL = Official(
-    behaviors=(),
-    trainable="head",
-    optim="sgd",
-    learning_rate=0.1,
-    beta=0.01,
-    train_batch_size=128,
-    steps=100,
-)
+OFFICIAL = LAST_LAYER  # on all behaviors
 DRAWS = 16  # random batches of a behavior; the first one is the official single batch
 LINE_LIMIT = 0.01
 RANKED = 0.95  # of the pairs of behaviors
@@ -94,12 +84,9 @@ class Mixed:
 
 def run(settings: Settings) -> Outcome:
     """Measure, predict, compare; the figure rates.png and .svg."""
-    files = find_files(settings.data, STATEMENTS)
     plan = settings.over(OFFICIAL)
-    names, notes = choose(
-        files, plan.behaviors, settings.behaviors, lambda n: sampled_delta(settings, plan, files, n)
-    )
-    names = sorted(names)
+    files, notes = behavior_files(settings, plan)
+    names = sorted(files)
     dtype = precision(plan, settings.dtype, settings.device, fine=False)
     settings = replace(settings, dtype=dtype)
     config = runs.run_config(

@@ -22,6 +22,27 @@ class Official:
     seed: int = 1234
 
 
+# DPO_training.py and last_layer_training.py, of which all experiments are variations.
+DPO_TRAINING = Official(
+    behaviors=(),
+    trainable="all",
+    optim="adamw_torch",
+    learning_rate=1e-5,
+    beta=1e-2,
+    train_batch_size=128,
+    steps=-1,
+)
+LAST_LAYER = Official(
+    behaviors=(),
+    trainable="head",
+    optim="sgd",
+    learning_rate=0.1,
+    beta=1e-2,
+    train_batch_size=128,
+    steps=100,
+)
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options of `fastpref reproduce`; None or empty: the experiment's own choice."""

@@ -45,17 +45,17 @@ class Start:
     linear: bool  # margins are linear in the head: it does not cap its logits
 
 
-def plain_start(config: Config) -> Config:
-    """``config`` for looking at the model that a LoRA run begins with, which is its base."""
+def without_lora(config: Config, **changes: Any) -> Config:
+    """``config`` without an adapter: of the model that a LoRA run begins with, its base."""
     lora: dict[str, Any] = {
         f.name: f.default for f in dataclasses.fields(config) if f.metadata["group"] == "lora"
     }
-    return dataclasses.replace(config, trainable="all", **lora)
+    return dataclasses.replace(config, **lora | {"trainable": "all"} | changes)
 
 
 def load_start(config: Config) -> PairModel:
     """The model that runs of ``config`` begin with. Raises ValueError where it has no head."""
-    model = load_model(plain_start(config))
+    model = load_model(without_lora(config))
     demand_head(model)
     return model
 
@@ -64,10 +64,8 @@ def load_ended(config: Config, folder: Path) -> PairModel:
     """The model that a run of ``config`` left in ``folder``, its adapter attached."""
     if config.trainable != "lora":
         return load_model(dataclasses.replace(config, model_name_or_path=str(folder)))
-    plain = plain_start(config)
-    return load_model(
-        dataclasses.replace(plain, trainable="lora", adapter_name_or_path=str(folder))
-    )
+    adapted = without_lora(config, trainable="lora", adapter_name_or_path=str(folder))
+    return load_model(adapted)
 
 
 def look(model: PairModel, config: Config) -> Start:

@@ -16,13 +16,11 @@ import numpy as np
 from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
 from fastpref.report.mixture_plots import draw_mixture
 from fastpref.reproduce import runs
-from fastpref.reproduce.behaviors import choose, find_files
 from fastpref.reproduce.finetune import CORRECTED, FIELDS, ORDERED, series
-from fastpref.reproduce.head_only import PLAIN, HeadOnly, head_only, precision, sampled_delta
-from fastpref.reproduce.names import STATEMENTS
+from fastpref.reproduce.head_only import PLAIN, HeadOnly, behavior_files, head_only, precision
 from fastpref.reproduce.outcome import Outcome, Verdict, ratio
 from fastpref.reproduce.runs import RUNS, described, run_config
-from fastpref.reproduce.settings import Official, Settings
+from fastpref.reproduce.settings import DPO_TRAINING, LAST_LAYER, Official, Settings
 from fastpref.reproduce.small import adapted, compared, eval_steps, rarer
 from fastpref.reproduce.start import (
     Curve,
@@ -41,25 +39,9 @@ from fastpref.theory.overview import overview
 log = logging.getLogger(__name__)
 
 # DPO_training.py on Mistral-7B, plotted by multi_plot_log_data.py.
-OFFICIAL = Official(
-    behaviors=(123, 45),
-    trainable="all",
-    optim="adamw_torch",
-    learning_rate=1e-6,
-    beta=1e-2,
-    train_batch_size=128,
-    steps=-1,
-)
+OFFICIAL = dataclasses.replace(DPO_TRAINING, behaviors=(123, 45), learning_rate=1e-6)
 # multi_last_layer_training.py, with the steps and the learning rate of last_layer_training.py.
-OFFICIAL_HEAD = Official(
-    behaviors=(123, 45),
-    trainable="head",
-    optim="sgd",
-    learning_rate=0.1,
-    beta=1e-2,
-    train_batch_size=128,
-    steps=100,
-)
+OFFICIAL_HEAD = dataclasses.replace(LAST_LAYER, behaviors=OFFICIAL.behaviors)
 FULL, HEAD = "full", "last-layer"
 EVALUATIONS = 20  # of the head's run; a step of all weights each has its own
 EXACT = 0.01  # of the largest margin: what float32 may cost
@@ -107,19 +89,13 @@ def run(settings: Settings) -> Outcome:
 
 def _behaviors(settings: Settings) -> tuple[dict[str, str], list[str]]:
     """Name -> file of the behaviors, two or more, and notes on what was missing."""
-    files = find_files(settings.data, STATEMENTS)
-    names, notes = choose(
-        files,
-        OFFICIAL.behaviors,
-        settings.behaviors,
-        lambda names: sampled_delta(settings, OFFICIAL, files, names),
-    )
-    if len(names) == 1:
+    files, notes = behavior_files(settings, OFFICIAL)
+    if len(files) == 1:
         raise ValueError(
-            f"two-behaviors: a priority compares behaviors, and there is one alone, {names[0]}. "
+            f"two-behaviors: a priority compares behaviors, and there is one alone, {[*files][0]}. "
             "Name two or more with --behaviors, or give the files of more with --data."
         )
-    return {name: files[name] for name in names}, notes
+    return files, notes
 
 
 def exact_curves(folder: Path, known: HeadOnly, **labels: Any) -> list[Curve]:

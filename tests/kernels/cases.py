@@ -159,3 +159,17 @@ def _check(
             f"{float(plain[i]):.3e}, bound {2 * float(bound[i]):.3e}, "
             f"size {float(size(truth)[i]):.3e}"
         )
+
+
+def call(function: Callable[..., Any], case: Case, group_size: int = 1, **more: Any) -> Any:
+    """`function`, ours or the oracle, on the case's own tensors; ``more`` over its options."""
+    return function(
+        case.hidden,
+        case.weight,
+        case.target,
+        case.segment_id,
+        num_segments=case.num_segments,
+        group_size=group_size,
+        bias=case.bias,
+        **case.options | more,
+    )

@@ -12,7 +12,7 @@ from fastpref_kernels import _launch, gram_products, linear_logprob, reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from tests.kernels.cases import Case, make_case
+from tests.kernels.cases import Case, call, make_case
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -21,18 +21,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def gram(function: Any, case: Case, group_size: int, **more: Any) -> Any:
-    return function(
-        case.hidden,
-        case.weight,
-        case.target,
-        case.segment_id,
-        num_segments=case.num_segments,
-        group_size=group_size,
-        bias=case.bias,
-        norms="exact",
-        **case.options,
-        **more,
-    ).gram
+    return call(function, case, group_size, norms="exact", **more).gram
 
 
 @pytest.mark.parametrize("group_size,segments", [(1, 12), (3, 12), (2, 2), (4, 16)])

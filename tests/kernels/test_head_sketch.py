@@ -19,37 +19,19 @@ from fastpref_kernels import (
 from fastpref_kernels.count_sketch import Buckets, vocabulary_signs
 from torch import Tensor
 
-from tests.kernels.cases import Case, make_case
+from tests.kernels.cases import Case, call, make_case
 
 SEEDS = 300
 
 
 def sketched(case: Case, group_size: int = 3, **more: Any) -> Any:
-    return linear_logprob(
-        case.hidden,
-        case.weight,
-        case.target,
-        case.segment_id,
-        num_segments=case.num_segments,
-        group_size=group_size,
-        bias=case.bias,
-        norms="sketch",
-        **case.options | more,
-    )
+    return call(linear_logprob, case, group_size, norms="sketch", **more)
 
 
 def gradients(case: Case) -> Tensor:  # (S, V, D)
     """d logp[s] / d weight by one backward for each segment."""
     weight = case.weight.detach().clone().requires_grad_()
-    logp = reference.linear_logprob(
-        case.hidden,
-        weight,
-        case.target,
-        case.segment_id,
-        num_segments=case.num_segments,
-        bias=case.bias,
-        **case.options,
-    ).logp
+    logp = call(reference.linear_logprob, replace(case, weight=weight)).logp
     rows = [torch.autograd.grad(x, weight, retain_graph=True)[0] for x in logp]
     return torch.stack(rows)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,12 +30,7 @@ HALF = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.floa
 CLOSE: dict[str, float] = {"rtol": 2e-5, "atol": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory holds NaN, so that reading it shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def data(counts: list[int], *shape: int, seed: int = 0, dtype: Any = torch.float32) -> Tensor:

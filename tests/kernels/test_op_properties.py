@@ -5,11 +5,7 @@ Run as a script under torchrun's environment, this file is one of two FSDP2 rank
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +16,8 @@ import torch
 from fastpref_kernels import linear_dpo, linear_logprob, sequence_logprob
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from tests.ranks import run_two_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 DIM, VOCAB, PAIRS = 12, 300, 4
@@ -184,34 +182,7 @@ def test_tied_weights() -> None:
 @pytest.mark.slow
 def test_fsdp2_unshards_the_weight_for_the_forward() -> None:
     """Two gloo ranks, each with half of every weight, have the gradients of one process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for process, output in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0 and output.strip().endswith("all held"), output
+    run_two_ranks(__file__)
 
 
 def _be_a_rank() -> None:

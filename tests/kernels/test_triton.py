@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +22,7 @@ LONG_SHAPES = [(37, 19, 501, 64, 16), (65, 48, 3001, 512, 64), (50, 5, 7, 16, 8)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory holds NaN, the padding of tiles too, so that reading it shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def set_tile(monkeypatch: pytest.MonkeyPatch, width: int, row_block: int = 8) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,32 +9,14 @@ import pytest
 import torch
 from fastpref_kernels import _launch, gram_tile, linear_logprob, reference
 
-from tests.kernels.cases import TRITON_DEVICE, Case, make_case
+from tests.kernels.cases import TRITON_DEVICE, Case, call, make_case
 from tests.kernels.test_triton import set_tile
 
 ALL: dict[str, Any] = {"bias": True, "softcap": 7.0, "temperature": 0.9, "logit_scale": 1.3}
 BOUNDS = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 2e-3}
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory holds NaN, the padding of tiles too, so that reading it shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def call(function: Any, case: Case, group_size: int, **more: Any) -> Any:
-    return function(
-        case.hidden,
-        case.weight,
-        case.target,
-        case.segment_id,
-        num_segments=case.num_segments,
-        group_size=group_size,
-        bias=case.bias,
-        **case.options | more,
-    )
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def triton(case: Case, group_size: int, **more: Any) -> Any:

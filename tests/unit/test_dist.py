@@ -5,9 +5,6 @@ Run as a script under torchrun's environment, this file is one of the two: see `
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,8 +14,8 @@ from torch import nn
 
 from fastpref import dist
 from fastpref.checkpoint import load_checkpoint, save_checkpoint
+from tests.ranks import run_two_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
@@ -54,34 +51,7 @@ def test_buckets_follow_order_size_and_kind() -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests/unit")]),
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for process, output in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0 and output.strip().endswith("all held"), output
+    run_two_ranks(__file__, str(tmp_path))
 
 
 def _be_a_rank(folder: Path) -> None:
@@ -135,7 +105,7 @@ def _be_a_rank(folder: Path) -> None:
 
 def _keep_generators(folder: Path) -> None:
     """A checkpoint restores each rank's own generators."""
-    from test_checkpoint import Small, new_state
+    from tests.unit.test_checkpoint import Small, new_state
 
     state = new_state(Small())
     torch.manual_seed(100 + dist.rank())
