@@ -68,6 +68,7 @@ def gram_tile_kernel(
     B: tl.constexpr,
     C: tl.constexpr,
 ):
+    """Two blocks of B rows and a share of the tiles: (d_t . d_s)(h_t . h_s), summed by segment."""
     pair, split = tl.program_id(0), tl.program_id(1)
     block_i, block_j = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
     row_i, row_j = block_i * B + tl.arange(0, B), block_j * B + tl.arange(0, B)

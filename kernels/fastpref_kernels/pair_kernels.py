@@ -36,6 +36,52 @@ def _log1p(x):
 
 
 @triton.jit
+def _first_rows(segment_ptr, rows, key):
+    # By bisection, for each of four ids: the first row whose id is not below it.
+    low = tl.zeros((4,), tl.int32)
+    high = low + rows
+    span = rows
+    while span > 0:
+        middle = (low + high) // 2
+        open_ = low < high
+        below = open_ & (tl.load(segment_ptr + middle, mask=open_, other=0) < key)
+        high = tl.where(open_ & (below == 0), middle, high)
+        low = tl.where(below, middle + 1, low)
+        span = span // 2
+    return low
+
+
+@triton.jit
+def _loss_and_slope(gap, beta, eps, SHAPE: tl.constexpr, ROBUST: tl.constexpr):
+    # The loss of one pair and its derivative in `gap`, all float64: kernels/README.md's table.
+    if SHAPE == 2:
+        gap = gap - 0.5 / beta
+        loss = gap * gap
+        slope = 2.0 * gap
+    elif SHAPE == 1:
+        gap = 1.0 - beta * gap
+        loss = tl.where(gap <= 0.0, 0.0, gap)
+        slope = tl.where(gap > 0.0, -beta, 0.0)
+    else:
+        z = beta * gap
+        small = tl.exp(-tl.abs(z))
+        log1p = _log1p(small)
+        minus_log_right = log1p - tl.where(z < 0.0, z, 0.0)  # -log sigma(z)
+        minus_log_wrong = log1p + tl.where(z > 0.0, z, 0.0)  # -log sigma(-z)
+        right = tl.where(z > 0.0, 1.0, small) / (1.0 + small)  # sigma(z)
+        wrong = tl.where(z > 0.0, small, 1.0) / (1.0 + small)
+        if ROBUST:
+            norm = 1.0 / (1.0 - 2.0 * eps)
+            other = -eps
+        else:
+            norm = 1.0
+            other = eps
+        loss = ((1.0 - eps) * minus_log_right + other * minus_log_wrong) * norm
+        slope = (other * right - (1.0 - eps) * wrong) * (beta * norm)
+    return loss, slope
+
+
+@triton.jit
 def pair_forward(
     logp_ptr,  # (R,) float32 | float64
     segment_ptr,  # (R,) int32 | int64, non-decreasing
@@ -58,23 +104,13 @@ def pair_forward(
     HAS_LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One pair: sums of its segments, and every column of `PairLoss`."""
     pair = tl.program_id(0)
     dtype = logp_ptr.dtype.element_ty
     slot = tl.arange(0, 4)
     valid = rows >= 0
     if HAS_SEGMENTS:
-        # First row of each of the pair's segments and of the next pair.
-        key = pair * GROUP + slot
-        low = tl.zeros((4,), tl.int32)
-        high = low + rows
-        span = rows
-        while span > 0:
-            middle = (low + high) // 2
-            open_ = low < high
-            below = open_ & (tl.load(segment_ptr + middle, mask=open_, other=0) < key)
-            high = tl.where(open_ & (below == 0), middle, high)
-            low = tl.where(below, middle + 1, low)
-            span = span // 2
+        low = _first_rows(segment_ptr, rows, pair * GROUP + slot)
         # Rows of no pair would be left out in silence.
         last = tl.load(segment_ptr + rows - 1, mask=rows > 0, other=0)
         first_id = tl.load(segment_ptr, mask=rows > 0, other=0)
@@ -132,8 +168,8 @@ def pair_forward(
     margin = chosen_ratio - rejected_ratio
 
     # A pair's few numbers cost nothing in float64.
-    chosen_scale = tl.full((), 1.0, tl.float64)
-    rejected_scale = tl.full((), 1.0, tl.float64)
+    one = tl.full((), 1.0, tl.float64)
+    chosen_scale, rejected_scale = one, one
     gap = margin.to(tl.float64)
     if PER_TOKEN:
         if HAS_LENGTHS:
@@ -146,31 +182,8 @@ def pair_forward(
         rejected_scale = 1.0 / tl.where(rejected_scale < 1.0, 1.0, rejected_scale)
         gap = chosen_ratio.to(tl.float64) * chosen_scale
         gap -= rejected_ratio.to(tl.float64) * rejected_scale
-    wide_beta = gap * 0.0 + beta
-    if SHAPE == 2:
-        gap = gap - 0.5 / wide_beta
-        loss = gap * gap
-        slope = 2.0 * gap
-    elif SHAPE == 1:
-        gap = 1.0 - wide_beta * gap
-        loss = tl.where(gap <= 0.0, 0.0, gap)
-        slope = tl.where(gap > 0.0, -wide_beta, 0.0)
-    else:
-        z = wide_beta * gap
-        small = tl.exp(-tl.abs(z))
-        log1p = _log1p(small)
-        minus_log_right = log1p - tl.where(z < 0.0, z, 0.0)  # -log sigma(z)
-        minus_log_wrong = log1p + tl.where(z > 0.0, z, 0.0)  # -log sigma(-z)
-        right = tl.where(z > 0.0, 1.0, small) / (1.0 + small)  # sigma(z)
-        wrong = tl.where(z > 0.0, small, 1.0) / (1.0 + small)
-        if ROBUST:
-            norm = 1.0 / (1.0 - 2.0 * eps)
-            other = -eps
-        else:
-            norm = 1.0
-            other = eps
-        loss = ((1.0 - eps) * minus_log_right + other * minus_log_wrong) * norm
-        slope = (other * right - (1.0 - eps) * wrong) * (wide_beta * norm)
+    wide_beta = one * beta
+    loss, slope = _loss_and_slope(gap, wide_beta, eps, SHAPE, ROBUST)
 
     reward_chosen = wide_beta * chosen_ratio
     reward_rejected = wide_beta * rejected_ratio
@@ -201,6 +214,7 @@ def pair_backward(
     HAS_SEGMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """BLOCK rows: each the gradient of its pair's loss times its segment's slope."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     segment = row

@@ -140,6 +140,16 @@ def test_equal_to_the_losses_of_fastpref(loss_type: str, group: int, backend: st
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_hinge_of_an_impossible_completion(backend: str) -> None:
+    """log pi = -inf of one completion: the limit. (Losses with smoothing have 0 * inf there, in
+    TRL too.)"""
+    logp = torch.tensor([-torch.inf, -1.0, -1.0, -torch.inf])
+    out = pair_loss(logp, num_segments=4, backend=backend, **options_of("hinge"))
+    assert out.margin.tolist() == [-math.inf, math.inf]
+    assert out.loss.tolist() == [math.inf, 0.0] and out.accuracy.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "sigmoid_norm"])
 def test_large_margins_neither_overflow_nor_lose_their_digits(loss_type: str, backend: str) -> None:
     """beta m from -10^5 to 10^5: relative to the loss's own size, 1e-44 included as 0."""
