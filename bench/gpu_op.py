@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import gpu_norms, head_ops, measure, norm_cases
+from bench import head_norms, head_ops, measure, norm_cases
 from bench.gpu import Session
 from bench.head_ops import HeadOp, Problem
 from bench.measure import Quantiles
@@ -113,9 +113,9 @@ def run(session: Session) -> dict[str, dict[str, float] | None]:
 def _norm_values(session: Session) -> dict[str, dict[str, float] | None]:
     """What norms cost: those of the head, and those of a layer of Llama-3-8B."""
     values: dict[str, dict[str, float] | None] = {}
-    for part in (gpu_norms, norm_cases):
+    for part in (head_norms.run_on, norm_cases.run):
         with released(session.device):
-            values |= part.run(session, seconds_of)
+            values |= part(session, seconds_of)
     return values
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -94,13 +93,7 @@ def _compare(arguments: argparse.Namespace, scratch: Path) -> int:
     }
     record = results.record_of("head", where, setting, shown, values, checks)
     print(_table(shown, values, checks))
-    if not arguments.no_record:
-        print(f"appended to {results.keep(record).relative_to(measure.ROOT)}")
-    if warning:
-        print(f"warning: {warning}")
-    failed = not all(check.met for check in checks)
-    print(json.dumps({**record, "ok": not failed}))
-    return int(arguments.check and failed)
+    return results.close(arguments, record, checks, warning=warning)
 
 
 def _times(arguments: argparse.Namespace, contenders: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,13 +103,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     print(_table(shown, values, checks))
     for name, reason in missing.items():
         print(f"{name} is missing: {reason}")
-    if not arguments.no_record:
-        print(f"appended to {results.keep(record).relative_to(measure.ROOT)}")
-    if warning:
-        print(f"warning: {warning}")
-    failed = bool(missing) or not all(check.met for check in checks)
-    print(json.dumps({**record, "missing": missing, "ok": not failed}))
-    return int(arguments.check and failed)
+    return results.close(arguments, record, checks, warning=warning, missing=missing)
 
 
 def _problem(prefix: str, seed: int) -> Any:

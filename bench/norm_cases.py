@@ -71,6 +71,7 @@ class Session(Protocol):
     dry: bool
     repeats: int
     notes: dict[str, Any]
+    failed: list[str]
 
     def has_time(self, case: str) -> bool:
         """Whether another case may begin."""

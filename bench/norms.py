@@ -7,7 +7,6 @@ Beside the backward of the same linear layers, in one run (`norm_cases`). On a G
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -64,13 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     setting = {"tokens": arguments.tokens, "lengths": arguments.lengths, "dtype": "float32"}
     setting["repeats"] = arguments.repeats
     record = results.record_of("norms", where, setting, shown, dict(values), checks)
-    if not arguments.no_record:
-        print(f"appended to {results.keep(record).relative_to(measure.ROOT)}")
-    if warning:
-        print(f"warning: {warning}")
-    failed = not all(check.met for check in checks)
-    print(json.dumps({**record, "ok": not failed}))
-    return int(arguments.check and failed)
+    return results.close(arguments, record, checks, warning=warning)
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:

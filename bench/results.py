@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,28 @@ def ratio_lines(
         bound = f"arithmetic alone {value['bound']:.2f}" if "bound" in value else ""
         lines.append(f"{name:24}{value['value']:6.2f} {spread:16} {bound:24} {target}")
     return lines
+
+
+def close(
+    arguments: argparse.Namespace,
+    record: Record,
+    checks: Sequence[Verdict],
+    *,
+    warning: str | None = None,
+    missing: Collection[str] | None = None,
+) -> int:
+    """Keep the record unless `--no_record`, print it as one line; the exit status.
+
+    1 where `--check` was asked for and a target is missed, or a contender is missing.
+    """
+    if not arguments.no_record:
+        print(f"appended to {keep(record).relative_to(HERE.parent)}")
+    if warning:
+        print(f"warning: {warning}")
+    failed = bool(missing) or not all(check.met for check in checks)
+    more = {} if missing is None else {"missing": missing}
+    print(json.dumps({**record, **more, "ok": not failed}))
+    return int(arguments.check and failed)
 
 
 def losses(record: Record) -> list[str]:

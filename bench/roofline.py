@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -61,11 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         "roofline", measure.surroundings("counted"), setting, {}, dict(values), checks
     )
     print("\n".join(results.ratio_lines(dict(values), checks)))
-    if not arguments.no_record:
-        print(f"appended to {results.keep(record).relative_to(measure.ROOT)}")
-    failed = not all(check.met for check in checks)
-    print(json.dumps({"bench": "roofline", "values": values, "ok": not failed}))
-    return int(arguments.check and failed)
+    return results.close(arguments, record, checks)
 
 
 @dataclass

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .projection import SIGNS_AT_ONCE, Projection
+from .projection import Projection, times_signs
 from .row_sums import Tiles
 from .segment import add_rows_
-from .segment_products import wide_dtype
 
 BUCKETS = 1024
 EIGHT = 8  # ids whose places differ in the last three bits
@@ -87,14 +87,8 @@ def project_vocabulary(
     first_id: int = 0,
 ) -> Tensor:  # (T, k) float32 | float64
     """x times the rows of `vocabulary_signs`."""
-    dtype = wide_dtype(x)
-    out = x.new_zeros(x.shape[0], k, dtype=dtype)
-    step = max(SIGNS_AT_ONCE // k, 1)
-    for i in range(0, x.shape[1], step):
-        columns = x[:, i : i + step].to(dtype)
-        ids = torch.arange(i, i + columns.shape[1], device=x.device) + first_id
-        out.addmm_(columns, vocabulary_signs(ids, k, dtype, seed=seed, key=key, buckets=buckets))
-    return out
+    same: dict[str, Any] = {"seed": seed, "key": key, "buckets": buckets}
+    return times_signs(x, k, first_id, lambda ids, kind: vocabulary_signs(ids, k, kind, **same))
 
 
 @lru_cache(maxsize=8)

@@ -14,6 +14,7 @@ The hash: with f the finaliser of MurmurHash3 (32 bits, a bijection) and the key
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,14 +81,24 @@ def project(
 
 
 def torch_project(x: Tensor, projection: Projection, k: int, first_row: int) -> Tensor:
-    """In plain torch: the signs of some rows at a time."""
+    """In plain torch."""
+    return times_signs(x, k, first_row, lambda rows, dtype: projection.signs(rows, k, dtype))
+
+
+def times_signs(
+    x: Tensor,  # (T, N), columns first, first + 1, ...
+    k: int,
+    first: int,
+    signs: Callable[[Tensor, torch.dtype], Tensor],  # ids (n,), dtype -> (n, k)
+) -> Tensor:  # (T, k) float32 | float64
+    """x times the signs of its columns' ids, made for some of them at a time."""
     dtype = wide_dtype(x)
     out = x.new_zeros(x.shape[0], k, dtype=dtype)
     step = max(SIGNS_AT_ONCE // k, 1)
     for i in range(0, x.shape[1], step):
         columns = x[:, i : i + step].to(dtype)
-        rows = torch.arange(i, i + columns.shape[1], device=x.device) + first_row
-        out.addmm_(columns, projection.signs(rows, k, dtype))
+        ids = torch.arange(i, i + columns.shape[1], device=x.device) + first
+        out.addmm_(columns, signs(ids, dtype))
     return out
 
 
