@@ -45,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """List, or run the experiments in their order. Raises ValueError for what cannot be run."""
+    """List, or run the experiments in their order.
+
+    Raises ValueError for what cannot be run; where several were asked for, after the others.
+    """
     if args.list:
         print("\n".join(f"{name:<14} {own.help}" for name, own in EXPERIMENTS.items()))
         return 0
@@ -64,16 +67,24 @@ def run(args: argparse.Namespace) -> int:
     demand_writable(output)
     for needs in dict.fromkeys(EXPERIMENTS[name].needs for name in names):  # before any is run
         find_files(args.data, needs)
+    refused = []
     for name in names:
         began = time.perf_counter()
         folder = output / name
         settings = Settings(
             data=tuple(args.data), folder=folder, behaviors=tuple(args.behaviors), **options
         )
-        outcome = importlib.import_module(EXPERIMENTS[name].module).run(settings)
+        try:
+            outcome = importlib.import_module(EXPERIMENTS[name].module).run(settings)
+        except ValueError as error:  # the others may well be possible with this model and data
+            refused.append(error if len(names) == 1 else ValueError(f"{name}: {error}"))
+            log.warning("%s: refused, see the end", name)
+            continue
         write_outcome(settings, outcome)
         print(summary(outcome))
         log.info("%s: %s, %.0f s", name, folder, time.perf_counter() - began)
+    if refused:
+        raise ValueError("\n".join(map(str, refused)))
     return 0
 
 

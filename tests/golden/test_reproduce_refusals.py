@@ -136,14 +136,17 @@ def test_a_head_that_is_not_linear(
     kind: str,
     message: str,
 ) -> None:
-    """Where a prediction must be exact it is refused, before any run; elsewhere it is undefined."""
+    """Where a prediction must be exact it is refused, before any run; elsewhere it is undefined.
+    What can be run is run, whatever else was asked for."""
     model = changed(tiny_model_dir, tmp_path / "model", kind)
     options = ("--data", str(personas), "--behaviors", "likes-rain", "likes-tools", *FEW)
     for name in ("last-layer", "rates", "two-behaviors", "misalign"):
         assert message in refused(capsys, tmp_path, model, name, *options), name
     out = tmp_path / "full"
     options = (*options, "--model", str(model), "--output_dir", str(out))
-    assert main(["reproduce", "full", *options]) == 0
+    assert main(["reproduce", "last-layer", "full", *options]) == 2
+    said = capsys.readouterr().err
+    assert "last-layer: " in said and message in said and not (out / "last-layer").exists()
     found = json.loads((out / "full" / "outcome.json").read_text())
     words = {"capped": "caps its logits at 30", "biased": "head has a bias"}
     assert any(words[kind] in caveat for caveat in found["caveats"])
