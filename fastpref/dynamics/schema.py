@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 VERSION_KEY = b"fastpref.schema_version"
 TABLE_KEY = b"fastpref.table"
 LAST_STEP_KEY = b"fastpref.last_step"
@@ -25,10 +25,13 @@ LAST_STEP_KEY = b"fastpref.last_step"
 TRAIN = "train"
 TRAIN_SAMPLE = "train_sample"
 HELD_OUT = "eval"
+RATE_SAMPLE = "rate_sample"
 SPLITS = {
     TRAIN: "the pairs of an optimizer step, as the loss saw them, before that step's update",
     TRAIN_SAMPLE: "a fixed sample of the training pairs, evaluated after the update of `step`",
     HELD_OUT: "the held-out pairs, evaluated after the update of `step`",
+    RATE_SAMPLE: "a fixed sample of the training pairs, around the update of `step`: margins after "
+    "it, gradients before it, changes (rate_obs, flips, forgotten) in that step alone",
 }
 
 _BOOL, _I16, _I32, _I64 = pa.bool_(), pa.int16(), pa.int32(), pa.int64()
@@ -72,7 +75,7 @@ _PAIRS = Table(
         Column("micro", _I32, "-", "micro-batch of the step, from 0"),
         Column("epoch", _F32, "epoch", "passes over the training data, fractional"),
         Column("rank", _I16, "-", "process that computed the row", True),
-        Column("split", _DICT, "-", "train, train_sample or eval (see above)", True),
+        Column("split", _DICT, "-", "train, train_sample, eval or rate_sample (see above)", True),
         Column("pair_id", _I64, "-", "stable id of the pair; `index` maps it to its source", True),
         Column("behavior", _DICT, "-", "group label of the pair", True),
         Column("prompt_len", _I32, "token", "tokens of the prompt"),
@@ -169,7 +172,17 @@ _STEPS = Table(
         Column("tokens", _I64, "token", "packed tokens fed to the body"),
         Column("rows", _I64, "-", "scored positions"),
         Column("micro_batches", _I32, "-", "micro-batches of the step"),
-        Column("gradient_noise_scale", _F64, "pair", "tr(cov of pair gradients) / |mean|^2"),
+        Column(
+            "gradient_noise_scale",
+            _F64,
+            "pair",
+            "tr(cov of the pairs' loss gradients) / |mean|^2, both without bias; null where the "
+            "pairs of the step do not tell the mean from 0",
+        ),
+        Column("gradient_noise_scale_error", _F64, "pair", "its standard error by the sketch"),
+        Column(
+            "gradient_noise_scale_groups", pa.list_(_F32), "pair", "the same for each layer group"
+        ),
         Column(
             "head_update_norm",
             _F64,
@@ -177,18 +190,28 @@ _STEPS = Table(
             "Frobenius norm of head weight - its start, after the step; every logging_steps",
         ),
         Column("head_update_norm_predicted", _F64, "-", "the same, by the theory (docs of theory)"),
-        Column("module_update_norm", pa.list_(_F32), "-", "the same for each layer group"),
+        Column(
+            "module_update_norm",
+            pa.list_(_F32),
+            "-",
+            "norm of weights - their start after the step for each layer group, by the sketch",
+        ),
+        Column("module_update_norm_error", pa.list_(_F32), "-", "its standard error"),
         Column("lora_update_norm", pa.list_(_F32), "-", "Frobenius norm of each adapter's B A"),
+        Column("rate_gini", _F64, "-", "Gini coefficient of the behaviors' observed rates"),
+        Column("rate_atkinson", _F64, "-", "Atkinson index of the behaviors' observed rates"),
+        Column("margin_gini", _F64, "-", "Gini coefficient of the behaviors' mean margins"),
+        Column("margin_atkinson", _F64, "-", "Atkinson index of the behaviors' mean margins"),
     ),
 )
 
 _BEHAVIORS = Table(
     "behaviors",
-    "One row per evaluation, split and behavior: means over its evaluated pairs. A column with "
-    "the name of a column of `pairs` is its mean.",
+    "One row per evaluation (or measurement of rates), split and behavior: means over its pairs. "
+    "A column with the name of a column of `pairs` is its mean.",
     (
         Column("step", _I32, "step", "step after which it was evaluated; 0 = before", True),
-        Column("split", _DICT, "-", "train_sample or eval", True),
+        Column("split", _DICT, "-", "train_sample, eval or rate_sample", True),
         Column("behavior", _DICT, "-", "group label", True),
         Column("n", _I32, "-", "pairs evaluated", True),
         Column("fraction", _F64, "-", "n / pairs evaluated of all behaviors of the split"),
@@ -204,35 +227,78 @@ _BEHAVIORS = Table(
         Column("head_gnorm_m_sq", _F64, "nat^2", "mean squared norm of grad m, head weight"),
         Column("gnorm_m", _F64, "nat", "mean norm of grad m over all trained weights"),
         Column("gnorm_m_sq", _F64, "nat^2", "mean squared norm of grad m"),
-        Column("group_gnorm", _F64, "nat", "norm of the mean grad m of the behavior"),
-        Column("coherence", _F64, "-", "group_gnorm^2 / gnorm_m_sq"),
-        Column("share", _F64, "-", "<G_k, G> / |G|^2: the behavior's part of the update"),
+        Column("gnorm_m_sq_error", _F64, "nat^2", "its standard error by the sketch"),
+        Column("group_gnorm", _F64, "nat", "norm of the mean grad m of the n pairs"),
+        Column("group_gnorm_error", _F64, "nat", "its standard error by the sketch"),
+        Column(
+            "coherence",
+            _F64,
+            "-",
+            "|E grad m|^2 / E|grad m|^2, the numerator without the bias that n pairs give it",
+        ),
+        Column("coherence_error", _F64, "-", "its standard error by the sketch"),
+        Column(
+            "gradient_noise_scale",
+            _F64,
+            "pair",
+            "tr(cov of grad m) / |E grad m|^2 within the behavior; null where n pairs do not tell "
+            "the mean from 0",
+        ),
+        Column("gradient_noise_scale_error", _F64, "pair", "its standard error by the sketch"),
+        Column("share", _F64, "-", "<G_k, G> / |G|^2: the behavior's part of the step's gradient"),
+        Column("share_error", _F64, "-", "its standard error by the sketch"),
         Column(
             "rate_obs",
             _F64,
             "nat/step",
-            "change of mean margin per optimizer step since the previous evaluation",
+            "change of mean margin per optimizer step since the previous evaluation; rate_sample: "
+            "in this step",
         ),
+        Column("rate_obs_error", _F64, "nat/step", "standard error of that mean over the n pairs"),
         Column("rate_pred_sgd", _F64, "nat/step", "lr * sum_l <M_k, G_l>, first order, SGD"),
+        Column("rate_pred_sgd_error", _F64, "nat/step", "its standard error by the sketch"),
         Column("rate_pred_opt", _F64, "nat/step", "<M_k, change of the weights in the step>"),
+        Column(
+            "rate_pred_opt_error",
+            _F64,
+            "nat/step",
+            "its standard error by the sketch; 0 where it is exact",
+        ),
         Column("delta", _F64, "-", "distinguishability |mu+ - mu-| of the features"),
         Column("lambda_max", _F64, "-", "largest eigenvalue of the within-class covariance"),
         Column("trace", _F64, "-", "trace of the within-class covariance"),
         Column("mu_dot_d", _F64, "-", "<(mu+ + mu-)/2, mu+ - mu->, + the smaller token id"),
-        Column("flips", _I32, "-", "pairs whose output accuracy changed since the previous one"),
+        Column(
+            "boundary_rotation",
+            _F64,
+            "radian",
+            "angle between the head's row difference of the two answer tokens and that at the "
+            "start; null where a behavior has other than two answers",
+        ),
+        Column(
+            "flips",
+            _I32,
+            "-",
+            "pairs whose output accuracy changed since the previous evaluation; rate_sample: in "
+            "this step",
+        ),
+        Column("forgotten", _I32, "-", "pairs whose margin went from > 0 to <= 0 since then"),
         Column("displaced_frac", _F64, "-", "fraction with logp_chosen < ref_logp_chosen"),
     ),
 )
 
 _GRAM = Table(
     "gram",
-    "One row per evaluation and ordered pair of behaviors: the interaction matrix.",
+    "One row per step whose rates are measured and ordered pair of behaviors, the other one with "
+    "pairs in that step: the interaction matrix. A pair of behaviors without a row has dot 0.",
     (
         Column("step", _I32, "step", "optimizer step", True),
         Column("behavior", _DICT, "-", "k, the one that learns", True),
         Column("other", _DICT, "-", "l, the one that teaches", True),
         Column("dot", _F64, "nat", "<M_k, G_l>; below 0 l unteaches k"),
-        Column("cos", _F64, "-", "its cosine"),
+        Column("dot_error", _F64, "nat", "its standard error by the sketch"),
+        Column("cos", _F64, "-", "cosine of the angle between M_k and G_l"),
+        Column("cos_error", _F64, "-", "its standard error by the sketch"),
     ),
 )
 

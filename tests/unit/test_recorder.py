@@ -232,16 +232,24 @@ def test_bad_records_are_refused(
         call(Recorder(tmp_path, 0, NAMES, 4))
 
 
-def test_reading_nothing_or_another_version(tmp_path: Path) -> None:
+def test_reading_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no records of 'pairs': expected .*part-\*"):
         read_records(tmp_path, "pairs")
-    run_steps(tmp_path, 3, 4, None)
-    path = parts.list_parts(tmp_path, "steps")[0]
-    table = pq.read_table(path)
-    other = {**table.schema.metadata, schema.VERSION_KEY: b"99"}
-    pq.write_table(table.replace_schema_metadata(other), path)
-    with pytest.raises(ValueError, match="part-00000000-0000.*version 99, .*version 1"):
+
+
+@pytest.mark.parametrize("version", [schema.SCHEMA_VERSION - 1, 99])
+def test_records_of_another_version_are_refused(tmp_path: Path, version: int) -> None:
+    """Read, or continued by a resumed run: neither mixes two meanings in one folder."""
+    run_steps(tmp_path, 4, 4, None)
+    for path in parts.list_parts(tmp_path, "steps") + parts.list_parts(tmp_path, "index"):
+        table = pq.read_table(path)
+        other = {**table.schema.metadata, schema.VERSION_KEY: str(version).encode()}
+        pq.write_table(table.replace_schema_metadata(other), path)
+    told = rf"part-00000000-0000.*version {version}, this .*version {schema.SCHEMA_VERSION}"
+    with pytest.raises(ValueError, match=told):
         read_records(tmp_path, "steps")
+    with pytest.raises(ValueError, match=told):
+        run_steps(tmp_path, 6, 4, 4)
 
 
 def test_index_must_stay_the_same(tmp_path: Path) -> None:
