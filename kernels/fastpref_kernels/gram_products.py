@@ -15,7 +15,7 @@ from .segment import add_rows_
 from .torch_tiles import half_product
 
 
-def longest_gram(vocab: int, dim: int, group_size: int, kept: bool) -> int:
+def longest_head_gram(vocab: int, dim: int, group_size: int, kept: bool) -> int:
     """Rows of a group up to which L x L products cost no more than its segments' gradients.
 
     Operations of a group of L rows: 2 L^2 (V + D) by L x L products; 2 L V D for its gradients, as
@@ -27,7 +27,7 @@ def longest_gram(vocab: int, dim: int, group_size: int, kept: bool) -> int:
     return int((first + root) / (2 * (vocab + dim)))
 
 
-def product_gram(
+def head_product_gram(
     tiles: Iterable[tuple[int, int, Tensor, Tensor]],
     hidden: Tensor,  # (L, D) of the group
     target: Tensor,  # (L,)

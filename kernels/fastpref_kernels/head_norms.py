@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .count_sketch import Buckets, CountSketch, SquareSums, vocabulary_signs
 from .gram import GroupGram, Groups, RowTerms
-from .gram_products import longest_gram, product_gram
+from .gram_products import head_product_gram, longest_head_gram
 from .projection import Projection, torch_project
 from .row_sums import RowSums
 from .segment_products import torch_segment_products
@@ -82,7 +82,7 @@ class HeadNorms:
         if group_size:
             norms.groups = Groups.make(segment_id, segments, group_size, like.device)
             if sketch is None:
-                norms.longest = longest_gram(vocab, dim, group_size, kept)
+                norms.longest = longest_head_gram(vocab, dim, group_size, kept)
             batches = norms.groups.by_length(norms.longest)
             if sketch is not None or not triton:
                 norms.gram = GroupGram(norms.groups, batches, like, riding=sketch is None)
@@ -150,7 +150,7 @@ class HeadNorms:
         miss = terms.miss[rows]
         per_unit = -miss / terms.total[rows]
         own = miss if terms.phi is None else miss * terms.phi[rows]
-        return product_gram(
+        return head_product_gram(
             (
                 (lo, hi, exps, per_unit if factor is None else per_unit * factor)
                 for lo, hi, exps, factor in tiles

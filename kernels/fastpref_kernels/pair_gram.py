@@ -23,7 +23,7 @@ PRODUCT_ENTRIES, PRODUCT_ENTRIES_CUDA = 1 << 20, 1 << 22
 NARROW, NARROW_ENTRIES = 128, 1 << 24  # an adapter's side; entries of gradients at a time
 
 
-def longest_gram(inputs: int, outputs: int) -> int:
+def longest_pair_gram(inputs: int, outputs: int) -> int:
     """Rows of a group up to which its Gram matrix costs no more than its gradient.
 
     Gram 2 T^2 (d + p) operations, gradient 2 T d p: T <= d p / (d + p).
@@ -47,13 +47,13 @@ def pair_gram(
     dtype = wide_dtype(x, *dy)
     groups, rows = len(counts) // group_size, group_counts(counts, group_size)
     out = x.new_zeros(groups, group_size, group_size, dtype=dtype)
-    longest = longest_gram(x.shape[1], sum(y.shape[1] for y in dy))
+    longest = longest_pair_gram(x.shape[1], sum(y.shape[1] for y in dy))
     for short, first, last in runs(rows, longest):
         if short:
             _short(out, x, dy, segment_id, rows, first, last, group_size)
         else:
             bounds = starts(counts)[first * group_size : last * group_size + 1]
-            out[first] = product_gram(x, dy, bounds)
+            out[first] = pair_product_gram(x, dy, bounds)
     out.diagonal(dim1=1, dim2=2).clamp_(min=0.0)
     return out
 
@@ -150,7 +150,7 @@ def narrow_gram(
     return x.new_zeros(0, group_size, group_size, dtype=wide_dtype(x, dy))
 
 
-def product_gram(x: Tensor, dy: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:  # (g, g)
+def pair_product_gram(x: Tensor, dy: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:  # (g, g)
     """The Gram matrix of one group by its segments' gradients, formed a tile of rows at a time.
 
     `bounds`: first row of each of the g segments, and the end of the last.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._aot import AotCase
 from ._launch import launch
-from .pair_gram import longest_gram, product_gram
+from .pair_gram import longest_pair_gram, pair_product_gram
 from .spans import cut, group_counts, runs, starts, to_device
 
 # Tile rows, depth of a step of a product, warps, stages. The larger one has twice the arithmetic
@@ -154,7 +154,7 @@ def triton_pair_gram(
     segment_id = segment_id.contiguous()
     if len(dy) > 3:
         dy = [torch.cat(list(dy), 1)]
-    longest = longest_gram(x.shape[1], sum(y.shape[1] for y in dy))
+    longest = longest_pair_gram(x.shape[1], sum(y.shape[1] for y in dy))
     bounds = starts(counts)
     for short, first, last in runs(rows, longest):
         own = tuple(counts[first * group_size : last * group_size])
@@ -166,7 +166,7 @@ def triton_pair_gram(
             out[first:last] = _gram(parts[0], parts[1:], segment_id[lo:hi], own, group_size)
         else:
             ends = bounds[first * group_size : last * group_size + 1]
-            out[first] = product_gram(x, dy, ends)
+            out[first] = pair_product_gram(x, dy, ends)
     out.diagonal(dim1=1, dim2=2).clamp_(min=0.0)
     return out
 

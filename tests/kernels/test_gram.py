@@ -91,7 +91,7 @@ def test_precision_of_each_norm(dtype: torch.dtype, bound: float, gap: float) ->
 def test_same_bits_with_and_without(
     norms: str, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastpref_kernels.head_norms.longest_gram", lambda *_: longest)
+    monkeypatch.setattr("fastpref_kernels.head_norms.longest_head_gram", lambda *_: longest)
     case = make_case(48, 16, 700, dtype=torch.float32, segments=12)
     results = []
     for asked in (None, norms):
@@ -140,7 +140,7 @@ def test_long_groups_by_their_gradients(
 ) -> None:
     """Some groups this way, some by products of rows; tiles of E kept, and computed again."""
     monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: min(width, vocab))
-    monkeypatch.setattr("fastpref_kernels.head_norms.longest_gram", lambda *_: 5)
+    monkeypatch.setattr("fastpref_kernels.head_norms.longest_head_gram", lambda *_: 5)
     monkeypatch.setattr(gram_products, "PRODUCT_ENTRIES", 7 * 6)
     case = make_case(33, 6, 60, segments=12, gap=3.0, dtype=dtype, **options)
     case = replace(case, target=case.target % 5)
@@ -234,9 +234,9 @@ def test_operations_of_long_groups() -> None:
     assert extra < 2 * 96 * 96 * (640 + 32)
 
 
-def test_longest_gram_is_where_the_two_ways_cost_the_same() -> None:
+def test_longest_head_gram_is_where_the_two_ways_cost_the_same() -> None:
     for vocab, dim, size, kept in ((32000, 1024, 3, True), (640, 32, 1, False), (5, 3, 4, True)):
-        longest = gram_products.longest_gram(vocab, dim, size, kept)
+        longest = gram_products.longest_head_gram(vocab, dim, size, kept)
         for length, shorter in ((longest, True), (longest + 1, False)):
             by_rows = 2 * length**2 * (vocab + dim)
             passes = 1 if kept else 2

@@ -95,7 +95,7 @@ def test_several_tiles_of_one_group_are_met(monkeypatch: pytest.MonkeyPatch) -> 
     """What the kernel sums is every pair of rows once: also if no group goes by gradients."""
     from fastpref_kernels import triton_pair_gram
 
-    monkeypatch.setattr(triton_pair_gram, "longest_gram", lambda d, p: 10_000)
+    monkeypatch.setattr(triton_pair_gram, "longest_pair_gram", lambda d, p: 10_000)
     counts = [200, 1, 129, 64]
     x, dy, segment_id = data(counts, 130), data(counts, 140, seed=1), ids(counts).to(DEVICE)
     for group_size in (None, 2):

@@ -92,15 +92,15 @@ def test_every_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """T <= d p / (d + p) goes by Gram matrices, longer by gradients: seen, not trusted."""
     d, p, counts = 150, 300, [99, 100, 101, 3]
     products: list[tuple[int, ...]] = []
-    real = pair_gram.product_gram
+    real = pair_gram.pair_product_gram
 
     def seen(x: Tensor, dy: Any, bounds: Any) -> Tensor:
         products.append(tuple(bounds))
         return real(x, dy, bounds)
 
-    monkeypatch.setattr(pair_gram, "product_gram", seen)
+    monkeypatch.setattr(pair_gram, "pair_product_gram", seen)
     x, dy = rows(counts, d), rows(counts, p, seed=1)
-    assert pair_gram.longest_gram(d, p) == 100
+    assert pair_gram.longest_pair_gram(d, p) == 100
     norms = linear_norms(x, dy, ids(counts), num_segments=4)
     assert products == [(199, 300)]
     truth = reference.linear_norms(x, dy, ids(counts), num_segments=4)
@@ -112,8 +112,8 @@ def test_every_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_shapes_of_known_layers() -> None:
     """At Llama-3-8B's shapes the rule says what dynamics.md tabulates."""
-    assert pair_gram.longest_gram(4096, 4096) == 2048
-    assert pair_gram.longest_gram(4096, 14336) == 3185
+    assert pair_gram.longest_pair_gram(4096, 4096) == 2048
+    assert pair_gram.longest_pair_gram(4096, 14336) == 3185
 
 
 @pytest.mark.parametrize("group_size", GROUPS)

@@ -64,7 +64,7 @@ def test_exact(
 ) -> None:
     """Repeated targets, empty segments, confident rows, padding, rows of several offsets."""
     set_tile(monkeypatch, 32, 16)
-    monkeypatch.setattr("fastpref_kernels.head_norms.longest_gram", lambda *_: rows)
+    monkeypatch.setattr("fastpref_kernels.head_norms.longest_head_gram", lambda *_: rows)
     case = make_case(rows, 19, 77, dtype=dtype, segments=segments, gap=4.0, **options)
     case = replace(case, target=case.target % 5)
     case.hidden.requires_grad_("hidden" in train)
@@ -86,7 +86,7 @@ def test_exact(
 def test_the_target_is_not_rounded_as_the_rest_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its entry is the largest: as float16 holds it, norms are off by 2e-4 here, else by 3e-6."""
     set_tile(monkeypatch, 32, 16)
-    monkeypatch.setattr("fastpref_kernels.head_norms.longest_gram", lambda *_: 12)
+    monkeypatch.setattr("fastpref_kernels.head_norms.longest_head_gram", lambda *_: 12)
     case = make_case(12, 19, 77, dtype=torch.float16, segments=6)
     case = replace(case, target=case.target % 5)
     case.weight.requires_grad_()
@@ -101,7 +101,7 @@ def test_long_groups_by_their_gradients(
     set_tile(monkeypatch, 32, 16)
     # No group short in bfloat16, of which the interpreter multiplies no tiles.
     most = 0 if dtype == torch.bfloat16 else 8
-    monkeypatch.setattr("fastpref_kernels.head_norms.longest_gram", lambda *_: most)
+    monkeypatch.setattr("fastpref_kernels.head_norms.longest_head_gram", lambda *_: most)
     case = make_case(30, 8, 77, dtype=dtype, segments=6, **ALL)
     case.weight.requires_grad_()
     ours = triton(case, 3, norms="exact", cache=cache)
