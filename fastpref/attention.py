@@ -1,11 +1,12 @@
-"""Attention over prefix-shared packed pairs, for any model that uses `AttentionInterface`.
+"""Attention over packed branches of shared prefixes, for any model that uses `AttentionInterface`.
 
-The rejected rest attends to the prefix and to itself; everything else is causal (design 2.4):
+A pair is a prefix with two branches, the chosen and the rejected rest (design 2.4); a probed prompt
+has as many as it has responses. A branch attends to its prefix and to itself, causally:
 
-                 prefix  chosen  rejected          keys
+                 prefix  branch 1  branch 2          keys
         prefix     \\
-        chosen     x       \\
-        rejected   x       .        \\
+        branch 1   x       \\
+        branch 2   x       .         \\
         queries
 
 `register()` makes the function known to transformers as ``attn_implementation="fastpref_pair"``;
@@ -32,24 +33,24 @@ NAME = "fastpref_pair"
 # A block's slots over its tokens before another block is opened: a launch per block and layer
 # against the padding's share of attention, itself a small part of the arithmetic.
 MAX_PADDING = 1.25
-PREFIX, CHOSEN, REJECTED, PAD = range(4)
+PREFIX, PAD = 0, -1  # branch b has number b, from 1
 # Terms of the scores that transformers' models may hand to an attention function, not known here.
 UNKNOWN_TERMS = ("position_bias", "alibi", "sinks", "attention_bias")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Pairs of similar length as a dense (pairs, length) grid of the padded order."""
+    """Pairs (prefixes with branches) of similar length: a (pairs, length) grid, padded."""
 
     pairs: int
     length: int
-    part: Tensor  # (pairs, length) PREFIX | CHOSEN | REJECTED | PAD
+    part: Tensor  # (pairs, length) PREFIX | number of the branch | PAD
     position: Tensor  # (pairs, length)
 
 
 @dataclass(frozen=True)
 class PairLayout:
-    """Where the tokens of a `PairBatch` stand in the dense blocks, and who sees whom.
+    """Where the tokens of a batch stand in the dense blocks, and who sees whom.
 
     N slots = the blocks one after another, padding included. `gather` is None when the packed
     order already is the padded one, which pairs of equal length give.
@@ -70,11 +71,14 @@ class PairLayout:
 
 
 def build_layout(
-    lengths: Sequence[tuple[int, int, int]],  # (P, 3) fed tokens of prefix, chosen, rejected
+    lengths: Sequence[Sequence[int]],  # of each pair: fed tokens of its prefix, of each branch
     device: torch.device | str,
 ) -> PairLayout:
-    """The layout of pairs packed in this order; made on the host, once per batch."""
-    part_lengths = np.asarray(lengths, np.int64).reshape(-1, 3)
+    """The layout of pairs packed in this order; made on the host, once per batch.
+
+    Prefixes may differ in how many branches they have.
+    """
+    part_lengths = _rectangle(lengths)
     fed = part_lengths.sum(axis=1)
     token_start = np.cumsum(fed) - fed
     blocks, gather, slot_of_token = [], [], np.empty(int(fed.sum()), np.int64)
@@ -82,10 +86,14 @@ def build_layout(
     for first, last in _block_ranges(fed):
         length = int(fed[first:last].max())
         column = np.arange(length)[None]
-        prefix, chosen, _ = (part_lengths[first:last, i, None] for i in range(3))
-        part = (column >= prefix).astype(np.int64) + (column >= prefix + chosen)
-        part[column >= fed[first:last, None]] = PAD
-        position = np.where(part == REJECTED, column - chosen, column)
+        ends = part_lengths[first:last].cumsum(axis=1)
+        part = np.zeros((last - first, length), np.int16)
+        for end in ends.T[:-1]:
+            part += column >= end[:, None]
+        # Tokens of earlier branches between a token and its prefix; none before the first branch.
+        between = np.pad(ends[:, :-1] - ends[:, :1], ((0, 0), (1, 0)))
+        position = column - np.take_along_axis(between, part, axis=1)
+        part[column >= ends[:, -1:]] = PAD
         token = np.where(part == PAD, 0, token_start[first:last, None] + column)
         held = part != PAD
         slot_of_token[token[held]] = slots + np.flatnonzero(held)
@@ -109,6 +117,14 @@ def build_layout(
     return PairLayout(tuple(blocks), to_slots, to_tokens, padding)
 
 
+def _rectangle(lengths: Sequence[Sequence[int]]) -> np.ndarray:  # (P, parts)
+    """The lengths as one array; what a pair lacks in branches are branches without tokens."""
+    parts = max(map(len, lengths), default=1)
+    if any(len(own) < parts for own in lengths):
+        lengths = [[*own, *[0] * (parts - len(own))] for own in lengths]
+    return np.asarray(lengths, np.int64).reshape(-1, parts)
+
+
 def _block_ranges(fed: np.ndarray) -> list[tuple[int, int]]:
     """Runs of consecutive pairs whose dense block is at most MAX_PADDING times their tokens."""
     ranges, first, total, longest = [], 0, 0, 0
@@ -126,7 +142,7 @@ def _block_mask(block: Block, window: int | None, dtype: torch.dtype) -> Tensor:
     slot = torch.arange(block.length, device=part.device)
     query_part, key_part = part[:, :, None], part[:, None, :]
     visible = (slot[:, None] >= slot) & (key_part != PAD)
-    visible &= ~((query_part == REJECTED) & (key_part == CHOSEN))
+    visible &= (key_part == PREFIX) | (key_part == query_part)
     if window is not None:
         visible &= position[:, :, None] - position[:, None, :] < window
     visible |= slot[:, None] == slot  # a padding query must see something, or softmax gives nan

@@ -17,7 +17,15 @@ from torch import Tensor
 
 LOGGER = logging.getLogger("fastpref_kernels")
 BACKENDS = ("auto", "torch", "triton")
-SEGMENT_STATS = ("entropy", "sum_sq_prob", "log_sum_sq_prob", "top1", "mean_logit")
+SEGMENT_STATS = (
+    "entropy",
+    "sum_sq_prob",
+    "log_sum_sq_prob",
+    "residual_sq",
+    "top1",
+    "argmax_logp",
+    "mean_logit",
+)
 ROW_STATS = ("argmax", "log1m_pmax", "row_norm_sq")
 LEAST_BUCKETS, MOST_BUCKETS = 64, 8192  # of the vocabulary, in a CountSketch
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -35,7 +35,9 @@ class LinearLogprob:
     entropy: Tensor | None = None  # (S,) of - sum_v p log p, nats
     sum_sq_prob: Tensor | None = None  # (S,) of sum_v p^2
     log_sum_sq_prob: Tensor | None = None  # (S,) of log sum_v p^2
+    residual_sq: Tensor | None = None  # (S,) of sum_v (p - [v is the target])^2
     top1: Tensor | None = None  # (S,) number of rows whose target is the first largest entry
+    argmax_logp: Tensor | None = None  # (S,) of max_v log p, nats
     mean_logit: Tensor | None = None  # (S,) of the mean over v of the transformed logit
     argmax: Tensor | None = None  # (R,) int64, first largest entry
     log1m_pmax: Tensor | None = None  # (R,) log(1 - max_v p); see kernels/README.md on its floor
@@ -73,8 +75,8 @@ def linear_logprob(
 
     A segment without rows has logp 0. `num_segments` is the last id + 1 if not given: on CUDA that
     waits for the device, under torch.compile it must be given. `stats`: fields of `LinearLogprob`
-    to compute, from entropy, sum_sq_prob, log_sum_sq_prob, top1, mean_logit, argmax, log1m_pmax,
-    row_norm_sq. `norms="exact"`: `gram`, of the segments' gradients in `weight` (bias left out)
+    to compute, from entropy, sum_sq_prob, log_sum_sq_prob, residual_sq, top1, argmax_logp,
+    mean_logit, argmax, log1m_pmax, row_norm_sq. `norms="exact"`: `gram`, of the segments' gradients in `weight` (bias left out)
     within each group of `group_size` segments. `norms="sketch"`: an unbiased estimate of it from
     `sketch_buckets` buckets of the vocabulary, with its `gram_error`, and `sketch`, (k, k) with
     k = `sketch_dim` for every segment: it adds up over batches, ranks and uses of the weight, and

@@ -70,7 +70,13 @@ def linear_logprob(
         "entropy": lambda: torch.special.entr(prob).sum(-1),
         "sum_sq_prob": lambda: prob.square().sum(-1),
         "log_sum_sq_prob": lambda: torch.logsumexp(2 * logp_RV, -1),
+        "residual_sq": lambda: (
+            prob.scatter_add(-1, target.unsqueeze(-1), -torch.ones_like(prob[:, :1]))
+            .square()
+            .sum(-1)
+        ),
         "top1": lambda: (argmax == target).to(prob.dtype),
+        "argmax_logp": lambda: logp_RV.amax(-1),
         "mean_logit": lambda: logits.mean(-1),
     }
     fields = {name: sums(per_row[name]()).detach() for name in stats if name in per_row}

@@ -18,7 +18,9 @@ from .segment import add_rows_
 # float64 too, so the target's entry, -inf before the exponential, may as well stand there with it
 # instead of 0.
 FLOOR = -80.0
-ORDER_STATS = frozenset({"argmax", "top1", "log1m_pmax"})
+ORDER_STATS = frozenset({"argmax", "top1", "argmax_logp", "log1m_pmax"})
+REST_STATS = frozenset({"argmax_logp", "log1m_pmax"})  # need `rest`
+SQUARE_STATS = frozenset({"sum_sq_prob", "log_sum_sq_prob", "residual_sq"})
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class RowSums:
     def _add_moments(
         self, exp: Tensor, logs: Tensor | None, maximum: Tensor, shrink: Tensor | None
     ) -> None:
-        if self.stats & {"sum_sq_prob", "log_sum_sq_prob"}:
+        if self.stats & SQUARE_STATS:
             square = (exp * exp).sum(0)
             self.square = (
                 square if shrink is None else torch.addcmul(square, self.square, shrink * shrink)
@@ -171,7 +173,7 @@ class RowSums:
         shrink: Tensor | None,
     ) -> None:
         others = total
-        if "log1m_pmax" in self.stats:
+        if self.stats & REST_STATS:
             # Summed with the largest entry out: total - 1 would cancel.
             index = where.unsqueeze(0)
             largest = exp.gather(0, index)
@@ -182,7 +184,7 @@ class RowSums:
             return
         rises = top > self.maximum
         self.argmax = torch.where(rises, where + low, self.argmax)
-        if "log1m_pmax" in self.stats:
+        if self.stats & REST_STATS:
             risen = torch.addcmul(others, self.total, shrink)
             self.rest = torch.where(rises, risen, self.rest + total)
 
@@ -210,8 +212,9 @@ def row_statistics(sums: RowSums, logp: Tensor, vocab: int, target: Tensor) -> d
 
         entropy = -p log p - (1-p) log(1-p) + (1-p) H(q)           every term >= 0
         sum_v p_v^2 = p^2 + (1-p)^2 Q / S'^2
+        sum_v (p_v - [v = y])^2 = (1-p)^2 + (1-p)^2 Q / S'^2
         1 - p_max = 1 - p if the target is the largest entry, else (rest + e_y) / (S' + e_y), e_y =
-        exp(z_y - max)
+        exp(z_y - max); and then log p_max = -log(1 + (rest + e_y) / e_top)
     """
     maximum, log_odds = sums.maximum, sums.odds
     # S' = 0 where nothing but the target is possible; what is divided by it is then 0.
@@ -226,9 +229,11 @@ def row_statistics(sums: RowSums, logp: Tensor, vocab: int, target: Tensor) -> d
     if "log_sum_sq_prob" in sums.stats:
         others = 2 * log1m + sums.square.log() - 2 * total.log()
         out["log_sum_sq_prob"] = torch.logaddexp(2 * logp, others)
+    if "residual_sq" in sums.stats:
+        out["residual_sq"] = miss.square() + (miss / total) ** 2 * sums.square
     if "mean_logit" in sums.stats:
         out["mean_logit"] = sums.logit / vocab
-    if sums.stats & {"argmax", "top1", "log1m_pmax"}:
+    if sums.stats & ORDER_STATS:
         target_logit = sums.target_logit
         tie = (target_logit == sums.top) & (target < sums.argmax)
         top1 = (target_logit > sums.top) | tie
@@ -236,8 +241,13 @@ def row_statistics(sums: RowSums, logp: Tensor, vocab: int, target: Tensor) -> d
             out["top1"] = top1.to(logp.dtype)
         if "argmax" in sums.stats:
             out["argmax"] = torch.where(top1, target, sums.argmax)
-        if "log1m_pmax" in sums.stats:
+        if sums.stats & REST_STATS:
             gap = target_logit - maximum
-            others = torch.logaddexp(sums.rest.log(), gap) - torch.logaddexp(total.log(), gap)
-            out["log1m_pmax"] = torch.where(top1, log1m, others)
+            others = torch.logaddexp(sums.rest.log(), gap)
+        if "argmax_logp" in sums.stats:
+            out["argmax_logp"] = torch.where(top1, logp, F.logsigmoid(sums.top - maximum - others))
+        if "log1m_pmax" in sums.stats:
+            out["log1m_pmax"] = torch.where(
+                top1, log1m, others - torch.logaddexp(total.log(), gap)
+            )
     return out

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import exp_tile as kernels
 from ._launch import TritonTile, launch, padded
 from .count_sketch import Buckets, CountSketch, SquareSums, sign_table, turn_table
-from .row_sums import ORDER_STATS
+from .row_sums import ORDER_STATS, SQUARE_STATS
 from .torch_tiles import Transform
 
 # Nats by which a maximum may pass a row's offset before the offset follows it, which costs a pass
@@ -178,7 +178,7 @@ def statistics(stats: frozenset[str]) -> dict[str, bool]:
     """Which sums the kernel carries on, as its compile-time arguments."""
     return {
         "ORDER": bool(stats & ORDER_STATS),
-        "SQUARES": bool(stats & {"sum_sq_prob", "log_sum_sq_prob"}),
+        "SQUARES": bool(stats & SQUARE_STATS),
         "ENTROPY": "entropy" in stats,
         "MEAN": "mean_logit" in stats,
     }

@@ -101,11 +101,14 @@ def test_log1m_pmax_does_not_cancel(target_leads: bool) -> None:
     hidden = torch.zeros(3, 6)
     hidden[:, 3] = gaps
     target = torch.full((3,), 3 if target_leads else 1)
-    ours = linear_logprob(hidden, weight, target, stats=("log1m_pmax", "entropy"))
+    ours = linear_logprob(hidden, weight, target, stats=("log1m_pmax", "argmax_logp", "entropy"))
     others = torch.log(torch.tensor(5.0, dtype=torch.float64))
     expected = torch.nn.functional.logsigmoid(others - gaps.double())
     assert ours.log1m_pmax is not None and ours.entropy is not None
+    assert ours.argmax_logp is not None
     torch.testing.assert_close(ours.log1m_pmax.double(), expected, rtol=1e-6, atol=0)
+    likely = torch.log1p(-expected.exp())  # down to -4e-12, where p_max is 1 in float32
+    torch.testing.assert_close(ours.argmax_logp.double(), likely, rtol=1e-5, atol=0)
     miss = expected.exp()
     entropy = -(1 - miss) * torch.log1p(-miss) - miss * (expected - others)
     # Only the terms of the target are free of cancellation.
@@ -119,7 +122,9 @@ def test_one_entry_vocabulary_is_certain() -> None:
     assert ours["entropy"].tolist() == [0.0] * 3
     assert ours["sum_sq_prob"].tolist() == [1.0] * 3
     assert ours["log_sum_sq_prob"].tolist() == [0.0] * 3
+    assert ours["residual_sq"].tolist() == [0.0] * 3
     assert ours["top1"].tolist() == [1.0] * 3
+    assert ours["argmax_logp"].tolist() == [0.0] * 3
     assert ours["log1m_pmax"].tolist() == [-torch.inf] * 3
 
 
