@@ -1,4 +1,5 @@
-"""`PairBatch`: some preference pairs, packed without padding, each prefix present once.
+"""`PairBatch`: some preference pairs, packed without padding, each prefix present once; and
+`ProbeBatch`: some prompts with any number of responses to each, packed likewise.
 
 A pair is laid out as ``[prefix | chosen rest | rejected rest]`` where the prefix is the prompt plus
 the longest common start of the two completions. A completion's last token is never fed, because
@@ -157,6 +158,55 @@ class PairBatch:
                 ids = getattr(self, name)
                 top = int(ids.max()) if ids.numel() else 0
                 _demand(top < vocab_size, f"{name} holds id {top}; vocabulary has {vocab_size}")
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """Prompts with any number of responses to each, packed, all tensors on one device.
+
+    A prompt is laid out as ``[prompt | response 1 | response 2 | ...]``; every response attends to
+    the prompt and to itself. As in a `PairBatch` its last token is not fed, and the prompt's last
+    one stands in ``rows`` once for each response. Rows stand response by response: segment s holds
+    those of the batch's s-th response.
+    """
+
+    tokens: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64; every response goes on from the end of its prompt
+    rows: Tensor  # (R,) int64, indices into T
+    target: Tensor  # (R,) int64
+    segment_id: Tensor  # (R,) int32, non-decreasing
+    pair_of_token: Tensor  # (T,) int64, of its prompt: prompts stand where pairs do
+    scored: Tensor  # (S,) int64, rows of each response
+    lengths: tuple[tuple[int, ...], ...]  # on the host: fed tokens of prompt, of each response
+    hidden: None = None  # as in a `PairBatch`, where states may be there already
+
+    @property
+    def num_pairs(self) -> int:
+        """Prompts; one may stand more than once, with other responses."""
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.tokens.numel()
+
+    @property
+    def num_segments(self) -> int:
+        """S, responses."""
+        return self.scored.numel()
+
+    @property
+    def group(self) -> int:
+        """Segments whose head gradients are held against each other: each by itself."""
+        return 1
+
+    def to(self, device: torch.device | str) -> ProbeBatch:
+        """The same batch on ``device``."""
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        return ProbeBatch(**moved)
 
 
 def _demand(holds: bool, message: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastpref import attention, lora
 from fastpref.architecture import NO_INTERFACE, logit_transform
-from fastpref.batch import PairBatch
+from fastpref.batch import PairBatch, ProbeBatch
 from fastpref.config import Config
 from fastpref.router import Load, Router, find_router
 from fastpref.weights import Source, read_tokenizer, read_weights
@@ -79,14 +79,14 @@ class PairModel:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def hidden(self, batch: PairBatch) -> Tensor:
+    def hidden(self, batch: PairBatch | ProbeBatch) -> Tensor:
         """(T, D) final hidden states of the packed tokens, after the last norm; those that the
         batch brings along, where it does."""
         if batch.hidden is not None:
             return batch.hidden
         return self._body(batch).last_hidden_state[0]
 
-    def _body(self, batch: PairBatch, **asked: bool) -> Any:
+    def _body(self, batch: PairBatch | ProbeBatch, **asked: bool) -> Any:
         layout = attention.build_layout(batch.lengths, self.device)
         with self.autocast(), attention.ambient(layout):
             return self.module.base_model(  # type: ignore[operator]
@@ -98,10 +98,14 @@ class PairModel:
             )
 
     def logp(
-        self, batch: PairBatch, norms: str | None = None, stats: Sequence[str] = ()
+        self, batch: PairBatch | ProbeBatch, norms: str | None = None, stats: Sequence[str] = ()
     ) -> LinearLogprob:
         """Log-probabilities of the batch's segments; `norms`, `stats` as in `linear_logprob`."""
         return self._score(self.hidden(batch), batch, norms, stats)
+
+    def row_logp(self, batch: ProbeBatch, stats: Sequence[str] = ()) -> LinearLogprob:
+        """`logp` with every row a segment of its own."""
+        return self._score(self.hidden(batch), batch, None, stats, by_row=True)
 
     def logp_and_features(
         self, batch: PairBatch, norms: str | None = None, stats: Sequence[str] = ()
@@ -136,16 +140,21 @@ class PairModel:
         return out.last_hidden_state[0], load
 
     def _score(
-        self, hidden: Tensor, batch: PairBatch, norms: str | None, stats: Sequence[str]
+        self,
+        hidden: Tensor,
+        batch: PairBatch | ProbeBatch,
+        norms: str | None,
+        stats: Sequence[str],
+        by_row: bool = False,
     ) -> LinearLogprob:
         head = self.head
         return linear_logprob(
             hidden.index_select(0, batch.rows).to(self.dtype),
             head.weight.to(self.dtype),
             batch.target,
-            batch.segment_id,
-            num_segments=batch.num_segments,
-            group_size=batch.group,
+            None if by_row else batch.segment_id,
+            num_segments=batch.rows.numel() if by_row else batch.num_segments,
+            group_size=1 if by_row else batch.group,
             bias=None if head.bias is None else head.bias.to(self.dtype),
             softcap=head.softcap,
             logit_scale=head.logit_scale,
