@@ -76,12 +76,12 @@ def linear_logprob(
     A segment without rows has logp 0. `num_segments` is the last id + 1 if not given: on CUDA that
     waits for the device, under torch.compile it must be given. `stats`: fields of `LinearLogprob`
     to compute, from entropy, sum_sq_prob, log_sum_sq_prob, residual_sq, top1, argmax_logp,
-    mean_logit, argmax, log1m_pmax, row_norm_sq. `norms="exact"`: `gram`, of the segments' gradients in `weight` (bias left out)
-    within each group of `group_size` segments. `norms="sketch"`: an unbiased estimate of it from
-    `sketch_buckets` buckets of the vocabulary, with its `gram_error`, and `sketch`, (k, k) with
-    k = `sketch_dim` for every segment: it adds up over batches, ranks and uses of the weight, and
-    is compared with other sketches of that seed, key, k and buckets: what `linear_sketch` calls
-    seed, key, k, buckets has the prefix sketch_ here.
+    mean_logit, argmax, log1m_pmax, row_norm_sq. `norms="exact"`: `gram`, of the segments' gradients
+    in `weight` (bias left out) within each group of `group_size` segments. `norms="sketch"`: an
+    unbiased estimate of it from `sketch_buckets` buckets of the vocabulary, with its `gram_error`,
+    and `sketch`, (k, k) with k = `sketch_dim` for every segment: it adds up over batches, ranks and
+    uses of the weight, and is compared with other sketches of that seed, key, k and buckets: what
+    `linear_sketch` calls seed, key, k, buckets has the prefix sketch_ here.
     `backend`: triton on CUDA, else torch; or the one that is named.
 
     Memory    weight trained: one (R, V) buffer in its dtype, or `cache` tiles of it (0: none) at a

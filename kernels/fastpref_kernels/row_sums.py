@@ -247,7 +247,5 @@ def row_statistics(sums: RowSums, logp: Tensor, vocab: int, target: Tensor) -> d
         if "argmax_logp" in sums.stats:
             out["argmax_logp"] = torch.where(top1, logp, F.logsigmoid(sums.top - maximum - others))
         if "log1m_pmax" in sums.stats:
-            out["log1m_pmax"] = torch.where(
-                top1, log1m, others - torch.logaddexp(total.log(), gap)
-            )
+            out["log1m_pmax"] = torch.where(top1, log1m, others - torch.logaddexp(total.log(), gap))
     return out

@@ -1,4 +1,4 @@
-"""A prompt packed once with all its responses = one plain forward per response, from full logits."""
+"""A prompt packed once with all its responses = one plain forward per response, full logits."""
 
 from __future__ import annotations
 
