@@ -142,12 +142,17 @@ def _block_mask(block: Block, window: int | None, dtype: torch.dtype) -> Tensor:
     slot = torch.arange(block.length, device=part.device)
     query_part, key_part = part[:, :, None], part[:, None, :]
     visible = (slot[:, None] >= slot) & (key_part != PAD)
-    visible &= (key_part == PREFIX) | (key_part == query_part)
+    visible &= _related(query_part, key_part)
     if window is not None:
         visible &= position[:, :, None] - position[:, None, :] < window
     visible |= slot[:, None] == slot  # a padding query must see something, or softmax gives nan
     mask = torch.zeros(visible.shape, dtype=dtype, device=part.device)
     return mask.masked_fill_(~visible, -torch.inf)[:, None]
+
+
+def _related(query_part: Tensor, key_part: Tensor) -> Tensor:
+    """Whether a key is of the prefix, or of the query's own branch."""
+    return (key_part == PREFIX) | (key_part == query_part)
 
 
 _ambient: ContextVar[PairLayout | None] = ContextVar("pair_layout", default=None)

@@ -49,7 +49,7 @@ def test_a_right_model_passes(dtype: torch.dtype) -> None:
 
 def test_a_wrong_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the rule that the rejected rest does not see the chosen one."""
-    monkeypatch.setattr(attention, "CHOSEN", -1)
+    monkeypatch.setattr(attention, "_related", lambda query, key: torch.ones_like(key, dtype=bool))
     with pytest.raises(ValueError, match="LlamaForCausalLM.*differ in"):
         check_model(wrap(llama()), some_pairs())
 
