@@ -51,6 +51,7 @@ class PairBatch:
     group: int = GROUP  # segments of a pair
     hidden: Tensor | None = None  # (T, D) final hidden states, in place of tokens
     whole: bool = False  # every token is fed, a completion's last one too
+    loss_weight: Tensor | None = None  # (P,) float64, what a pair's loss is multiplied by; None: 1
 
     @property
     def num_pairs(self) -> int:

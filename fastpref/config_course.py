@@ -50,6 +50,30 @@ class CourseOptions(InputOptions):
     rpo_alpha: float | None = option(
         None, "loss", "Weight of rpo's likelihood term; null: 1.", within="at least 0"
     )
+    balance: str = option(
+        "none",
+        "loss",
+        "Weigh the losses of behaviors so that their margins, or update rates, have the shares of "
+        "target_share; an experiment (docs/balance.md).",
+        ("none", "margins"),
+    )
+    target_share: Options = option(
+        (),
+        "loss",
+        "Wanted shares, as name=0.2,other=0.3; what is left goes evenly to the other behaviors.",
+    )
+    balance_every: int = option(
+        10, "loss", "Steps between two updates of the weights.", within="at least 1"
+    )
+    balance_limit: float = option(
+        4.0, "loss", "Weights lie between 1/balance_limit and this.", within="more than 1"
+    )
+    balance_gain: float = option(
+        0.5,
+        "loss",
+        "Part of the way to the target share, as a logarithm, that an update goes.",
+        within="positive",
+    )
     router_aux_loss_coef: float | None = option(
         None,
         "loss",

@@ -67,6 +67,7 @@ def check_losses(config: Any) -> None:
                 f"{', '.join(names)}; remove it{INSTEAD.get(option, '')}",
             )
     _check_sync(losses, config)
+    _check_balance(losses, config)
 
 
 def _check_list(names: tuple[str, ...], weights: tuple[float, ...]) -> None:
@@ -158,4 +159,48 @@ def _check_sync(losses: dict[str, Facts], config: Any) -> None:
             "sync_ref_model",
             "needs trainable: all or head, got lora: the reference is then not a model of its own "
             "that could follow the policy; remove it",
+        )
+
+
+BALANCE_DEFAULTS = {
+    "target_share": (),
+    "balance_every": 10,
+    "balance_limit": 4.0,
+    "balance_gain": 0.5,
+}
+
+
+def _check_balance(losses: dict[str, Facts], config: Any) -> None:
+    if config.balance == "none":
+        for option, default in BALANCE_DEFAULTS.items():
+            value = getattr(config, option)
+            if value != default:
+                shown = dict(value) if option == "target_share" else value
+                raise ConfigError(
+                    option, f"{shown!r} is read with balance: margins or rates alone; set it, too"
+                )
+        return
+    for name, share in config.target_share:
+        if isinstance(share, bool | str) or not 0 < share <= 1:
+            raise ConfigError(
+                "target_share", f"{name}: expected a share, 0 < value <= 1, got {share!r}"
+            )
+    odd = [name for name, facts in losses.items() if facts.batch_coupled == "order"]
+    if odd:
+        raise ConfigError(
+            "balance",
+            f"{config.balance} weighs the losses of single pairs, and the value of {odd[0]} is one "
+            "of sorted pairs of several behaviors; remove one of the two",
+        )
+    if config.balance == "margins" and not any(facts.needs_reference for facts in losses.values()):
+        raise ConfigError(
+            "balance",
+            f"margins have grown from 0 where there is a reference, and loss_type "
+            f"{', '.join(losses)} has none; set balance: rates, or a loss with a reference",
+        )
+    if config.balance == "margins" and config.sync_ref_model:
+        raise ConfigError(
+            "balance",
+            "margins are to show what training has reached, and sync_ref_model moves what they "
+            "are measured from; set balance: rates, or remove one of the two",
         )

@@ -29,6 +29,7 @@ DATA = (".jsonl", ".csv", ".parquet", ".arrow")  # endings that no configuration
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "positive": ("more than 0", lambda v: v > 0),
     "negative": ("less than 0", lambda v: v < 0),
+    "more than 1": ("more than 1", lambda v: v > 1),
     "at least 1": ("1 or more", lambda v: v >= 1),
     "at least 0": ("0 or more", lambda v: v >= 0),
     "fraction": ("0 <= value < 1", lambda v: 0 <= v < 1),

@@ -75,11 +75,13 @@ class Evaluator:
         journal: Journal,
         recorder: Recorder | None,
         reference: PairModel | None = None,
+        loss_weights: Mapping[str, float] | None = None,
     ) -> dict[str, dict[str, float | None]]:
         """Evaluate both splits after ``step``; a line of metrics, one of clocks, and records each.
 
         Returns split -> metrics under TRL's names, a behavior's as ``behavior/<name>/...``; of
         named sets of held-out pairs, `eval_<name>` -> metrics, which are no records of their own.
+        ``loss_weights`` of behaviors in the step's loss are recorded, and weigh nothing here.
         """
         if step == 0:
             count = sum(len(pairs) for own in self.batches.values() for pairs in own)
@@ -93,6 +95,8 @@ class Evaluator:
             columns = concatenate(pair_columns(result, model.head_is_all) for result in results)
             journal.perf(_clocks(step, split, batches, time.perf_counter() - began))
             rows = behavior_rows(self.behaviors, columns["behavior"], **_measured(columns))
+            if loss_weights:
+                rows = [row | {"loss_weight": loss_weights.get(row["behavior"])} for row in rows]
             if recorder:
                 spread = feature_rows(columns["behavior"], *_features(results))
                 rows = [row | spread[self.behaviors.index(row["behavior"])] for row in rows]

@@ -84,7 +84,7 @@ def get_loss(names: str | Sequence[str], weights: Sequence[float] = ()) -> Loss:
 
 
 def pair_losses(loss: Loss, x: PairLogp, options: LossOptions) -> Tensor:  # (P,)
-    """The loss of every pair, weighted where `use_weighting` weights pairs."""
+    """The loss of every pair, weighted where `use_weighting` or `balance` weights pairs."""
     losses = loss.fn(x, options)
     return losses if x.weighting is None else losses * x.weighting
 

@@ -46,6 +46,8 @@ def pair_columns(result: PairResult, head_is_all: bool = False) -> Columns:
         numbers |= {"ref_logp_chosen": x.ref_chosen, "ref_logp_rejected": x.ref_rejected}
     if head_is_all:
         numbers |= result.norms
+    if batch.loss_weight is not None:
+        numbers["loss_weight"] = batch.loss_weight
     entropy = result.stats["entropy"]
     numbers["entropy_chosen"] = entropy[0] / batch.chosen_scored
     numbers["entropy_rejected"] = entropy[1] / batch.rejected_scored

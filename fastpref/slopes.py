@@ -147,6 +147,9 @@ def _pair_logp(
         assert head.log_sum_sq_prob is not None
         usual = sequence_sums(head.log_sum_sq_prob, batch.num_pairs)
         weighting = wpo_weight(plain, usual, lengths)
+    if batch.loss_weight is not None:
+        own = batch.loss_weight.to(logp.dtype)
+        weighting = own if weighting is None else weighting * own
     return PairLogp(
         chosen,
         rejected,

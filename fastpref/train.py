@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from fastpref import dist, lora, require_matching_kernels, runfolder
+from fastpref.balance import Balancer, demand_shares, find_balancer
+from fastpref.batch import PairBatch
 from fastpref.best import Best
 from fastpref.checkpoint import (
     TrainState,
@@ -73,6 +75,7 @@ class State:
     best: Best  # what the evaluations said so far
     key: str  # names the initial weights, the data and the reference: a resumed run shares them
     reference: PairModel | None = None  # the one that follows the policy (sync_ref_model)
+    balancer: Balancer | None = None  # what weighs the behaviors' losses (balance)
     head_start: Tensor | None = None  # (V, D) initial head weight, where the head alone learns
     step: int = 0  # finished optimizer steps
     num_tokens: int = 0  # of both sequences of every pair so far, as TRL counts
@@ -81,6 +84,8 @@ class State:
     def observe(self, plan: StepPlan, result: StepResult) -> None:
         """Count a finished step."""
         self.window.add(result, self.model.router)
+        if self.balancer:
+            self.balancer.observe(result)
         self.num_tokens += plan.num_tokens
         self.loss_sum += float(result.loss)
 
@@ -100,11 +105,17 @@ class State:
             "window": self.window.sums,
             "best": self.best.state_dict(),
         }
+        if self.balancer:
+            counters["balance"] = self.balancer.state_dict()
         module, tokenizer = self.model.module, self.model.tokenizer
         reference = self.reference.module if self.reference else None
         return TrainState(
             module, tokenizer, self.optimizer, self.scheduler, counters, reference, log_history
         )
+
+    def loss_weights(self) -> dict[str, float]:
+        """Behavior -> weight of its pairs' losses; empty without `balance`."""
+        return self.balancer.weights() if self.balancer else {}
 
     def live_reference(self, config: Config) -> PairModel | None:
         """The reference that scores the coming pairs; None: the one whose log-probs are cached."""
@@ -122,6 +133,8 @@ class State:
         self.step, self.num_tokens = counters["step"], counters["num_tokens"]
         self.loss_sum, self.window.sums = counters["loss_sum"], counters["window"]
         self.best.load_state_dict(counters["best"])
+        if self.balancer:
+            self.balancer.load_state_dict(counters["balance"])
 
 
 def train(config: Config, progress: bool = True) -> Path:
@@ -149,6 +162,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
         lora.check_available()
     tokenizer = load_tokenizer(config)
     dataset = load_dataset(config, tokenizer, progress)
+    demand_shares(config, dataset)
     torch.manual_seed(config.seed)
     model = load_model(config, tokenizer)
     key = _data_key(model, dataset)
@@ -162,6 +176,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     rate_factor(config, last_step)
     best = Best(config)
     best.demand_known(evaluation_names(config, dataset))
+    balancer = find_balancer(config, dataset, loader, model.device)
     if config.trainable == "head":
         model = freeze_body(model)
     worst = check_model(model, dataset.train, config.max_tokens_per_microbatch)
@@ -179,7 +194,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     checkpoint = runfolder.open_run(config, model.device)
     optimizer = build_optimizer(model.module.named_parameters(), config)
     scheduler = Schedule(optimizer, config, last_step)
-    state = State(model, optimizer, scheduler, Window(model.device), best, key, reference)
+    state = State(model, optimizer, scheduler, Window(model.device), best, key, reference, balancer)
     if model.frozen_body:
         state.head_start = model.head.weight.detach().clone()
     if checkpoint:
@@ -213,7 +228,7 @@ def run_loop(
     evaluator = Evaluator(config, dataset) if config.eval_steps and main else None
     truncated = frozenset(p.pair_id for p in dataset.train if p.truncated)
     if evaluator and state.step == 0 and config.eval_on_start:
-        evaluator.run(model, loss, 0, 0.0, journal, recorder)
+        evaluator.run(model, loss, 0, 0.0, journal, recorder, loss_weights=state.loss_weights())
     if best.stop:  # it ended early already
         last_step = state.step
 
@@ -244,7 +259,14 @@ def run_loop(
                     live = state.live_reference(config)
                     with bar.paused():
                         found = evaluator.run(
-                            model, loss, plan.step, plan.epoch, journal, recorder, live
+                            model,
+                            loss,
+                            plan.step,
+                            plan.epoch,
+                            journal,
+                            recorder,
+                            live,
+                            state.loss_weights(),
                         )
                 better = best.update(plan.step, found, model.device)
             if best.stop and not last:
@@ -252,6 +274,9 @@ def run_loop(
                 log.info("no better %s since step %s: the run ends early", best.metric, best.step)
                 if not logged:
                     _write_window(journal, bar, state, plan, rate)
+
+            if state.balancer:  # the weights of the steps to come; those of this one are written
+                state.balancer.update(plan.step)
 
             # What is kept of it. Records first: a checkpoint never is ahead of them.
             ending = _any_rank(asked.is_set(), model.device)
@@ -286,9 +311,11 @@ def _step(config: Config, loss: Loss, dataset: Dataset, state: State, plan: Step
     """One optimizer step, and the learning rate of the next."""
     model = state.model
     tracked = config.record and config.track == "head" and plan.step % config.track_every == 0
-    batches = (
+    batches: Iterator[PairBatch] = (
         dataset.pack([dataset.train[i] for i in own]).to(model.device) for own in plan.micro_batches
     )
+    if state.balancer:
+        batches = map(state.balancer.weigh, batches)
     norms = "exact" if tracked else None
     try:
         result = train_step(
@@ -314,6 +341,7 @@ def _write_window(journal: Journal, bar: Bar, state: State, plan: StepPlan, rate
     """A line of what the steps since the last one showed."""
     line: dict[str, object] = {"step": plan.step, "epoch": plan.epoch, "split": TRAIN}
     line |= {"learning_rate": rate, "num_tokens": state.num_tokens}
+    line |= {f"behavior/{name}/loss_weight": w for name, w in state.loss_weights().items()}
     journal.metrics(line | state.window.metrics())
     journal.perf({"step": plan.step, **bar.window()})
 

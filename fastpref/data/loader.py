@@ -71,6 +71,13 @@ class Loader:
         """Optimizer steps of one epoch, which is the same number in all."""
         return math.ceil(self.num_pairs / self.batch_size)
 
+    def times(self) -> np.ndarray:
+        """(N,) how often each pair is taken per epoch, on average over epochs."""
+        found = np.zeros(len(self.tokens))
+        for source in self.sources:
+            found[source.ranked] = source.whole + source.part / max(len(source.ranked), 1)
+        return found
+
     def order(self, epoch: int) -> np.ndarray:
         """(M,) indices of pairs in the order of ``epoch`` (0-based); without weights each once."""
         rng = np.random.default_rng([self.seed, epoch])

@@ -99,9 +99,15 @@ _PAIRS = Table(
             _F32,
             "1/nat",
             "-dloss/dmargin, beta*sigmoid(-beta*m) for the sigmoid loss; -dloss/dlogp_chosen for "
-            "losses of more than the margin",
+            "losses of more than the margin; of loss as it stands, loss_weight included",
         ),
         Column("loss", _F32, "nat", "the pair's loss; the mean over a step's pairs is its loss"),
+        Column(
+            "loss_weight",
+            _F32,
+            "-",
+            "factor that balance put into loss and weight; null: none. Evaluations have none",
+        ),
         Column(
             "reward_accuracy",
             _BOOL,
@@ -218,7 +224,13 @@ _BEHAVIORS = Table(
         Column("margin", _F64, "nat", "mean margin"),
         Column("margin_std", _F64, "nat", "standard deviation of the margin (divided by n)"),
         Column("weight", _F64, "1/nat", "mean of -dloss/dmargin"),
-        Column("loss", _F64, "nat", "mean loss"),
+        Column("loss", _F64, "nat", "mean loss, not weighted by loss_weight"),
+        Column(
+            "loss_weight",
+            _F64,
+            "-",
+            "what balance multiplied the losses of its training pairs by in the step; null: off",
+        ),
         Column("reward_accuracy", _F64, "-", "fraction of pairs with the higher reward chosen"),
         Column("output_accuracy", _F64, "-", "fraction with logp_chosen > logp_rejected"),
         Column("logp_chosen", _F64, "nat", "mean log pi(chosen)"),

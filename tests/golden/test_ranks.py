@@ -56,6 +56,8 @@ def test_two_ranks_equal_one(tiny_model_dir: Path, tiny_data: Path, tmp_path: Pa
         "eval_steps": "4",
         "eval_sample_size": "4",
         "save_steps": "4",
+        "balance": "margins",
+        "balance_every": "3",
     }
     one, two = tmp_path / "one", tmp_path / "two"
     train(Config(**{**options, "output_dir": str(one)}), progress=False)  # type: ignore[arg-type]
@@ -70,6 +72,9 @@ def test_two_ranks_equal_one(tiny_model_dir: Path, tiny_data: Path, tmp_path: Pa
     ]
     for counters in bests:
         assert (counters["best"]["step"], counters["best"]["stale"]) == (4, 1)
+    balance = [np.array(c["balance"]["controller"]["weights"]) for c in bests]
+    np.testing.assert_allclose(balance[1], balance[0], rtol=1e-3)
+    assert np.ptp(balance[0]) > 0.05
     for run in (one, two):
         assert len(list((run / "tensorboard").iterdir())) == 1  # rank 0's
         weights = [(f / "model.safetensors").read_bytes() for f in (run, run / "checkpoint-4")]

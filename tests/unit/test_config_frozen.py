@@ -23,6 +23,7 @@ eval_fraction eval_sample_size
 output_dir overwrite_output_dir resume_from_checkpoint seed
 loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef ld_alpha
 use_weighting discopop_tau simpo_gamma cpo_alpha rpo_alpha
+balance target_share balance_every balance_limit balance_gain
 router_aux_loss_coef sync_ref_model ref_model_mixup_alpha ref_model_sync_steps
 optim optim_args learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
 lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps
