@@ -34,6 +34,29 @@ class Head:
 
 
 @dataclass(frozen=True)
+class HeadNorms:
+    """What `linear_logprob` is to bring of the gradients in the head's weight."""
+
+    method: str = "exact"  # its `norms`
+    sketch_dim: int = 16
+    seed: int = 0
+    key: str = "lm_head"
+    rows: bool = False  # and every row's log-prob and state
+
+    def arguments(self) -> dict[str, Any]:
+        """Of `linear_logprob`."""
+        sketch = {"sketch_dim": self.sketch_dim, "sketch_seed": self.seed, "sketch_key": self.key}
+        return {"norms": self.method, **sketch}
+
+
+@dataclass(frozen=True)
+class Scored(LinearLogprob):
+    """`LinearLogprob`, and the states that were scored where `HeadNorms.rows` asks for them."""
+
+    hidden: Tensor | None = None  # (R, D) detached
+
+
+@dataclass(frozen=True)
 class PairModel:
     """A causal LM, its tokenizer, and where and in which precision it computes.
 
@@ -98,18 +121,26 @@ class PairModel:
             )
 
     def logp(
-        self, batch: PairBatch | ProbeBatch, norms: str | None = None, stats: Sequence[str] = ()
-    ) -> LinearLogprob:
-        """Log-probabilities of the batch's segments; `norms`, `stats` as in `linear_logprob`."""
-        return self._score(self.hidden(batch), batch, norms, stats)
+        self,
+        batch: PairBatch | ProbeBatch,
+        norms: HeadNorms | str | None = None,
+        stats: Sequence[str] = (),
+        *,
+        head_frozen: bool = False,
+    ) -> Scored:
+        """Log-probabilities of the batch's segments; `stats` as in `linear_logprob`.
 
-    def row_logp(self, batch: ProbeBatch, stats: Sequence[str] = ()) -> LinearLogprob:
+        `head_frozen`: the head counts as a constant, so that no gradient of it is made.
+        """
+        return self._score(self.hidden(batch), batch, norms, stats, head_frozen=head_frozen)
+
+    def row_logp(self, batch: ProbeBatch, stats: Sequence[str] = ()) -> Scored:
         """`logp` with every row a segment of its own."""
         return self._score(self.hidden(batch), batch, None, stats, by_row=True)
 
     def logp_and_features(
-        self, batch: PairBatch, norms: str | None = None, stats: Sequence[str] = ()
-    ) -> tuple[LinearLogprob, Tensor]:
+        self, batch: PairBatch, norms: HeadNorms | str | None = None, stats: Sequence[str] = ()
+    ) -> tuple[Scored, Tensor]:
         """`logp`, and (P, D) each pair's feature as `fastpref.frozen` defines it: the state that
         predicts the first token in which the completions part, times the logit scale."""
         hidden = self.hidden(batch)
@@ -118,8 +149,8 @@ class PairModel:
         return self._score(hidden, batch, norms, stats), features
 
     def routed_logp(
-        self, batch: PairBatch, norms: str | None = None, stats: Sequence[str] = ()
-    ) -> tuple[LinearLogprob, Load | None]:
+        self, batch: PairBatch, norms: HeadNorms | str | None = None, stats: Sequence[str] = ()
+    ) -> tuple[Scored, Load | None]:
         """`logp`; and, where the balance of routers is part of the loss, what they did with the
         batch's tokens in the same forward."""
         if self.router is None:
@@ -143,14 +174,20 @@ class PairModel:
         self,
         hidden: Tensor,
         batch: PairBatch | ProbeBatch,
-        norms: str | None,
+        norms: HeadNorms | str | None,
         stats: Sequence[str],
+        *,
+        head_frozen: bool = False,
         by_row: bool = False,
-    ) -> LinearLogprob:
+    ) -> Scored:
         head = self.head
-        return linear_logprob(
-            hidden.index_select(0, batch.rows).to(self.dtype),
-            head.weight.to(self.dtype),
+        if isinstance(norms, str):
+            norms = HeadNorms(norms)
+        kept = norms is not None and norms.rows
+        rows = hidden.index_select(0, batch.rows).to(self.dtype)
+        out = linear_logprob(
+            rows,
+            (head.weight.detach() if head_frozen else head.weight).to(self.dtype),
             batch.target,
             None if by_row else batch.segment_id,
             num_segments=batch.rows.numel() if by_row else batch.num_segments,
@@ -158,9 +195,10 @@ class PairModel:
             bias=None if head.bias is None else head.bias.to(self.dtype),
             softcap=head.softcap,
             logit_scale=head.logit_scale,
-            stats=stats,
-            norms=norms,
+            stats=(*stats, "row_logp") if kept else stats,
+            **(norms.arguments() if norms else {}),
         )
+        return Scored(**vars(out), hidden=rows.detach() if kept else None)
 
     def as_reference(self) -> AbstractContextManager[None]:
         """Inside, before training, the module computes as its own reference."""

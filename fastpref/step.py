@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,9 +27,11 @@ from torch import Tensor
 from fastpref import dist
 from fastpref.batch import PairBatch
 from fastpref.config import Config
+from fastpref.dynamics.taps import Taps
 from fastpref.errors import NonFiniteError
+from fastpref.gradients import PairGradients, head_norms, put_together
 from fastpref.losses import Loss, PairLogp, pair_norms, rewards, sequence_sums
-from fastpref.model import PairModel
+from fastpref.model import HeadNorms, PairModel
 from fastpref.optim import clip_gradients
 from fastpref.reference import with_live_reference
 from fastpref.router import Balance
@@ -59,6 +62,8 @@ class PairResult:
     stats: dict[str, tuple[Tensor, Tensor]]
     load: Tensor | None = None  # of routers whose balance is part of the loss, `Load.packed`
     features: Tensor | None = None  # (P, D) of an evaluation, see `PairModel.logp_and_features`
+    gradients: PairGradients | None = None  # of `loss`, not divided by a number of pairs
+    margin_only: bool = False  # the loss reaches the model through the margin alone
 
 
 @dataclass(frozen=True)
@@ -79,18 +84,20 @@ def train_step(
     config: Config,
     num_pairs: int,  # over all ranks and micro-batches: the divisor of the step's loss
     optimizer: torch.optim.Optimizer,
-    norms: str | None,
+    norms: HeadNorms | str | None,
     reference: PairModel | None = None,  # one that moves; None: the log-probs of the batches
+    taps: Taps | None = None,  # what is to be seen of every pair's gradient
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then the optimizer.
 
+    ``norms``: of the head's gradients, as `linear_logprob` calls them; with ``taps``, theirs.
     Raises NonFiniteError, before the weights are touched, where a loss or the gradient is not
     finite.
     """
     for parameter in model.trained:
         parameter.grad = None
     with model.dropout():
-        results = _accumulate(model, batches, loss, config, num_pairs, norms, reference)
+        results = _accumulate(model, batches, loss, config, num_pairs, norms, reference, taps)
     total = torch.stack([r.loss.double().sum() for r in results]).sum() if results else None
     mean = dist.all_reduce_sum(
         torch.zeros((), dtype=torch.float64, device=model.device) if total is None else total
@@ -114,13 +121,14 @@ def _accumulate(
     loss: Loss,
     config: Config,
     num_pairs: int,
-    norms: str | None,
+    norms: HeadNorms | str | None,
     reference: PairModel | None,
+    taps: Taps | None,
 ) -> list[PairResult]:
     """`backward` of every batch, with what the loss needs to know of the whole step."""
     ready = _ready(batches, config, reference)
     one = functools.partial(
-        backward, model, loss=loss, config=config, num_pairs=num_pairs, norms=norms
+        backward, model, loss=loss, config=config, num_pairs=num_pairs, norms=norms, taps=taps
     )
     if not loss.batch_coupled and not model.router:
         return [one(batch) for batch in ready]
@@ -162,24 +170,34 @@ def backward(
     loss: Loss,
     config: Config,
     num_pairs: int,
-    norms: str | None = None,
+    norms: HeadNorms | str | None = None,
     *,
+    taps: Taps | None = None,
     step_len: Tensor | None = None,  # of a step that is more than this batch, see PairLogp
     asked: PairSlopes | None = None,  # where the loss has been taken of the whole step already
     balance: Balance | None = None,  # of routers, in a step that is more than this batch
 ) -> PairResult:
     """Adds the gradient of (sum of the batch's losses) / ``num_pairs`` to the parameters."""
-    head, load = model.routed_logp(batch, norms, wanted_stats(config))
-    if asked is None:
-        (asked,) = pair_slopes([(batch, head)], loss, config, step_len)
-    slope = asked.slope / num_pairs
-    if load is None or model.router is None:
-        head.logp.backward(slope)
-        return _result(batch, head, asked, loss, config)
-    own = load.packed()
-    uneven = model.router.loss(load, balance or model.router.balance(own))
-    torch.autograd.backward((head.logp, uneven), (slope, None))
-    return _result(batch, head, asked, loss, config, own)
+    if taps:
+        assert model.router is None, "a balance of routers is no sum over pairs"
+        norms = head_norms(taps)
+    with taps.watching(batch) if taps else nullcontext():
+        head, load = model.routed_logp(batch, norms, wanted_stats(config))
+        if asked is None:
+            (asked,) = pair_slopes([(batch, head)], loss, config, step_len)
+        slope = asked.slope / num_pairs
+        if load is None or model.router is None:
+            head.logp.backward(slope)
+            own = None
+        else:
+            own = load.packed()
+            uneven = model.router.loss(load, balance or model.router.balance(own))
+            torch.autograd.backward((head.logp, uneven), (slope, None))
+    result = _result(batch, head, asked, loss, config, own)
+    if taps is None:
+        return result
+    seen = put_together(model, taps, batch, head, asked.slope, "loss", divisor=num_pairs)
+    return replace(result, gradients=seen)
 
 
 @torch.no_grad()
@@ -188,7 +206,7 @@ def evaluate(
     batches: Iterable[PairBatch],
     loss: Loss,
     config: Config,
-    norms: str | None = None,
+    norms: HeadNorms | str | None = None,
     reference: PairModel | None = None,
 ) -> list[PairResult]:
     """The same quantities without a gradient reaching the model; all batches are one step."""
@@ -227,6 +245,7 @@ def _result(
         norms={} if head.gram is None else pair_norms(head.gram, tail_weight(config)),
         stats=stats,
         load=load,
+        margin_only=loss.margin_only and config.f_divergence_type == "reverse_kl",
     )
 
 

@@ -26,7 +26,7 @@ SEGMENT_STATS = (
     "argmax_logp",
     "mean_logit",
 )
-ROW_STATS = ("argmax", "log1m_pmax", "row_norm_sq")
+ROW_STATS = ("argmax", "log1m_pmax", "row_norm_sq", "row_logp")
 LEAST_BUCKETS, MOST_BUCKETS = 64, 8192  # of the vocabulary, in a CountSketch
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -222,7 +222,7 @@ def check_linear_logprob(
     _check_tensors(hidden, weight, target, segment_id, bias)
     _check_numbers(softcap, logit_scale, temperature, cache, group_size)
     _check_names(stats, norms)
-    if norms == "sketch":
+    if norms in ("sketch", "both"):
         check_sketch("linear_logprob", sketch_dim, sketch_buckets, "sketch_dim", "sketch_buckets")
     segments = _count_segments(hidden, segment_id, num_segments)
     if norms is not None and segments % group_size:
@@ -312,10 +312,10 @@ def _check_names(stats: Sequence[str], norms: str | None) -> None:
                 f"linear_logprob: unknown statistic {name!r}; known are "
                 f"{', '.join(known)}.{_nearest(name, known)}"
             )
-    if norms not in (None, "exact", "sketch"):
+    if norms not in (None, "exact", "sketch", "both"):
         raise ValueError(
-            f"linear_logprob: norms must be None, 'exact' or 'sketch', got {norms!r}."
-            f"{_nearest(str(norms), ('exact', 'sketch'))}"
+            f"linear_logprob: norms must be None, 'exact', 'sketch' or 'both', got {norms!r}."
+            f"{_nearest(str(norms), ('exact', 'sketch', 'both'))}"
         )
 
 

@@ -24,21 +24,22 @@ from .torch_tiles import Rider, Saved, Transform
 
 @dataclass(frozen=True)
 class SketchPlan:
-    """What `norms="sketch"` was asked for."""
+    """What `norms="sketch"` or "both" was asked for."""
 
     size: int  # k
     buckets: int  # K
     seed: int
+    exact: bool  # the Gram matrices are not estimated
     key: str
 
     def text(self) -> str:
         """As one argument of a custom op."""
-        return f"{self.size} {self.buckets} {self.seed} {self.key}"
+        return f"{self.size} {self.buckets} {self.seed} {int(self.exact)} {self.key}"
 
     @staticmethod
     def read(text: str) -> SketchPlan:
-        size, buckets, seed, key = text.split(" ", 3)
-        return SketchPlan(int(size), int(buckets), int(seed), key)
+        size, buckets, seed, exact, key = text.split(" ", 4)
+        return SketchPlan(int(size), int(buckets), int(seed), exact == "1", key)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class HeadNorms:
     longest: int = 0  # rows of a group up to which rows are multiplied with rows
     triton: bool = False
 
+    @property
+    def estimated(self) -> bool:
+        """Whether the Gram matrices come from the sketches."""
+        return self.sketch is not None and not self.sketch.exact
+
     @staticmethod
     def make(
         segment_id: Tensor | None,
@@ -81,12 +87,12 @@ class HeadNorms:
         norms = HeadNorms(None, sketch, like, longest=rows, triton=triton)
         if group_size:
             norms.groups = Groups.make(segment_id, segments, group_size, like.device)
-            if sketch is None:
+            if not norms.estimated:
                 norms.longest = longest_head_gram(vocab, dim, group_size, kept)
             batches = norms.groups.by_length(norms.longest)
-            if sketch is not None or not triton:
-                norms.gram = GroupGram(norms.groups, batches, like, riding=sketch is None)
-            if norms.gram is not None and sketch is None:
+            if norms.estimated or not triton:
+                norms.gram = GroupGram(norms.groups, batches, like, riding=not norms.estimated)
+            if norms.gram is not None and not norms.estimated:
                 norms.riders.append(norms.gram)
         if sketch is not None:
             buckets = Buckets.of(sketch.seed, sketch.key, sketch.buckets)
@@ -116,7 +122,7 @@ class HeadNorms:
         head = (hidden, weight, target, transform)
         terms, size = row_terms(transform, sums, saved), self.groups.group_size
         gram = self.like.new_zeros(self.groups.count, size, size)
-        if self.gram is not None and self.sketch is not None:
+        if self.gram is not None and self.estimated:
             self.gram.look_up_targets(*head, sums.maximum)
             assert self.counted is not None
             error = sketched_gram(
@@ -132,7 +138,8 @@ class HeadNorms:
         for group, length in enumerate(self.groups.lengths):
             if length > self.longest:
                 gram[group] = self._long_group(group, head, terms, saved, backend, cut)
-        return NormResults(gram, *none[1:])
+        sketch = none[2] if self.sketch is None else self._sketches(hidden, target, terms)
+        return NormResults(gram, none[1], sketch)
 
     def _long_group(
         self,

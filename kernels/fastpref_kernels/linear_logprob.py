@@ -20,7 +20,7 @@ from .head_norms import HeadNorms, SketchPlan
 from .row_sums import row_statistics
 from .segment import segment_expand, segment_sum
 
-_SEGMENT_STATS, _ROW_FLOATS = _launch.SEGMENT_STATS, ("log1m_pmax", "row_norm_sq")
+_SEGMENT_STATS, _ROW_FLOATS = _launch.SEGMENT_STATS, ("log1m_pmax", "row_norm_sq", "row_logp")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LinearLogprob:
     """Result of `linear_logprob`; float32 (float64 for float64 inputs), None where not asked for.
 
     Only `logp` is differentiable. The statistics are sums over the rows of each segment (S,),
-    `argmax`, `log1m_pmax` and `row_norm_sq` stand per row (R,).
+    `argmax`, `log1m_pmax`, `row_norm_sq` and `row_logp` stand per row (R,).
     """
 
     logp: Tensor  # (S,) nats
@@ -42,6 +42,7 @@ class LinearLogprob:
     argmax: Tensor | None = None  # (R,) int64, first largest entry
     log1m_pmax: Tensor | None = None  # (R,) log(1 - max_v p); see kernels/README.md on its floor
     row_norm_sq: Tensor | None = None  # (R,) ||d logp_t / d(hidden @ weight.T)||^2
+    row_logp: Tensor | None = None  # (R,) nats, of every row's target
     gram: Tensor | None = None  # (S / g, g, g) <d logp[a] / dW, d logp[b] / dW>
     gram_error: Tensor | None = None  # (S / g, g, g) one standard error of a sketched gram
     sketch: Tensor | None = None  # (S, k, k) of d logp[s] / dW, as `linear_sketch`
@@ -75,13 +76,12 @@ def linear_logprob(
 
     A segment without rows has logp 0. `num_segments` is the last id + 1 if not given: on CUDA that
     waits for the device, under torch.compile it must be given. `stats`: fields of `LinearLogprob`
-    to compute, from entropy, sum_sq_prob, log_sum_sq_prob, residual_sq, top1, argmax_logp,
-    mean_logit, argmax, log1m_pmax, row_norm_sq. `norms="exact"`: `gram`, of the segments' gradients
-    in `weight` (bias left out) within each group of `group_size` segments. `norms="sketch"`: an
-    unbiased estimate of it from `sketch_buckets` buckets of the vocabulary, with its `gram_error`,
-    and `sketch`, (k, k) with k = `sketch_dim` for every segment: it adds up over batches, ranks and
-    uses of the weight, and is compared with other sketches of that seed, key, k and buckets: what
-    `linear_sketch` calls seed, key, k, buckets has the prefix sketch_ here.
+    to compute. `norms="exact"`: `gram`, of the segments' gradients in `weight` (bias left out)
+    within each group of `group_size` segments. `norms="sketch"`: an unbiased estimate of it from
+    `sketch_buckets` buckets of the vocabulary, with its `gram_error`, and `sketch`, (k, k) with
+    k = `sketch_dim` for every segment: it adds up over batches, ranks and uses of the weight, and
+    is compared with other sketches of that seed, key, k and buckets: what `linear_sketch` calls
+    seed, key, k, buckets has the prefix sketch_ here. `norms="both"`: exact `gram` and `sketch`.
     `backend`: triton on CUDA, else torch; or the one that is named.
 
     Memory    weight trained: one (R, V) buffer in its dtype, or `cache` tiles of it (0: none) at a
@@ -110,7 +110,8 @@ def linear_logprob(
     )
     triton = _launch.resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
     plan = make_plan(hidden, weight, bias, cache, group_size if norms else 0, triton)
-    sketch = SketchPlan(sketch_dim, sketch_buckets, sketch_seed, sketch_key)
+    exact = norms == "both"
+    sketch = SketchPlan(sketch_dim, sketch_buckets, sketch_seed, exact, sketch_key)
     logp, sums, argmax, row_floats, *of_norms = _forward_op(
         hidden,
         weight,
@@ -121,7 +122,7 @@ def linear_logprob(
         [logit_scale, temperature] if softcap is None else [logit_scale, temperature, softcap],
         [int(x) for x in plan],
         ",".join(sorted(set(stats))),
-        sketch.text() if norms == "sketch" else "",
+        sketch.text() if norms in ("sketch", "both") else "",
     )
     asked = [name for name in _SEGMENT_STATS if name in stats]
     fields: dict[str, Tensor] = {name: row for name, row in zip(asked, sums.unbind(0), strict=True)}
@@ -132,7 +133,9 @@ def linear_logprob(
     if norms:
         fields["gram"] = of_norms[0]
     if norms == "sketch":
-        fields["gram_error"], fields["sketch"] = of_norms[1:3]
+        fields["gram_error"] = of_norms[1]
+    if norms in ("sketch", "both"):
+        fields["sketch"] = of_norms[2]
     return LinearLogprob(logp=logp, **fields)
 
 
@@ -248,13 +251,15 @@ def forward(
             **cut,
             kept=what.kept,
             need_hidden=what.need_hidden not in (0, LATER),
-            stats=names - {"row_norm_sq"},
+            stats=names - {"row_norm_sq", "row_logp"},
             riders=norms.riders,
         )
         logp_R = F.logsigmoid(-sums.odds)
         rows = row_statistics(sums, logp_R, vocab, target) if names else {}
         if "row_norm_sq" in names:
             rows["row_norm_sq"] = norms.row_norm_sq(transform, sums, saved)
+        if "row_logp" in names:
+            rows["row_logp"] = logp_R
         found = norms.finish(hidden, weight, target, transform, sums, saved, backend, cut)
     per_segment = [rows[name] for name in _SEGMENT_STATS if name in names]
     per_row = [rows[name] for name in _ROW_FLOATS if name in names]
@@ -303,7 +308,8 @@ def _forward_fake(
     names = stats.split(",")
     what, g = Plan(*plan), plan[2]
     groups = (segments // g, g, g) if g else (0,)
-    size = SketchPlan.read(sketch).size if sketch else 0
+    asked = SketchPlan.read(sketch) if sketch else None
+    size = asked.size if asked else 0
     states, exps_width, offsets = 4, _launch.padded(vocab), what.kept
     if not what.warps:
         states, exps_width = 4 if len(scales) == 3 else 3, vocab
@@ -314,7 +320,7 @@ def _forward_fake(
         target.new_empty(rows if "argmax" in names else 0),
         wide.new_empty(sum(name in _ROW_FLOATS for name in names), rows),
         wide.new_empty(groups),
-        wide.new_empty(groups if size else (0,)),
+        wide.new_empty(groups if asked and not asked.exact else (0,)),
         wide.new_empty((segments, size, size) if size else (0,)),
         wide.new_empty(states, rows),
         wide.new_empty(rows if what.need_hidden not in (0, LATER) else 0, dim),

@@ -85,6 +85,8 @@ def linear_logprob(
     if "log1m_pmax" in stats:
         others = logp_RV.scatter(-1, argmax.unsqueeze(-1), -torch.inf)
         fields["log1m_pmax"] = torch.logsumexp(others, -1).detach()
+    if "row_logp" in stats:
+        fields["row_logp"] = logp_RV.gather(-1, target.unsqueeze(-1)).squeeze(-1).detach()
     if "row_norm_sq" in stats:
         slopes = logit_gradients(
             raw.detach(),

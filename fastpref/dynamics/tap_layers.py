@@ -1,0 +1,205 @@
+"""Layers that taps know: what they are found by, and what of a pair's gradient follows from each.
+
+A layer is known by its forward, not by its name: a linear layer and an embedding by the function
+itself, a norm by what it does to a few numbers. Whatever else has a trained weight is refused.
+Shapes: T tokens of a packed batch, P pairs, d inputs, p outputs, D features, H heads, k sketch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T + b; a Conv1D of GPT-2 stores W^T."""
+
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Row id of the weight, times `scale` (Gemma: the root of D)."""
+
+    scale: float
+    padding_idx: int | None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Output whose derivative in the weight is x rsqrt(mean x^2 + eps), `centred`: of x - mean x."""
+
+    eps: float
+    centred: bool
+
+
+Kind = Linear | Embedding | Norm
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """What ``module`` computes with its own parameters; None where nothing here says it."""
+    if linear := _linear(module):
+        return linear
+    with torch.no_grad():
+        if isinstance(module, nn.Embedding):
+            return _embedding(module)
+        if isinstance(getattr(module, "weight", None), Tensor):
+            return _norm(module)
+    return None
+
+
+def _linear(module: nn.Module) -> Linear | None:
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
+        return Linear(transposed=False)
+    if type(module).__name__ == "Conv1D":
+        from transformers.pytorch_utils import Conv1D
+
+        if forward is Conv1D.forward:
+            return Linear(transposed=True)
+    return None
+
+
+def _embedding(module: nn.Embedding) -> Embedding | None:
+    if module.max_norm is not None or module.scale_grad_by_freq:
+        return None
+    # Rows that are all alike take no memory; that the right one is read, a first batch will show.
+    ids = torch.arange(min(3, module.num_embeddings), device=module.weight.device)
+    row = torch.linspace(1.0, 2.0, module.embedding_dim, dtype=torch.float64).to(module.weight)
+    try:
+        ones, other = (
+            functional_call(module, {"weight": x.expand(module.weight.shape)}, (ids,))
+            for x in (torch.ones_like(row), row)
+        )
+    except (TypeError, RuntimeError, AttributeError):
+        return None
+    if not isinstance(ones, Tensor) or ones.shape != (len(ids), len(row)):
+        return None
+    scale = float(ones[0, 0])
+    known = bool((ones == scale).all()) and torch.allclose(other, row * scale, rtol=1e-5)
+    return Embedding(scale, module.padding_idx) if known else None
+
+
+def _norm(module: nn.Module) -> Norm | None:
+    """By its derivative in the weight, at numbers of size 1 and of the size of eps."""
+    own = dict(module.named_parameters(recurse=False))
+    weight = own.get("weight")
+    if weight is None or weight.dim() != 1 or set(own) - {"weight", "bias"}:
+        return None
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    eps = torch.finfo(weight.dtype).eps if eps is None else float(eps)
+    x = torch.arange(3 * len(weight), device=weight.device, dtype=torch.float64)
+    x = (x * 1.7).sin().view(1, 3, -1) + 0.3
+    for centred in (False, True):
+        if all(_is_norm(module, own, (x * size).to(weight.dtype), eps, centred)
+               for size in (1.0, eps**0.5)):
+            return Norm(eps, centred)
+    return None
+
+
+def _is_norm(
+    module: nn.Module, own: dict[str, nn.Parameter], x: Tensor, eps: float, centred: bool
+) -> bool:
+    def at(value: float) -> Tensor:
+        given = {name: torch.full_like(p, value if name == "weight" else 0.0)
+                 for name, p in own.items()}
+        return functional_call(module, given, (x,))
+
+    try:
+        zero, one, two = at(0.0), at(1.0), at(2.0)
+    except (TypeError, RuntimeError, AttributeError, ValueError):
+        return False
+    if not isinstance(zero, Tensor) or zero.shape != x.shape:
+        return False
+    deviation = x - x.mean(-1, keepdim=True) if centred else x
+    expected = deviation * torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    return torch.allclose(one - zero, expected, **close) and torch.allclose(
+        two - zero, 2.0 * expected, **close
+    )
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(name of the layer, layer, name of the parameter in it, parameter), of all layers."""
+    for name, layer in module.named_modules():
+        for own, parameter in layer.named_parameters(recurse=False):
+            yield name, layer, own, parameter
+
+
+class Kept(torch.autograd.Function):
+    """The identity on a layer's output. It keeps the layer's input, and tells the tap of the
+    gradient that comes back; it hands it on as it is.
+
+    What it keeps goes through autograd's saved tensors, so that activation checkpointing drops it
+    and computes it again; the forward has no effects and may run twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, tap: Any, token: object) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.tap, ctx.token = tap, token
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.tap.receive(x, dy, ctx.token)
+        return dy, None, None, None
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x in the dtype in which autocast would multiply it: the layer then keeps the same tensor."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64 or not x.is_floating_point():
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def token_of(x: Tensor) -> object:
+    """What layers that are given the same tensor have in common: q, k and v, gate and up."""
+    token = getattr(x, "_fastpref_token", None)
+    if token is None:
+        token = x._fastpref_token = object()  # type: ignore[attr-defined]
+    return token
+
+
+class TokenRows:
+    """(1, ..., T, ..., D) -> (T, ..., D), tokens first.
+
+    A norm of heads sees (1, T, H, D) or, after a transpose, (1, H, T, D). Where H = T the shape does
+    not tell which; what the layer saw before does, and else the strides: heads lie within tokens,
+    as they come out of one row's product.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.dim: int | None = None  # of the tokens among (1, A, B, D)
+
+    def __call__(self, x: Tensor, tokens: int) -> Tensor:
+        """x (T, D), (1, T, D), (1, T, H, D) or (1, H, T, D)."""
+        if x.dim() >= 3 and x.shape[0] == 1:
+            x = x[0]
+        if x.dim() == 3:
+            dim = self._dim(x, tokens)
+            x = x.transpose(0, 1) if dim == 1 else x
+        if x.dim() > 3 or x.shape[0] != tokens:
+            raise ValueError(
+                f"{self.name}: sees {tuple(x.shape)} where the batch has {tokens} tokens, one row "
+                "each: layers that are given some of the tokens, as experts are, have no taps. Set "
+                "track: head."
+            )
+        return x
+
+    def _dim(self, x: Tensor, tokens: int) -> int:
+        fits = [dim for dim in (0, 1) if x.shape[dim] == tokens]
+        if len(fits) == 1:
+            self.dim = fits[0]
+        elif fits and self.dim is None:
+            return 0 if x.stride(0) >= x.stride(1) else 1
+        return self.dim or 0

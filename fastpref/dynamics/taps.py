@@ -1,0 +1,365 @@
+"""Taps: norms and sketches of every pair's gradient, out of one backward of a packed batch.
+
+    taps = attach(module, "sketch")            # a causal LM of transformers, as PairModel holds it
+    with taps.watching(batch):
+        logp = ...                             # forward
+        logp.backward(slopes)                  # backward of a sum over pairs
+    values = taps.collect()                    # of each pair's part of what was differentiated
+
+A *tap* stands behind a layer: it keeps the layer's input as autograd does, and sees the gradient of
+its output come back. Both together are the layer's gradient, pair by pair, without forming it
+(fastpref_kernels, *Norms of any layer*). The layer itself computes as without a tap, the same calls
+on the same numbers, so the weights' gradients are the same bits. Taps work through non-reentrant
+activation checkpointing; no module hook is used.
+
+A *layer group* is `embedding`, `block.<i>.attention`, `block.<i>.mlp`, `other` (linear layers
+outside of blocks), `norms` (every norm's weight and bias) or `head`; only those with trained
+weights are there. A head that is tied to the embedding belongs to `embedding`.
+
+Memory    Of a tap: nothing beyond what autograd keeps, where the layer's weight is trained. Sketches
+          k^2 numbers, for every pair and group; signs k bytes for every input and output of a
+          linear layer. Layers that share an input wait for each other: the gradients of their
+          outputs live as long as the last of them needs.
+Shapes    T tokens, P pairs, G groups, k sketch size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastpref_kernels import weight_sketch
+from torch import Tensor, nn
+
+from fastpref.batch import PairBatch
+from fastpref.dynamics import tap_layers
+from fastpref.dynamics.pair_parts import PairParts, Place, VocabularyPlace
+from fastpref.dynamics.tap_layers import Embedding, Kind, Linear, Norm
+
+MODES = ("sketch", "exact")
+_BLOCK = re.compile(r"^(?:.*?\.)??(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class TapValues:
+    """Of every pair's part of what was differentiated, without the head's weight."""
+
+    norm_sq: dict[str, Tensor]  # layer group -> (P,); "sketch" mode: those that are exact there
+    sketch: Tensor  # (G, P, k, k)
+    change: Tensor | None  # (G, P) inner products with a change of the weights, where one is given
+
+
+@dataclass(eq=False)
+class Tap:
+    """A layer with trained weights, or an embedding."""
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    group: int  # -1: nothing of it is trained
+    weight: Place | None  # where its weight's part goes; None: frozen
+    bias: Place | None
+    taps: Taps
+    rows: tap_layers.TokenRows
+    plain: Any = None  # its own forward, while it is watched
+
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Any:
+        """In the place of the layer's own."""
+        if not torch.is_grad_enabled():
+            return self.plain(x, *more, **named)
+        if isinstance(self.kind, Linear):
+            x = tap_layers.as_autocast(x)
+        y = self.plain(x, *more, **named)
+        if isinstance(self.kind, Embedding) and self.taps.anchors is not None:
+            y = y.detach().requires_grad_()
+            self.taps.anchors.append((self, x, y))
+            return y
+        if self.group < 0 or not y.requires_grad:
+            return y
+        return tap_layers.Kept.apply(y, x.detach(), self, tap_layers.token_of(x))
+
+    def receive(self, x: Tensor, dy: Tensor, token: object) -> None:
+        """The layer's input and the gradient of its output, in the backward."""
+        self.taps.receive(self, x, dy, token)
+
+
+class Taps:
+    """What `attach` gives. One batch is watched at a time, and collected before the next."""
+
+    def __init__(self, module: nn.Module, mode: str, sketch_dim: int, seed: int) -> None:
+        self.module, self.mode = module, mode
+        self.sketch_dim, self.seed = sketch_dim, seed
+        self.anchors: list[tuple[Tap, Tensor, Tensor]] | None = None
+        self.head: Place | None = None  # of the head's weight; None: frozen
+        self.head_weight: nn.Parameter | None = None
+        self.tied: Tap | None = None  # the embedding that has the head's weight
+        self.parts: PairParts | None = None
+        self._watched = False
+        self._waiting: tuple[object, Tensor, list[tuple[Tap, Tensor]]] | None = None
+        self.layers, self.groups = _find(self)
+
+    @property
+    def exact(self) -> bool:
+        """Whether squared norms are exact in every group."""
+        return self.mode == "exact"
+
+    @contextmanager
+    def watching(
+        self,
+        batch: PairBatch,
+        *,
+        change: Mapping[nn.Parameter, Tensor] | None = None,
+        anchored: bool = False,
+    ) -> Iterator[None]:
+        """Around forward and backward of ``batch``; outside, the module is the plain one.
+
+        ``change``: what the trained weights are compared with, see `TapValues.change`; weights that
+        are not in it count as unchanged. ``anchored``: the outputs of embeddings are leaves, and
+        stand in `anchors` (fastpref.gradients).
+        """
+        assert not self._watched, "a batch is watched already"
+        assert batch.hidden is None, "there are no layers to watch where states are given"
+        parts = PairParts.of(batch, len(self.groups), self.exact, self.sketch_dim, self.seed)
+        parts.changes = change
+        if change is not None:
+            parts.change = parts.norm_sq.new_zeros(parts.norm_sq.shape)
+        self.parts, self._watched = parts, True
+        self.anchors = [] if anchored else None
+        before = [tap.module.__dict__.get("forward") for tap in self.layers]
+        try:
+            for tap in self.layers:
+                tap.plain = tap.module.forward
+                tap.module.__dict__["forward"] = tap.forward
+            yield
+            self._flush()
+        finally:
+            for tap, own in zip(self.layers, before, strict=True):
+                if own is None:
+                    del tap.module.__dict__["forward"]
+                else:
+                    tap.module.__dict__["forward"] = own
+            self._watched, self._waiting, self.anchors = False, None, None
+
+    def collect(self) -> TapValues:
+        """What the taps saw since the last call: of the batch that was watched."""
+        parts, self.parts = self.parts, None
+        assert parts is not None, "nothing was watched since the last collect()"
+        exact = {
+            name: parts.norm_sq[i]
+            for i, name in enumerate(self.groups)
+            if name != "head" and (self.exact or name == "norms")
+        }
+        return TapValues(exact, parts.sketch, parts.change)
+
+    def receive(self, tap: Tap, x: Tensor, dy: Tensor, token: object) -> None:
+        """A tap's layer has been passed by the backward."""
+        parts = self.parts
+        assert parts is not None and self._watched, "the backward ran outside of watching()"
+        if isinstance(tap.kind, Linear):
+            waiting = self._waiting
+            if waiting and (waiting[0] is not token or not _alike(waiting[2][0][0], tap)):
+                self._flush()
+            if self._waiting is None:
+                self._waiting = (token, x, [])
+            self._waiting[2].append((tap, tap.rows(dy, parts.tokens)))
+            return
+        if isinstance(tap.kind, Norm):
+            rows = (tap.rows(x, parts.tokens), tap.rows(dy, parts.tokens))
+            parts.norm(*rows, tap.kind.eps, tap.kind.centred, tap.weight, tap.bias)
+        elif tap.weight is not None:
+            assert isinstance(tap.kind, Embedding) and isinstance(tap.weight, VocabularyPlace)
+            ids, dy = x.reshape(-1), tap.rows(dy, parts.tokens)
+            parts.embedding(ids, dy, tap.kind.scale, tap.kind.padding_idx, tap.weight)
+            if tap is self.tied:
+                parts.tied = (ids, dy)
+
+    def _flush(self) -> None:
+        """What waited for layers of the same input."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return
+        assert self.parts is not None
+        _, x, layers = waiting
+        x = layers[0][0].rows(x, self.parts.tokens)
+        self.parts.linear(x, [(dy, tap.weight, tap.bias) for tap, dy in layers])
+
+    def weight_sketch(self) -> Tensor:
+        """(G, k, k) float64: sketch of the trained weights as they are, under the projections of
+        their gradients. The difference of two is the sketch of what happened to the weights in
+        between, without a copy of them: rounded to about 1e-16 of the weights' own size."""
+        k = self.sketch_dim
+        device = next(iter(self.module.parameters())).device
+        total = torch.zeros(len(self.groups), k, k, dtype=torch.float64, device=device)
+        for place in self.places():
+            total[place.group] += weight_sketch(
+                place.parameter,
+                None,
+                k,
+                seed=self.seed,
+                key=place.key,
+                transposed=place.transposed,
+                first_output=place.first_output,
+                buckets=place.buckets,
+            )
+        return total
+
+    def places(self) -> Iterator[Place]:
+        """All trained weights, each once."""
+        for tap in self.layers:
+            yield from (place for place in (tap.weight, tap.bias) if place is not None)
+        if self.head is not None and self.tied is None:
+            yield self.head
+
+
+def attach(module: nn.Module, mode: str, *, sketch_dim: int = 16, seed: int = 0) -> Taps:
+    """Taps on all trained weights of ``module``, a causal LM of transformers.
+
+    ``mode``: "sketch", or "exact" for exact norms beside the sketches. ``seed`` chooses the
+    projections: sketches compare under one seed, sketch_dim and model.
+
+    Raises ValueError that names the layer and the parameter where a trained weight is not that of a
+    linear layer, embedding, RMSNorm or LayerNorm, or is shared by several layers.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    if sketch_dim < 1:
+        raise ValueError(f"sketch_dim must be at least 1, got {sketch_dim!r}.")
+    return Taps(module, mode, sketch_dim, seed)
+
+
+def _alike(first: Tap, tap: Tap) -> bool:
+    """Whether two linear layers of one input share its projection."""
+    if first.group != tap.group or first.weight is None or tap.weight is None:
+        return False
+    return first.weight.key == tap.weight.key
+
+
+def _find(taps: Taps) -> tuple[list[Tap], tuple[str, ...]]:
+    """The layers that taps stand behind, and the groups of the trained weights."""
+    module: Any = taps.module
+    head = module.get_output_embeddings()
+    uses: dict[int, list[str]] = {}
+    for name, _, own, parameter in tap_layers.own_parameters(module):
+        uses.setdefault(id(parameter), []).append(f"{name}.{own}")
+    kinds: dict[str, tuple[nn.Module, Kind]] = {}
+    missing = []
+    for name, layer in module.named_modules():
+        own = dict(layer.named_parameters(recurse=False))
+        trained = [n for n, p in own.items() if p.requires_grad]
+        if layer is head:
+            if head.weight.requires_grad:
+                taps.head_weight = head.weight
+            missing += [(name, layer, n) for n in trained if n != "weight"]
+        elif trained or isinstance(layer, nn.Embedding):
+            kind = tap_layers.kind_of(layer)
+            if kind is not None:
+                kinds[name] = (layer, kind)
+            else:
+                missing += [(name, layer, n) for n in trained]
+    if missing:
+        raise ValueError(_refusal(missing))
+    names = {name: _group(name, kind) for name, (layer, kind) in kinds.items() if _trains(layer)}
+    tied = None
+    for name, (layer, kind) in kinds.items():
+        for own, parameter in layer.named_parameters(recurse=False):
+            if not parameter.requires_grad or len(uses[id(parameter)]) == 1:
+                continue
+            if parameter is taps.head_weight and isinstance(kind, Embedding):
+                tied = name
+            if len(uses[id(parameter)]) > 2 or tied != name:
+                others = " and ".join(uses[id(parameter)])
+                raise ValueError(
+                    f"{others} are one trained parameter: taps know no shared weight but that of "
+                    "an input embedding and the head. Set track: head."
+                )
+    groups = _ordered([*names.values(), *(["head"] if taps.head_weight is not None else [])], tied)
+    offsets: dict[str, int] = {}
+    layers = []
+    for name, (layer, kind) in kinds.items():
+        group = groups.index(names[name]) if name in names else -1
+        weight, bias = _places(name, layer, kind, group, offsets, name == tied)
+        rows = tap_layers.TokenRows(f"{name} ({type(layer).__name__})")
+        tap = Tap(name, layer, kind, group, weight, bias, taps, rows)
+        layers.append(tap)
+        if name == tied:
+            taps.tied = tap
+            assert isinstance(weight, VocabularyPlace)
+            taps.head = weight
+    if taps.head_weight is not None and tied is None:
+        name = next(n for n in uses[id(taps.head_weight)])
+        taps.head = VocabularyPlace.hashed(name, taps.head_weight, groups.index("head"))
+    return layers, groups
+
+
+def _trains(layer: nn.Module) -> bool:
+    return any(p.requires_grad for p in layer.parameters(recurse=False))
+
+
+def _refusal(missing: Sequence[tuple[str, nn.Module, str]]) -> str:
+    name, layer, own = missing[0]
+    parameter = dict(layer.named_parameters(recurse=False))[own]
+    more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return (
+        f"{name} ({type(layer).__name__}) has the trained parameter {own} "
+        f"{tuple(parameter.shape)}{more}: gradients of a pair are known of linear layers, "
+        "embeddings, RMSNorm, LayerNorm and the head's weight (not of fused experts, quantised "
+        "weights, DoRA, a head's bias). Set track: head, or freeze it."
+    )
+
+
+def _group(name: str, kind: Kind) -> str:
+    if isinstance(kind, Embedding):
+        return "embedding"
+    if isinstance(kind, Norm):
+        return "norms"
+    found = _BLOCK.match(name)
+    if not found:
+        return "other"
+    child = found[2].partition(".")[0].lower()
+    return f"block.{found[1]}.{'attention' if 'attn' in child or 'attention' in child else 'mlp'}"
+
+
+def _ordered(names: Sequence[str], tied: str | None) -> tuple[str, ...]:
+    present = set(names) - ({"head"} if tied is not None else set())
+
+    def place(name: str) -> tuple[int, int, str]:
+        if name.startswith("block."):
+            return (1, int(name.split(".")[1]), name)
+        return (("embedding", "", "other", "norms", "head").index(name), 0, name)
+
+    return tuple(sorted(present, key=place))
+
+
+def _places(
+    name: str,
+    layer: nn.Module,
+    kind: Kind,
+    group: int,
+    offsets: dict[str, int],  # outputs so far of the linear layers of one parent
+    tied: bool,
+) -> tuple[Place | None, Place | None]:
+    own = dict(layer.named_parameters(recurse=False))
+    weight, bias = own["weight"], own.get("bias")
+    own_key = f"{name}.weight"
+    place: Place | None = None
+    if isinstance(kind, Linear):
+        # Layers of one parent are one tall matrix: q, k and v, which have one input, share its
+        # projection.
+        parent = name.rpartition(".")[0]
+        outputs, first = weight.shape[1 if kind.transposed else 0], offsets.get(parent, 0)
+        offsets[parent] = first + outputs
+        place = Place(own_key, weight, group, parent, kind.transposed, first)
+    elif isinstance(kind, Embedding):
+        make = VocabularyPlace.hashed if tied else VocabularyPlace.plain
+        place = make(own_key, weight, group)
+    else:
+        place = Place(own_key, weight, group, own_key)
+    beside = f"{name}.bias"
+    return (
+        place if weight.requires_grad else None,
+        Place(beside, bias, group, beside) if bias is not None and bias.requires_grad else None,
+    )
