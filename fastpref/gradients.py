@@ -72,8 +72,9 @@ class PairGradients:
         """
         assert self.of == "loss"
         known = weight != 0
-        return self.scaled(torch.where(known, -1.0 / torch.where(known, weight, 1.0), torch.nan),
-                           "margin")
+        return self.scaled(
+            torch.where(known, -1.0 / torch.where(known, weight, 1.0), torch.nan), "margin"
+        )
 
 
 def head_norms(taps: Taps, changed: bool = False) -> HeadNorms:
@@ -124,7 +125,7 @@ def segment_slopes(batch: PairBatch, of: str, tail_weight: float = 1.0) -> Tenso
     if of not in parts:
         raise ValueError(f"of must be one of {', '.join(parts)}, got {of!r}.")
     shared, chosen, rejected = parts[of]
-    row = [shared, chosen, rejected]
+    row: list[float] = [shared, chosen, rejected]
     if batch.group == GROUP_WITH_TAILS:
         w = tail_weight
         row = [shared, chosen, w * chosen, rejected, w * rejected]
@@ -285,9 +286,7 @@ def _head_change(head: Head, batch: PairBatch, scored: Scored, moved: Tensor) ->
     wide = scored.row_logp.dtype
     weight, moved = head.weight.detach().to(wide), moved.to(wide)
     found = []
-    for hidden, target in zip(
-        scored.hidden.split(ROWS), batch.target.split(ROWS), strict=True
-    ):
+    for hidden, target in zip(scored.hidden.split(ROWS), batch.target.split(ROWS), strict=True):
         rows = hidden.to(wide)
         raw = rows @ weight.t()
         if head.bias is not None:

@@ -60,7 +60,9 @@ class PairParts:
     sketch: Tensor  # (G, P, k, k)
     change: Tensor | None = None  # (G, P) inner products with `changes`
     changes: Mapping[nn.Parameter, Tensor] | None = None
-    tied: tuple[Tensor, Tensor] | None = None  # (T,) ids, (T, D) dy of an embedding that is the head
+    tied: tuple[Tensor, Tensor] | None = (
+        None  # (T,) ids, (T, D) dy of an embedding that is the head
+    )
 
     @staticmethod
     def of(batch: PairBatch, groups: int, exact: bool, k: int, seed: int) -> PairParts:
@@ -115,9 +117,9 @@ class PairParts:
                 wide = wide_dtype(dy, x)
                 there = multiply(x, (moved if place.transposed else moved.t()).to(x.dtype), wide)
                 self._add_change(place.group, (dy.to(wide) * there).sum(1))
-        for dy, _, place in layers:
-            if place is not None:
-                self._vector(place, column_sums(dy, self.segment_id, self.pairs))
+        for dy, _, bias in layers:
+            if bias is not None:
+                self._vector(bias, column_sums(dy, self.segment_id, self.pairs))
 
     def norm(
         self,
@@ -130,9 +132,7 @@ class PairParts:
     ) -> None:
         """An RMSNorm or LayerNorm."""
         if weight is not None:
-            sums = column_sums(
-                dy, self.segment_id, self.pairs, x=x, eps=eps, centred=centred
-            )
+            sums = column_sums(dy, self.segment_id, self.pairs, x=x, eps=eps, centred=centred)
             self._vector(weight, sums)
         if bias is not None:
             self._vector(bias, column_sums(dy, self.segment_id, self.pairs))

@@ -2,7 +2,7 @@
 
 A layer is known by its forward, not by its name: a linear layer and an embedding by the function
 itself, a norm by what it does to a few numbers. Whatever else has a trained weight is refused.
-Shapes: T tokens of a packed batch, P pairs, d inputs, p outputs, D features, H heads, k sketch size.
+Shapes: T tokens of a packed batch, d inputs, p outputs, D features, H heads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Norm:
-    """Output whose derivative in the weight is x rsqrt(mean x^2 + eps), `centred`: of x - mean x."""
+    """Derivative in the weight: x rsqrt(mean x^2 + eps), `centred`: the same of x - mean x."""
 
     eps: float
     centred: bool
@@ -97,8 +97,10 @@ def _norm(module: nn.Module) -> Norm | None:
     x = torch.arange(3 * len(weight), device=weight.device, dtype=torch.float64)
     x = (x * 1.7).sin().view(1, 3, -1) + 0.3
     for centred in (False, True):
-        if all(_is_norm(module, own, (x * size).to(weight.dtype), eps, centred)
-               for size in (1.0, eps**0.5)):
+        if all(
+            _is_norm(module, own, (x * size).to(weight.dtype), eps, centred)
+            for size in (1.0, eps**0.5)
+        ):
             return Norm(eps, centred)
     return None
 
@@ -107,8 +109,9 @@ def _is_norm(
     module: nn.Module, own: dict[str, nn.Parameter], x: Tensor, eps: float, centred: bool
 ) -> bool:
     def at(value: float) -> Tensor:
-        given = {name: torch.full_like(p, value if name == "weight" else 0.0)
-                 for name, p in own.items()}
+        given = {
+            name: torch.full_like(p, value if name == "weight" else 0.0) for name, p in own.items()
+        }
         return functional_call(module, given, (x,))
 
     try:
@@ -119,7 +122,7 @@ def _is_norm(
         return False
     deviation = x - x.mean(-1, keepdim=True) if centred else x
     expected = deviation * torch.rsqrt(deviation.square().mean(-1, keepdim=True) + eps)
-    close = {"rtol": 1e-3, "atol": 1e-3}
+    close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
     return torch.allclose(one - zero, expected, **close) and torch.allclose(
         two - zero, 2.0 * expected, **close
     )
@@ -172,9 +175,9 @@ def token_of(x: Tensor) -> object:
 class TokenRows:
     """(1, ..., T, ..., D) -> (T, ..., D), tokens first.
 
-    A norm of heads sees (1, T, H, D) or, after a transpose, (1, H, T, D). Where H = T the shape does
-    not tell which; what the layer saw before does, and else the strides: heads lie within tokens,
-    as they come out of one row's product.
+    A norm of heads sees (1, T, H, D) or, after a transpose, (1, H, T, D). Where H = T the shape
+    does not tell which; what the layer saw before does, and else the strides: heads lie within
+    tokens, as they come out of one row's product.
     """
 
     def __init__(self, name: str) -> None:

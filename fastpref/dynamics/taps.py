@@ -16,10 +16,9 @@ A *layer group* is `embedding`, `block.<i>.attention`, `block.<i>.mlp`, `other` 
 outside of blocks), `norms` (every norm's weight and bias) or `head`; only those with trained
 weights are there. A head that is tied to the embedding belongs to `embedding`.
 
-Memory    Of a tap: nothing beyond what autograd keeps, where the layer's weight is trained. Sketches
-          k^2 numbers, for every pair and group; signs k bytes for every input and output of a
-          linear layer. Layers that share an input wait for each other: the gradients of their
-          outputs live as long as the last of them needs.
+Memory    Of a tap: nothing beyond what autograd keeps for the layer's own gradient. Sketches: k^2
+          numbers for every pair and group. Layers that share an input wait for each other: the
+          gradients of their outputs live until the last of them has come.
 Shapes    T tokens, P pairs, G groups, k sketch size.
 """
 
@@ -248,8 +247,7 @@ def _find(taps: Taps) -> tuple[list[Tap], tuple[str, ...]]:
     kinds: dict[str, tuple[nn.Module, Kind]] = {}
     missing = []
     for name, layer in module.named_modules():
-        own = dict(layer.named_parameters(recurse=False))
-        trained = [n for n, p in own.items() if p.requires_grad]
+        trained = [n for n, p in layer.named_parameters(recurse=False) if p.requires_grad]
         if layer is head:
             if head.weight.requires_grad:
                 taps.head_weight = head.weight
@@ -265,7 +263,7 @@ def _find(taps: Taps) -> tuple[list[Tap], tuple[str, ...]]:
     names = {name: _group(name, kind) for name, (layer, kind) in kinds.items() if _trains(layer)}
     tied = None
     for name, (layer, kind) in kinds.items():
-        for own, parameter in layer.named_parameters(recurse=False):
+        for parameter in layer.parameters(recurse=False):
             if not parameter.requires_grad or len(uses[id(parameter)]) == 1:
                 continue
             if parameter is taps.head_weight and isinstance(kind, Embedding):

@@ -7,7 +7,7 @@ rows. Formulas, cost and variance: kernels/README.md.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from .sketched_gram import sketched_gram
 from .torch_tiles import Rider, Saved, Transform
 
 
-@dataclass(frozen=True)
-class SketchPlan:
+class SketchPlan(NamedTuple):
     """What `norms="sketch"` or "both" was asked for."""
 
     size: int  # k

@@ -110,8 +110,7 @@ def linear_logprob(
     )
     triton = _launch.resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
     plan = make_plan(hidden, weight, bias, cache, group_size if norms else 0, triton)
-    exact = norms == "both"
-    sketch = SketchPlan(sketch_dim, sketch_buckets, sketch_seed, exact, sketch_key)
+    sketch = SketchPlan(sketch_dim, sketch_buckets, sketch_seed, norms == "both", sketch_key)
     logp, sums, argmax, row_floats, *of_norms = _forward_op(
         hidden,
         weight,
@@ -308,8 +307,7 @@ def _forward_fake(
     names = stats.split(",")
     what, g = Plan(*plan), plan[2]
     groups = (segments // g, g, g) if g else (0,)
-    asked = SketchPlan.read(sketch) if sketch else None
-    size = asked.size if asked else 0
+    size, _, _, exact, _ = SketchPlan.read(sketch) if sketch else (0,) * 5
     states, exps_width, offsets = 4, _launch.padded(vocab), what.kept
     if not what.warps:
         states, exps_width = 4 if len(scales) == 3 else 3, vocab
@@ -320,7 +318,7 @@ def _forward_fake(
         target.new_empty(rows if "argmax" in names else 0),
         wide.new_empty(sum(name in _ROW_FLOATS for name in names), rows),
         wide.new_empty(groups),
-        wide.new_empty(groups if asked and not asked.exact else (0,)),
+        wide.new_empty(groups if size and not exact else (0,)),
         wide.new_empty((segments, size, size) if size else (0,)),
         wide.new_empty(states, rows),
         wide.new_empty(rows if what.need_hidden not in (0, LATER) else 0, dim),

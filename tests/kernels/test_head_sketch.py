@@ -60,6 +60,25 @@ def test_sketch_is_the_one_of_the_gradient(
         torch.testing.assert_close(segment, whole, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("width", [50, 4096])
+def test_both_are_the_exact_gram_and_the_sketch(
+    width: int, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit what each gives alone, beside log-probs of every row."""
+    monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: min(width, vocab))
+    case = make_case(20, 6, 300, segments=6, gap=2.0, softcap=5.0)
+    at: dict[str, Any] = {"sketch_dim": 5, "sketch_seed": 7, "sketch_buckets": 64}
+    with torch.set_grad_enabled(grad):
+        ours = call(linear_logprob, case, 3, norms="both", stats=("row_logp",), **at)
+        alone = call(linear_logprob, case, 3, norms="exact")
+        sketch = sketched(case, **at).sketch
+    assert torch.equal(ours.gram, alone.gram) and torch.equal(ours.sketch, sketch)
+    assert ours.gram_error is None and torch.equal(ours.logp, alone.logp)
+    truth = call(reference.linear_logprob, case, stats=("row_logp",)).row_logp
+    torch.testing.assert_close(ours.row_logp, truth, rtol=1e-12, atol=1e-13)
+
+
 def test_as_the_layer_and_the_embedding_under_one_key() -> None:
     """`linear_sketch` of (R, V) logit gradients; an embedding's gradient added to a tied head's."""
     case = make_case(20, 6, 300, segments=6)

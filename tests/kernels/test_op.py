@@ -29,7 +29,8 @@ def plan(**changes: int) -> list[int]:
         ({"width": 23, "kept": 1}, "row_norm_sq", "", torch.float32),
         ({"kept": 0, "need_weight": 0}, "argmax,entropy,log1m_pmax,top1", "", torch.float32),
         ({"group_size": 2, "need_bias": 1}, "mean_logit", "", torch.float32),
-        ({"group_size": 4}, "log1m_pmax,row_norm_sq", "3 64 5 lm head", torch.float32),
+        ({"group_size": 4}, "log1m_pmax,row_norm_sq", "3 64 5 0 lm head", torch.float32),
+        ({"group_size": 4}, "row_logp", "3 64 5 1 lm head", torch.float32),
     ],
 )
 def test_opcheck(changes: dict[str, int], stats: str, sketch: str, dtype: torch.dtype) -> None:
@@ -214,7 +215,7 @@ def test_auto_says_once_what_it_chose(
             "computes in float32, got torch.float64",
         ),
         ({"backend": "tritn"}, "Did you mean 'triton'"),
-        ({"norms": "both"}, "got 'both'"),
+        ({"norms": "gram"}, "got 'gram'"),
         ({"norms": "exakt"}, "Did you mean 'exact'"),
         ({"norms": "sketch", "sketch_dim": 0}, "sketch_dim must be at least 1, got 0"),
         ({"norms": "sketch", "sketch_buckets": 0}, "power of two from 64 to 8192, got 0"),
