@@ -21,6 +21,7 @@ from fastpref.errors import NonFiniteError, Preempted
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("fastpref.commands.train", "train a model on preference pairs"),
+    "watch": ("fastpref.commands.watch", "follow a run in the terminal, behavior by behavior"),
     "report": ("fastpref.commands.report", "write a run's report.html"),
     "inspect": ("fastpref.commands.inspect", "look at a data set before training on it"),
     "theory": ("fastpref.commands.theory", "predict what pairs teach a model, before training"),

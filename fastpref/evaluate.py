@@ -184,8 +184,10 @@ def _reward_margins(results: Sequence[PairResult], behaviors: int) -> np.ndarray
 
 
 BEHAVIOR_METRICS = (
+    "margin",
     "rewards/margins",
     "rewards/accuracies",
+    "output_accuracy",
     "logps/chosen",
     "grad_norm",
     "update_rate",
@@ -195,8 +197,10 @@ BEHAVIOR_METRICS = (
 def _behavior_metrics(row: Mapping[str, Any], reward_margin: float) -> dict[str, float | None]:
     """`BEHAVIOR_METRICS` of a row of the `behaviors` table; None is not known."""
     values = (
+        row["margin"],
         float(reward_margin),
         row["reward_accuracy"],
+        row["output_accuracy"],
         row["logp_chosen"],
         row.get("head_gnorm_m"),
         row.get("rate_obs"),

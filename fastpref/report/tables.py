@@ -72,25 +72,32 @@ def read_run(run: str | Path) -> RunFiles:
 
     Raises ValueError if it is no run folder or its records have another schema version.
     """
-    path = Path(run)
-    known = [path / "config.yaml", path / "metrics.jsonl", path / "records"]
-    if not any(p.exists() for p in known):
-        raise ValueError(
-            f"{path} is not the folder of a run: expected config.yaml, metrics.jsonl or records "
-            "in it; give the output_dir of `fastpref train`"
-        )
-    config = yaml.safe_load(known[0].read_text()) if known[0].exists() else {}
-    perf = path / "perf.jsonl"
+    path = demand_run(run)
+    settings, metrics, perf = (
+        path / name for name in ("config.yaml", "metrics.jsonl", "perf.jsonl")
+    )
+    config = yaml.safe_load(settings.read_text()) if settings.exists() else {}
     return RunFiles(
         path=path,
         config=config or {},
-        metrics=read_jsonl(known[1]) if known[1].exists() else [],
+        metrics=read_jsonl(metrics) if metrics.exists() else [],
         perf=read_jsonl(perf) if perf.exists() else [],
         curves=_curves(path),
         steps=_steps(path),
         pairs=_trained_pairs(path),
         finished=any(path.glob("*.safetensors")),
     )
+
+
+def demand_run(run: str | Path) -> Path:
+    """The path of a run folder; ValueError if it is none."""
+    path = Path(run)
+    if not any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "records")):
+        raise ValueError(
+            f"{path} is not the folder of a run: expected config.yaml, metrics.jsonl or records "
+            "in it; give the output_dir of `fastpref train`"
+        )
+    return path
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
