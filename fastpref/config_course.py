@@ -7,6 +7,7 @@ import dataclasses
 from fastpref.config_input import InputOptions
 from fastpref.config_options import LR_SCHEDULER_KWARGS, OPTIM_ARGS
 from fastpref.config_values import Options, option
+from fastpref.probe_types import DEFAULT_PROBE_TYPES, PROBE_TYPES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,6 +232,28 @@ class CourseOptions(InputOptions):
         1, "dynamics", "Steps between two tracked steps.", within="at least 1"
     )
     sketch_dim: int = option(16, "dynamics", "Width of a gradient sketch.", within="at least 1")
+    probe_every: int = option(
+        0,
+        "dynamics",
+        "Steps between two evaluations of the probes, steps 0 and the last included; 0: none.",
+        within="at least 0",
+    )
+    probes: str | None = option(
+        None,
+        "dynamics",
+        "File of probes: prompt, response, response_type; also behavior and id (docs/probes.md).",
+    )
+    probe_prompts: int = option(
+        64,
+        "dynamics",
+        "Training pairs whose prompts are probed, in turn from every behavior.",
+        within="at least 0",
+    )
+    probe_types: tuple[str, ...] = option(
+        DEFAULT_PROBE_TYPES,
+        "dynamics",
+        f"Responses to these prompts that are scored: {', '.join(PROBE_TYPES)}.",
+    )
     ref_cache_dir: str | None = option(
         None, "dynamics", "Reference log-probs; null: the user's cache folder."
     )

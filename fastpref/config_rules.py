@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from fastpref.config_loss import check_losses
 from fastpref.config_options import LR_SCHEDULER_KWARGS, OPTIM_ARGS, check_options
 from fastpref.config_values import ConfigError
 from fastpref.loss_table import TABLE
+from fastpref.probe_types import PROBE_TYPES
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
 EVAL_SET = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
@@ -62,6 +64,7 @@ def check_combinations(config: Any) -> None:
             )
     _check_optimizer(config)
     _check_best(config)
+    _check_probes(config)
     for name in config.report_to:
         if name not in LOGGERS:
             apart = "name several as a list, without commas on the command line"
@@ -127,6 +130,26 @@ def _check_optimizer(config: Any) -> None:
         raise ConfigError(
             "warmup_steps", "warmup_ratio is set too; set one of them and remove the other"
         )
+
+
+def _check_probes(config: Any) -> None:
+    for name in config.probe_types:
+        if name not in PROBE_TYPES:
+            near = difflib.get_close_matches(name, PROBE_TYPES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            apart = "; name several as a list, without commas on the command line"
+            raise ConfigError(
+                "probe_types",
+                f"expected some of {', '.join(PROBE_TYPES)}, got {name!r}"
+                + (apart if "," in name else hint)
+                + " (a file of probes may have types of its own)",
+            )
+    if config.probes and not config.probe_every:
+        raise ConfigError("probes", "are scored never, as probe_every is 0; set probe_every")
+    none = not config.probes and not (config.probe_types and config.probe_prompts)
+    if config.probe_every and none:
+        empty = "probe_prompts" if not config.probe_prompts else "probe_types"
+        raise ConfigError("probe_every", f"there is no probe: {empty} is empty; set it, or probes")
 
 
 def _check_best(config: Any) -> None:

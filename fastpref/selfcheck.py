@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpref.data.branches import Probe, fed_lengths, pack_probes, plan_probes
 from fastpref.data.pack import fed_tokens, pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.diagnosis import find_cause, out_of_memory
@@ -74,6 +75,32 @@ def check_model(
         _demand_finite(model, compared, name)
     if exact.router:
         _demand_balance(exact, exact.router, compared, name)
+    return worst
+
+
+@torch.no_grad()
+def check_probes(model: PairModel, probes: Sequence[Probe], max_tokens: int) -> float:
+    """Compare log-probs of packed probes, the prompt shared, with plain forwards; as `check_model`.
+
+    Of the prompt with the most responses, and of the longest probe.
+    """
+    exact = _exact(model)
+    groups = [group for own in plan_probes(probes, max_tokens) for group in own]
+    longest = max(groups, key=lambda own: max(sum(fed_lengths([probes[i]])) for i in own))
+    most = max(groups, key=len)
+    chosen = [[probes[i] for i in own] for own in ([most] if most == longest else [most, longest])]
+    packed = torch.cat([exact.logp(pack_probes([own]).to(exact.device)).logp for own in chosen])
+    with exact.plain_attention():
+        plain = torch.stack(
+            [_sequence_logp(exact, p.prompt, p.response) for own in chosen for p in own]
+        )
+    worst, accepted = _difference(packed, plain), _accepted(exact)
+    if not worst <= accepted:
+        raise ValueError(
+            f"{type(model.module).__name__}: log-probabilities of probes that share their prompt "
+            f"differ from those of separate sequences by {worst:.2g} of their size, where rounding "
+            f"in {exact.dtype} explains {accepted:g}. Set probe_every: 0 to train without probes."
+        )
     return worst
 
 

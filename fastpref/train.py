@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastpref import dist, lora, require_matching_kernels, runfolder
+from fastpref.answers import initial_probes
 from fastpref.balance import Balancer, demand_shares, find_balancer
 from fastpref.batch import PairBatch
 from fastpref.best import Best
@@ -34,6 +35,7 @@ from fastpref.config import Config
 from fastpref.data.dataset import Dataset, load_dataset
 from fastpref.data.loader import Loader, StepPlan
 from fastpref.data.pack import demand_budget, demand_vocabulary, fed_tokens, pack_pairs
+from fastpref.data.probes import build_probes
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
 from fastpref.errors import NonFiniteError, Preempted
@@ -53,12 +55,13 @@ from fastpref.model import (
 )
 from fastpref.observe import Window, pair_columns, record_step
 from fastpref.optim import build_optimizer
+from fastpref.probes import Probing
 from fastpref.progress import Bar, Clock
 from fastpref.refcache import cache_key
 from fastpref.reference import copy_reference, is_live, sync_reference
 from fastpref.refmodel import find_reference
 from fastpref.schedule import WARMUP_RATIO, Schedule, rate_factor
-from fastpref.selfcheck import check_model
+from fastpref.selfcheck import check_model, check_probes
 from fastpref.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
@@ -77,6 +80,7 @@ class State:
     reference: PairModel | None = None  # the one that follows the policy (sync_ref_model)
     balancer: Balancer | None = None  # what weighs the behaviors' losses (balance)
     head_start: Tensor | None = None  # (V, D) initial head weight, where the head alone learns
+    probing: Probing | None = None  # what scores fixed responses (probe_every)
     step: int = 0  # finished optimizer steps
     num_tokens: int = 0  # of both sequences of every pair so far, as TRL counts
     loss_sum: float = 0.0  # of every step's loss so far
@@ -107,6 +111,8 @@ class State:
         }
         if self.balancer:
             counters["balance"] = self.balancer.state_dict()
+        if self.probing:
+            counters["probes"] = self.probing.state_dict()
         module, tokenizer = self.model.module, self.model.tokenizer
         reference = self.reference.module if self.reference else None
         return TrainState(
@@ -135,6 +141,8 @@ class State:
         self.best.load_state_dict(counters["best"])
         if self.balancer:
             self.balancer.load_state_dict(counters["balance"])
+        if self.probing:
+            self.probing.load_state_dict(counters["probes"])
 
 
 def train(config: Config, progress: bool = True) -> Path:
@@ -163,6 +171,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     tokenizer = load_tokenizer(config)
     dataset = load_dataset(config, tokenizer, progress)
     demand_shares(config, dataset)
+    probes = build_probes(config, tokenizer, dataset) if config.probe_every else []
     torch.manual_seed(config.seed)
     model = load_model(config, tokenizer)
     key = _data_key(model, dataset)
@@ -181,6 +190,11 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
         model = freeze_body(model)
     worst = check_model(model, dataset.train, config.max_tokens_per_microbatch)
     log.info("self-check: packed equals separate sequences to %.1e", worst)
+    probing = None
+    if config.probe_every:
+        probes += initial_probes(config, model, dataset)
+        probing = Probing(config, probes, dataset.behaviors, len(model.head.weight))
+        check_probes(model, probes, config.max_tokens_per_microbatch)
     if model.frozen_body:
         dataset = with_states(config, model, dataset, progress)
     if loss.needs_reference:
@@ -195,8 +209,11 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     optimizer = build_optimizer(model.module.named_parameters(), config)
     scheduler = Schedule(optimizer, config, last_step)
     state = State(model, optimizer, scheduler, Window(model.device), best, key, reference, balancer)
+    state.probing = probing
     if model.frozen_body:
         state.head_start = model.head.weight.detach().clone()
+    if probing:
+        probing.begin(model)
     if checkpoint:
         state.restore(checkpoint)
         log.info("resumed from %s", checkpoint)
@@ -222,6 +239,8 @@ def run_loop(
     if config.record:
         recorder = Recorder(run, dist.rank(), dataset.behaviors, config.part_steps, state.step)
         recorder.index(dataset.index)
+        if state.probing:
+            recorder.index(state.probing.index_rows(model.tokenizer), "probe_index")
     journal = Journal(config, state.step)
     if main:  # nothing can refuse the resumption any more; the run is about to contradict these
         remove_checkpoints_after(run, state.step)
@@ -229,6 +248,8 @@ def run_loop(
     truncated = frozenset(p.pair_id for p in dataset.train if p.truncated)
     if evaluator and state.step == 0 and config.eval_on_start:
         evaluator.run(model, loss, 0, 0.0, journal, recorder, loss_weights=state.loss_weights())
+    if state.probing and state.step == 0:
+        state.probing.run(model, 0, 0.0, journal, recorder)
     if best.stop:  # it ended early already
         last_step = state.step
 
@@ -277,6 +298,9 @@ def run_loop(
 
             if state.balancer:  # the weights of the steps to come; those of this one are written
                 state.balancer.update(plan.step)
+            if state.probing and (last or state.probing.due(plan.step)):
+                with bar.paused():
+                    state.probing.run(model, plan.step, plan.epoch, journal, recorder)
 
             # What is kept of it. Records first: a checkpoint never is ahead of them.
             ending = _any_rank(asked.is_set(), model.device)

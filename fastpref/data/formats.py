@@ -249,8 +249,8 @@ def _pair(
     tools, template_kwargs = None, None
     content: tuple[str, ...] = (behavior, *texts)
     if not isinstance(prompt, str):
-        tools = _tools(row)
-        template_kwargs = _template_kwargs(row)
+        tools = tools_of(row)
+        template_kwargs = template_kwargs_of(row)
         asked = canonical_json([tools, template_kwargs], "a tool or template option")
         content = ("conversation", *content, asked)  # never that of a text pair
     elif _given(row, "tools") or _given(row, "chat_template_kwargs"):  # a CSV cell may say []
@@ -279,7 +279,7 @@ def _pair(
     )
 
 
-def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
+def tools_of(row: Row) -> tuple[dict[str, Any], ...] | None:
     """The schemas of column ``tools``: a list of objects, of their JSON, or the JSON of one."""
     value = _given(row, "tools")
     if not value and not isinstance(value, list):
@@ -290,7 +290,8 @@ def _tools(row: Row) -> tuple[dict[str, Any], ...] | None:
     return tuple(tools)
 
 
-def _template_kwargs(row: Row) -> dict[str, Any] | None:
+def template_kwargs_of(row: Row) -> dict[str, Any] | None:
+    """The further variables of the chat template: an object, or its JSON."""
     value = _given(row, "chat_template_kwargs")
     if not value:
         return None

@@ -173,7 +173,7 @@ def remove_parts(root: Path, after_step: int) -> None:
 def cut_parts(root: Path, first: int, step: int) -> None:
     """Take the rows of steps > `step` out of the parts, of all ranks, that begin at `first`."""
     for path in sorted(root.glob(f"*/part-{first:08d}-*.parquet")):
-        if path.parent.name != "index" and last_step_of(path) > step:
+        if path.parent.name not in schema.INDEX_TABLES and last_step_of(path) > step:
             write_part(rows_until(read_part(path, path.parent.name), step), path, step)
 
 

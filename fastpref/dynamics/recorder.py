@@ -88,24 +88,25 @@ class Recorder:
         elif rank == 0:
             remove_parts(self._root, after_step=-1)
 
-    def index(self, rows: Iterable[Mapping[str, object]]) -> None:
-        """Write the index table, once per run: a mapping of columns of `index` per pair.
+    def index(self, rows: Iterable[Mapping[str, object]], name: str = "index") -> None:
+        """Write the index table ``name``, once per run: a mapping of its columns per row.
 
         On resume the rows must be those already written; ValueError names the first that differs.
         """
         if self._rank != 0:
             return
-        table = table_of_rows("index", rows)
-        path = self._root / "index" / part_name(0, 0)
+        assert name in schema.INDEX_TABLES
+        table = table_of_rows(name, rows)
+        path = self._root / name / part_name(0, 0)
         if path.exists():
-            old, new = read_part(path, "index").to_pylist(), table.to_pylist()
+            old, new = read_part(path, name).to_pylist(), table.to_pylist()
             if old != new:
                 at = next(
                     (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b),
                     min(len(old), len(new)),
                 )
                 raise ValueError(
-                    f"{path}: the data changed since these records began: {len(old)} pairs then, "
+                    f"{path}: the data changed since these records began: {len(old)} rows then, "
                     f"{len(new)} now, first difference at row {at}; use the data the run began "
                     "with, or another output_dir"
                 )
@@ -176,6 +177,10 @@ class Recorder:
             complete.append(filled)
         self._add_rows("behaviors", step, complete)
         return complete
+
+    def rows(self, name: str, step: int, rows: Iterable[Mapping[str, object]]) -> None:
+        """Record rows of `probes` or `squeezing`: mappings of columns, without the step."""
+        self._add_rows(name, step, [{**row, "step": step} for row in rows])
 
     def flush(self, step: int) -> None:
         """Say that everything of `step` is recorded; writes a part when `step` ends one."""
@@ -254,7 +259,7 @@ class Recorder:
             self._written = first - 1
             for name in schema.TABLES:
                 part = self._root / name / part_name(first, self._rank)
-                if name != "index" and part.exists():
+                if name not in schema.INDEX_TABLES and part.exists():
                     self._buffer[name] = [rows_until(read_part(part, name), step)]
         for part in list_parts(self._root.parent, "behaviors"):
             if first_step_of(part) <= step:

@@ -320,16 +320,53 @@ _PROBES = Table(
     (
         Column("step", _I32, "step", "optimizer step", True),
         Column("probe_id", _I64, "-", "stable id of the probe", True),
-        Column("prompt_id", _I64, "-", "pair_id whose prompt it answers"),
-        Column("behavior", _DICT, "-", "group label of that pair"),
-        Column("response_type", _DICT, "-", "chosen, rejected, rephrase, random, greedy, ..."),
+        Column("prompt_id", _I64, "-", "pair_id whose prompt it answers; of a file, of the prompt"),
+        Column("behavior", _DICT, "-", "group label of that pair; null: none"),
+        Column("response_type", _DICT, "-", "chosen, rejected, initial, irr_train, ..."),
         Column("tokens", _I32, "token", "scored tokens"),
         Column("logp", _F32, "nat", "log pi(response given prompt), summed"),
         Column("argmax_logp", _F32, "nat", "sum over positions of max_v log pi(v)"),
-        Column("argmax_changed", _F32, "-", "fraction of positions whose argmax changed"),
+        Column(
+            "argmax_changed", _F32, "-", "fraction of positions with another argmax than at step 0"
+        ),
+        Column("argmax_id", pa.list_(_I32), "-", "token id of the argmax at every position"),
         Column("entropy", _F32, "nat", "mean entropy"),
         Column("sum_sq_prob", _F32, "-", "mean of sum_v pi(v)^2"),
         Column("log1m_pmax", _F32, "nat", "mean of log(1 - max_v pi(v))"),
+        Column("energy", _F32, "-", "mean of 1 - pi(y)"),
+        Column("residual", _F32, "-", "mean norm of pi - e_y, the gradient of log pi(y) in logits"),
+        Column("a_norm", _F32, "-", "mean Frobenius norm of I - 1 pi^T"),
+    ),
+)
+
+_PROBE_INDEX = Table(
+    "probe_index",
+    "One row per probe of the run, written once: what it is.",
+    (
+        Column("probe_id", _I64, "-", "the id used in `probes`", True),
+        Column("prompt_id", _I64, "-", "as in `probes`", True),
+        Column("id", _STR, "-", "the user's id, empty if there is none"),
+        Column("file", _DICT, "-", "file of the probe, empty if it is made from a pair of the run"),
+        Column("line", _I32, "-", "line of that file, from 1"),
+        Column("behavior", _DICT, "-", "group label; null: none"),
+        Column("response_type", _DICT, "-", "as in `probes`", True),
+        Column("prompt_len", _I32, "token", "tokens of the prompt", True),
+        Column("response", pa.list_(_I32), "-", "token ids of the response", True),
+        Column("text", _STR, "-", "the response, decoded"),
+    ),
+)
+
+_SQUEEZING = Table(
+    "squeezing",
+    "One row per probe evaluation after the first and behavior with chosen and rejected probes: "
+    "changes of mean log-probs since the evaluation before.",
+    (
+        Column("step", _I32, "step", "optimizer step", True),
+        Column("behavior", _DICT, "-", "group label", True),
+        Column("chosen", _F64, "nat", "change of the chosen responses' mean log pi"),
+        Column("rejected", _F64, "nat", "change of the rejected responses' mean log pi"),
+        Column("argmax", _F64, "nat", "change of mean argmax_logp at the chosen's positions"),
+        Column("alarm", _BOOL, "-", "argmax rises while chosen and rejected both fall", True),
     ),
 )
 
@@ -348,7 +385,20 @@ _INDEX = Table(
     ),
 )
 
-TABLES = {t.name: t for t in (_PAIRS, _STEPS, _BEHAVIORS, _GRAM, _PROBES, _INDEX)}
+TABLES = {
+    t.name: t
+    for t in (
+        _PAIRS,
+        _STEPS,
+        _BEHAVIORS,
+        _GRAM,
+        _PROBES,
+        _SQUEEZING,
+        _INDEX,
+        _PROBE_INDEX,
+    )
+}
+INDEX_TABLES = ("index", "probe_index")  # written once, as a run begins
 
 
 def arrow_schema(table: str) -> pa.Schema:

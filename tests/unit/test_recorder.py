@@ -256,7 +256,7 @@ def test_index_must_stay_the_same(tmp_path: Path) -> None:
     run_steps(tmp_path, 4, 4, None)
     recorder = Recorder(tmp_path, 0, NAMES, 4, 4)
     rows = [{"pair_id": i, "behavior": "calm", "split": "train"} for i in (0, 1, 5, 3)]
-    with pytest.raises(ValueError, match="4 pairs then, 4 now, first difference at row 2"):
+    with pytest.raises(ValueError, match="4 rows then, 4 now, first difference at row 2"):
         recorder.index(rows)
 
 

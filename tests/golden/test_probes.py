@@ -1,0 +1,452 @@
+"""A run that follows probes: against plain float64 forwards of full logits, and beside one that
+follows none; resumed; from a file; in micro-batches; on two ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastpref.config import Config
+from fastpref.data.branches import Probe, pack_probes
+from fastpref.data.dataset import load_dataset
+from fastpref.dynamics.recorder import read_records
+from fastpref.probes import Probing
+from fastpref.train import train
+from tests.architectures import packed, tiny_model
+
+TYPES = (
+    "chosen",
+    "rejected",
+    "initial",
+    "irr_train",
+    "irr_test",
+    "random_permute",
+    "random_tokens",
+)
+PROMPTS = 12
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return Config(
+        model_name_or_path=str(tiny_model_dir),
+        dataset_name=(str(tiny_data),),
+        ref_cache_dir=str(tmp_path_factory.mktemp("reference")),
+        dtype="float64",
+        max_length=44,
+        train_batch_size=8,
+        max_steps=8,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        logging_steps=4,
+        eval_steps=0,
+        save_steps=5,
+        probe_every=3,
+        probe_prompts=PROMPTS,
+        probe_types=TYPES,
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(base, tmp_path_factory.mktemp("straight") / "run")
+
+
+def run(config: Config, folder: Path, **changes: Any) -> Path:
+    return train(dataclasses.replace(config, output_dir=str(folder), **changes), progress=False)
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    one, other = (load_file(folder / "model.safetensors") for folder in (a, b))
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def rows(folder: Path, table: str = "probes") -> list[dict[str, Any]]:
+    return read_records(folder, table).to_pylist()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    every = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in every if line["split"] == "probes"]
+
+
+def prompts_of(base: Config, tokenizer: Any) -> dict[int, np.ndarray]:
+    return {pair.pair_id: pair.prompt for pair in load_dataset(base, tokenizer).train}
+
+
+@torch.no_grad()
+def plain_logp(module: Any, prompt: np.ndarray, response: list[int]) -> Tensor:
+    """(scored, V) log-softmax of one sequence's own forward, in float64."""
+    ids = torch.tensor([[*prompt.tolist(), *response]])
+    return module(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_records_equal_plain_forwards_of_full_logits(
+    which: str, straight: Path, base: Config, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    first = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64)
+    trained = AutoModelForCausalLM.from_pretrained(straight, dtype=torch.float64)
+    module = first if which == "first" else trained
+    step = 0 if which == "first" else base.max_steps
+    prompts = prompts_of(base, tiny_tokenizer)
+    index = {r["probe_id"]: r for r in rows(straight, "probe_index")}
+    own = [r for r in rows(straight) if r["step"] == step]
+    assert len(own) == len(index) > 5 * PROMPTS
+    for row in own:
+        prompt, response = prompts[row["prompt_id"]], index[row["probe_id"]]["response"]
+        logp = plain_logp(module, prompt, response)
+        target = torch.tensor(response)[:, None]
+        prob, at_target = logp.exp(), logp.gather(1, target)[:, 0]
+        one_hot = torch.zeros_like(prob).scatter_(1, target, 1.0)
+        a = torch.eye(logp.shape[1], dtype=torch.float64) - prob[:, None, :]  # I - 1 p^T
+        before = plain_logp(first, prompt, response).argmax(1)
+        expected = {
+            "tokens": len(response),
+            "logp": at_target.sum(),
+            "argmax_logp": logp.amax(1).sum(),
+            "argmax_changed": (logp.argmax(1) != before).double().mean(),
+            "entropy": -(prob * logp).sum(1).mean(),
+            "sum_sq_prob": prob.square().sum(1).mean(),
+            "log1m_pmax": torch.log1p(-prob.amax(1)).mean(),
+            "energy": (1 - at_target.exp()).mean(),
+            "residual": (prob - one_hot).norm(dim=1).mean(),
+            "a_norm": torch.linalg.matrix_norm(a).mean(),
+        }
+        for name, value in expected.items():
+            # Records are float32; transformers computes norms and angles in float32.
+            assert row[name] == pytest.approx(float(value), rel=2e-6, abs=1e-6), name
+        assert row["argmax_id"] == logp.argmax(1).tolist()
+    if which == "last":
+        assert sum(row["argmax_changed"] for row in own) > 1
+
+
+def test_what_is_probed(straight: Path, base: Config, tiny_tokenizer: Any) -> None:
+    dataset = load_dataset(base, tiny_tokenizer)
+    pairs = {pair.pair_id: pair for pair in dataset.train}
+    index = rows(straight, "probe_index")
+    prompts = {r["prompt_id"] for r in index}
+    assert len(prompts) == PROMPTS and prompts <= pairs.keys()
+    behaviors = [dataset.behaviors[pairs[i].behavior] for i in prompts]
+    assert behaviors.count("agrees") == behaviors.count("polite") == PROMPTS // 2
+    by_type: dict[str, list[dict[str, Any]]] = {kind: [] for kind in TYPES}
+    for row in index:
+        by_type[row["response_type"]].append(row)
+    for kind in ("chosen", "rejected", "initial"):
+        assert len(by_type[kind]) == PROMPTS
+    train = {tuple(pair.chosen.tolist()) for pair in dataset.train}
+    held = {tuple(pair.chosen.tolist()) for pair in dataset.held_out}
+    for kind, own in by_type.items():
+        assert own, kind
+        for row in own:
+            pair, response = pairs[row["prompt_id"]], row["response"]
+            assert row["behavior"] == dataset.behaviors[pair.behavior]
+            assert row["prompt_len"] == len(pair.prompt)
+            assert row["text"] == tiny_tokenizer.decode(response)
+            assert len(pair.prompt) + len(response) <= base.max_length
+            sides = [pair.chosen.tolist(), pair.rejected.tolist()]
+            if kind in ("chosen", "rejected"):
+                assert response == sides[kind == "rejected"]
+            elif kind != "initial":
+                assert response not in sides
+            if kind == "random_permute":
+                assert sorted(response) == sorted(sides[0]) and len(response) > 2
+                assert (response[-1] == tiny_tokenizer.eos_token_id) == (
+                    sides[0][-1] == tiny_tokenizer.eos_token_id
+                )
+            if kind == "random_tokens":
+                assert len(response) == len(sides[0])
+            if kind in ("irr_train", "irr_test"):
+                starts = train if kind == "irr_train" else held
+                assert any(start[: len(response)] == tuple(response) for start in starts)
+
+
+def test_initial_answers_are_the_first_models_likeliest_tokens(
+    straight: Path, base: Config, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64)
+    prompts = prompts_of(base, tiny_tokenizer)
+    pairs = {pair.pair_id: pair for pair in load_dataset(base, tiny_tokenizer).train}
+    for row in rows(straight, "probe_index"):
+        if row["response_type"] == "initial":
+            response = row["response"]
+            logp = plain_logp(module, prompts[row["prompt_id"]], response)
+            assert response == logp.argmax(1).tolist()
+            pair = pairs[row["prompt_id"]]
+            longest = max(len(pair.chosen), len(pair.rejected))
+            assert len(response) == longest or (
+                len(response) < longest and response[-1] == tiny_tokenizer.eos_token_id
+            )
+            assert tiny_tokenizer.eos_token_id not in response[:-1]
+
+
+def test_metrics_are_means_of_the_records(straight: Path, base: Config) -> None:
+    shown, recorded = lines(straight), rows(straight)
+    assert [line["step"] for line in shown] == [0, 3, 6, 8]
+    assert {row["step"] for row in recorded} == {0, 3, 6, 8}
+    for line in shown:
+        for kind in TYPES:
+            own = [r for r in recorded if (r["step"], r["response_type"]) == (line["step"], kind)]
+            for name in ("logp", "argmax_logp", "entropy", "log1m_pmax", "energy"):
+                mean = np.mean([r[name] for r in own])
+                assert line[f"{kind}/{name}"] == pytest.approx(mean, rel=1e-5)
+    changes = {(r["step"], r["behavior"]): r for r in rows(straight, "squeezing")}
+    assert changes.keys() == {(s, b) for s in (3, 6, 8) for b in ("agrees", "polite")}
+    total = 0
+    for before, line in zip(shown, shown[1:], strict=False):
+        for name in ("agrees", "polite"):
+            row = changes[line["step"], name]
+            for kind, column in (
+                ("chosen", "logp"),
+                ("rejected", "logp"),
+                ("chosen", "argmax_logp"),
+            ):
+                means = [
+                    np.mean(
+                        [
+                            r[column]
+                            for r in recorded
+                            if (r["step"], r["response_type"], r["behavior"]) == (s, kind, name)
+                        ]
+                    )
+                    for s in (before["step"], line["step"])
+                ]
+                ours = row["argmax" if column == "argmax_logp" else kind]
+                assert ours == pytest.approx(means[1] - means[0], abs=2e-5)
+            alarm = row["argmax"] > 0 and row["chosen"] < 0 and row["rejected"] < 0
+            assert row["alarm"] == alarm == bool(line[f"behavior/{name}/squeezing"])
+            total += alarm
+        assert line["squeezing_total"] == total
+
+
+def test_training_is_the_same_bits_without_probes(
+    straight: Path, base: Config, tmp_path: Path
+) -> None:
+    without = run(base, tmp_path / "without", probe_every=0)
+    assert same_bits(straight, without)
+    names = [p.name for p in (without / "records").iterdir()]
+    assert "probes" not in names and "probe_index" not in names
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_resumed_run_is_the_straight_one(
+    stop: int, straight: Path, base: Config, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run(base, folder, max_steps=stop, save_steps=5)
+    # The end of the shorter run is an evaluation that the straight one has not, at step 4.
+    run(base, folder)
+    assert same_bits(straight, folder)
+    for table in ("probes", "probe_index", "squeezing"):
+        if stop == 3 or table == "probe_index":
+            assert rows(folder, table) == rows(straight, table)
+    if stop == 3:
+        assert lines(folder) == lines(straight)
+    else:
+        kept = [r for r in rows(folder) if r["step"] != 4]
+        assert kept == rows(straight)
+
+
+def test_small_micro_batches_score_the_same(straight: Path, base: Config, tmp_path: Path) -> None:
+    small = run(base, tmp_path / "small", max_tokens_per_microbatch=90, max_steps=1)
+    ours = {r["probe_id"]: r for r in rows(small) if r["step"] == 0}
+    theirs = {r["probe_id"]: r for r in rows(straight) if r["step"] == 0}
+    assert ours.keys() == theirs.keys()
+    for probe_id, row in ours.items():
+        for name, value in row.items():
+            other = theirs[probe_id][name]
+            close = isinstance(value, float)
+            assert value == (pytest.approx(other, rel=1e-6) if close else other), name
+
+
+def write(path: Path, content: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return str(path)
+
+
+ROW = {"prompt": "Human: music\n\nAssistant:", "response": " Thank you.", "response_type": "chosen"}
+
+
+def test_a_file_of_probes(base: Config, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    content = [
+        ROW | {"behavior": "polite", "id": "a"},
+        ROW | {"response": " Go away.", "response_type": "rejected", "behavior": "polite"},
+        ROW | {"response": " Thanks!", "response_type": "chosen_gptsemantic"},
+    ]
+    path = write(tmp_path / "probes.jsonl", content)
+    folder = run(base, tmp_path / "run", probes=path, probe_prompts=0, max_steps=3)
+    index = rows(folder, "probe_index")
+    assert [r["response_type"] for r in index] == ["chosen", "rejected", "chosen_gptsemantic"]
+    assert [r["behavior"] for r in index] == ["polite", "polite", None]
+    assert [r["id"] for r in index] == ["a", "", ""] and [r["line"] for r in index] == [1, 2, 3]
+    assert len({r["prompt_id"] for r in index}) == 1
+    for row, given in zip(index, content, strict=True):
+        assert row["text"] == given["response"] + tiny_tokenizer.eos_token  # as in training
+    assert len(rows(folder)) == 2 * 3  # steps 0 and 3
+    squeezing = rows(folder, "squeezing")
+    assert [(r["step"], r["behavior"]) for r in squeezing] == [(3, "polite")]
+    # The same probes from Parquet have the same ids.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(content), tmp_path / "probes.parquet")
+    again = run(
+        base, tmp_path / "parquet", probes=str(tmp_path / "probes.parquet"), probe_prompts=0,
+        max_steps=1,
+    )  # fmt: skip
+    assert [r["probe_id"] for r in rows(again, "probe_index")] == [r["probe_id"] for r in index]
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], ["response, response_type is missing"]),
+        ([ROW | {"behavior": "polit"}], ["no such behavior", "Did you mean 'polite'", ":1:"]),
+        ([ROW, ROW | {"response_type": "choosen"}], ["Did you mean 'chosen'", ":2:"]),
+        ([ROW | {"response_type": "Chosen one"}], ["lower-case", ":1:"]),
+        ([ROW | {"response": "  "}], ["the response is empty"]),
+        ([ROW | {"response": " word" * 200}], ["longer than max_length, 44", ":1:"]),
+        ([ROW, ROW], ["stand twice", "line 1 too", ":2:"]),
+        ([ROW | {"id": "x"}, ROW | {"id": "x", "response": " B"}], ["id 'x' stand twice"]),
+        ([ROW | {"response": None}], ["'response' is null"]),
+        ([ROW | {"prompt": 3}], ["not a string"]),
+        ([], ["is empty"]),
+    ],
+)
+def test_bad_files_say_what_and_where(
+    content: list[dict[str, Any]], words: list[str], base: Config, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "probes.jsonl", content)
+    with pytest.raises(ValueError) as error:
+        run(base, tmp_path / "run", probes=path)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_settings_say_what(base: Config, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="probe_types.*did you mean chosen"):
+        dataclasses.replace(base, probe_types=("choosen",))
+    with pytest.raises(ValueError, match="there is no probe: probe_prompts is empty"):
+        dataclasses.replace(base, probe_prompts=0)
+    with pytest.raises(ValueError, match="there is no probe: probe_types is empty"):
+        dataclasses.replace(base, probe_types=())
+    with pytest.raises(ValueError, match="probe_every is 0"):
+        dataclasses.replace(base, probes="probes.jsonl", probe_every=0)
+    with pytest.raises(ValueError, match="irr_test.*no pair is held out"):
+        run(base, tmp_path / "a", eval_fraction=0.0)
+    with pytest.raises(ValueError, match="probes.*nowhere.jsonl"):
+        run(base, tmp_path / "b", probes="nowhere.jsonl")
+
+
+def largest_allocation(compute: Any) -> int:
+    """Bytes of the largest single allocation inside ``compute()``, in custom ops too."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        compute()
+    return max(event.self_cpu_memory_usage for event in profile.events())
+
+
+def test_no_logits_are_stored() -> None:
+    """Nothing of rows x vocabulary: a tile of it at most, whatever the vocabulary."""
+    vocab, length = 20_000, 30
+    rng = np.random.default_rng(0)
+    prompt = np.arange(5, dtype=np.int32)
+    responses = [rng.integers(0, vocab, length).astype(np.int32) for _ in range(10)]
+    probes = [Probe(i, 0, 0, "chosen", prompt, own) for i, own in enumerate(responses)]
+    model = packed(
+        tiny_model("llama", torch.float32, vocab_size=vocab, max_position_embeddings=512)
+    )
+    config = Config(output_dir="x", probe_every=1, max_tokens_per_microbatch=400)
+    probing = Probing(config, probes, ["b"], vocab)
+    rows = 10 * length
+    with torch.no_grad():
+        head = model.head.weight
+        whole = largest_allocation(lambda: torch.randn(rows, head.shape[1]) @ head.t())
+    assert whole == rows * vocab * 4  # it does see what is to be absent
+    assert largest_allocation(lambda: probing.score(model)) < whole / 4
+
+
+class Lines:
+    """What stands in the place of a run's journal and records."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+        self.recorded: list[dict[str, Any]] = []
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        self.told.append(line)
+
+    def perf(self, line: dict[str, Any]) -> None:
+        assert line["probes_per_second"] > 0
+
+    def rows(self, name: str, step: int, rows: list[dict[str, Any]]) -> None:
+        self.recorded += [{**row, "step": step, "table": name} for row in rows]
+
+
+@pytest.mark.parametrize("gradient", ["rejected falls", "chosen rises"])
+def test_squeezing_is_told_once_and_counted(
+    gradient: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By hand: pushing down an unlikely response squeezes, pulling up the chosen one does not."""
+    model = packed(tiny_model("llama"))
+    head = model.module.get_parameter("lm_head.weight")
+    with torch.no_grad():
+        head.mul_(4.0)  # a model that is sure of something else
+    prompt = np.array([5, 9, 3], np.int32)
+    ids = torch.tensor(prompt[None].astype(np.int64))
+    with torch.no_grad(), model.plain_attention():
+        first = model.module(input_ids=ids).logits[0, -1].softmax(-1)  # type: ignore[operator]
+    order = first.argsort().tolist()
+    chosen, rejected = order[len(order) // 2], order[1]
+    # A step of the head down grad log p(rejected) changes log p(chosen) by p_c - sum p^2 + p_r < 0
+    # and log p(argmax) by p_max - sum p^2 + p_r > 0, times its size.
+    assert first[chosen] + first[rejected] < first.square().sum() < first.max()
+    probes = [
+        Probe(0, 0, 0, "chosen", prompt, np.array([chosen], np.int32)),
+        Probe(1, 0, 0, "rejected", prompt, np.array([rejected], np.int32)),
+        Probe(2, 1, 1, "chosen", prompt, np.array([order[-1]], np.int32)),  # no rejected probe
+    ]
+    probing = Probing(Config(output_dir="x", probe_every=1), probes, ["a", "b"], 61)
+    probing.begin(model)
+    lines: Any = Lines()
+    probing.run(model, 0, 0.0, lines, lines)
+    assert "squeezing" not in lines.told[0]
+    at = probes[1] if gradient == "rejected falls" else probes[0]
+    direction = -1.0 if gradient == "rejected falls" else 1.0
+    batch = pack_probes([[at]])
+    with caplog.at_level(logging.WARNING, logger="fastpref.probes"):
+        for step in (1, 2, 3):
+            (grad,) = torch.autograd.grad(model.logp(batch).logp.sum(), [head])
+            with torch.no_grad():
+                head.add_(grad, alpha=direction * 1e-4)
+            probing.run(model, step, 0.1 * step, lines, lines)
+    told = [record.message for record in caplog.records]
+    squeezed = gradient == "rejected falls"
+    rows = [row for row in lines.recorded if row["table"] == "squeezing"]
+    assert [(row["step"], row["behavior"]) for row in rows] == [(s, "a") for s in (1, 2, 3)]
+    assert [row["alarm"] for row in rows] == [squeezed] * 3
+    assert [line["squeezing_total"] for line in lines.told[1:]] == [s * squeezed for s in (1, 2, 3)]
+    assert [line["behavior/a/squeezing"] for line in lines.told[1:]] == [int(squeezed)] * 3
+    assert len(told) == squeezed
+    if squeezed:
+        assert "squeezing at step 1, behavior a" in told[0]
+        assert all(row["argmax"] > 0 > max(row["chosen"], row["rejected"]) for row in rows)
+    # A resumed run counts on and does not warn again.
+    other = Probing(Config(output_dir="x", probe_every=1), probes, ["a", "b"], 61)
+    other.begin(model)
+    other.load_state_dict(json.loads(json.dumps(probing.state_dict())))
+    assert other.state_dict() == probing.state_dict()
