@@ -225,8 +225,9 @@ class CourseOptions(InputOptions):
     track: str = option(
         "head",
         "dynamics",
-        "Gradient norms per pair, in the records if there are any; head: of the head, exact.",
-        ("none", "head"),
+        "Gradient norms per pair, in the records if there are any; head: of the head, exact; "
+        "sketch, exact: of all trained weights, by layer group (docs/taps.md).",
+        ("none", "head", "sketch", "exact"),
     )
     track_every: int = option(
         1, "dynamics", "Steps between two tracked steps.", within="at least 1"

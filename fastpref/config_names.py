@@ -175,8 +175,6 @@ LATER = {
     ("optim", "adamw_torch_4bit"): SMALL_STATE,
     ("optim", "lion_32bit"): SMALL_STATE,
     ("optim", "lion_8bit"): SMALL_STATE,
-    ("track", "sketch"): "; sketched norms of the whole model are not in this version",
-    ("track", "exact"): "; exact norms of the whole model are not in this version",
     (
         "init_lora_weights",
         "false",

@@ -63,7 +63,7 @@ class Evaluator:
     ) -> list[PairResult]:
         """Every pair of ``split``, all together as one step; ``reference`` as in `train_step`."""
         batches = (self.pack(own).to(model.device) for own in self.batches[split])
-        norms = "exact" if self.config.track == "head" else None
+        norms = "exact" if self.config.track != "none" else None
         return evaluate(model, batches, loss, self.config, norms, reference)
 
     def run(

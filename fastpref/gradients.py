@@ -104,16 +104,16 @@ def pair_gradients(
     slope = segment_slopes(batch, of, tail_weight)
     with torch.enable_grad(), taps.watching(batch, change=change, anchored=True):
         scored = model.logp(batch, head_norms(taps, change is not None), head_frozen=True)
-        assert taps.anchors is not None
-        found = torch.autograd.grad(
-            scored.logp,
-            [y for _, _, y in taps.anchors],
-            slope.to(scored.logp.dtype),
-            allow_unused=True,
-        )
-        for (tap, ids, _), dy in zip(taps.anchors, found, strict=True):
-            if dy is not None and tap.group >= 0:
-                tap.receive(ids, dy, None)
+        if taps.anchors:  # there are none where a batch brings its states
+            found = torch.autograd.grad(
+                scored.logp,
+                [y for _, _, y in taps.anchors],
+                slope.to(scored.logp.dtype),
+                allow_unused=True,
+            )
+            for (tap, ids, _), dy in zip(taps.anchors, found, strict=True):
+                if dy is not None and tap.group >= 0:
+                    tap.receive(ids, dy, None)
     values = put_together(model, taps, batch, scored, slope, of, change)
     chosen, rejected = sequence_sums(scored.logp.detach(), batch.num_pairs, tail_weight)
     return replace(values, logp_chosen=chosen, logp_rejected=rejected)

@@ -14,6 +14,7 @@ from fastpref import dist
 from fastpref.data.loader import StepPlan
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
+from fastpref.gradients import PairGradients
 from fastpref.router import Router
 from fastpref.step import PairResult, StepResult
 
@@ -51,14 +52,33 @@ def pair_columns(result: PairResult, head_is_all: bool = False) -> Columns:
     entropy = result.stats["entropy"]
     numbers["entropy_chosen"] = entropy[0] / batch.chosen_scored
     numbers["entropy_rejected"] = entropy[1] / batch.rejected_scored
-    columns = _to_host(integers) | _to_host({k: v.float() for k, v in numbers.items()})
+    groups: list[torch.Tensor] = []
+    if result.gradients is not None:
+        own, groups = _norm_columns(result, result.gradients)
+        numbers = own | numbers  # the head's alone are exact, where it is all that learns
+    columns = _to_host(integers) | _to_host({k: v.float() for k, v in numbers.items()}, groups)
     columns["reward_accuracy"] = columns["reward_accuracy"].astype(bool)
     return columns
 
 
+def _norm_columns(
+    result: PairResult, gradients: PairGradients
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Norms over all trained weights by name, (P,) each; and by layer group, G of (P,)."""
+    found = {"gnorm_loss": gradients.gnorm()}
+    if gradients.method == "sketch":
+        found["gnorm_error"] = gradients.error() / found["gnorm_loss"]
+    if result.margin_only:
+        gradients = gradients.as_margin(result.weight)
+        found["gnorm_m"] = gradients.gnorm()
+    return found, list(gradients.gnorm_groups().t())
+
+
 def norm_method(columns: Columns) -> str | None:
-    """The column of that name: how `gnorm_m` was computed, where it is there."""
-    return "gram" if "gnorm_m" in columns else None
+    """The column of that name: how `gnorm_m` and its like were computed, where they are there."""
+    if "gnorm_error" in columns:
+        return "sketch"
+    return "gram" if columns.keys() & {"gnorm_m", "gnorm_loss"} else None
 
 
 def concatenate(parts: Iterable[Columns]) -> Columns:
@@ -218,6 +238,10 @@ class Window:
         return line
 
 
-def _to_host(columns: Mapping[str, torch.Tensor]) -> Columns:
-    stacked = torch.stack(list(columns.values())).cpu().numpy()
-    return dict(zip(columns, stacked, strict=True))
+def _to_host(columns: Mapping[str, torch.Tensor], groups: Sequence[torch.Tensor] = ()) -> Columns:
+    """One copy. ``groups``: the columns of `gnorm_groups`."""
+    stacked = torch.stack([*columns.values(), *(group.float() for group in groups)]).cpu().numpy()
+    found = dict(zip(columns, stacked, strict=False))
+    if groups:
+        found["gnorm_groups"] = stacked[len(columns) :].T
+    return found

@@ -36,8 +36,10 @@ from fastpref.data.dataset import Dataset, load_dataset
 from fastpref.data.loader import Loader, StepPlan
 from fastpref.data.pack import demand_budget, demand_vocabulary, fed_tokens, pack_pairs
 from fastpref.data.probes import build_probes
+from fastpref.dynamics.parts import write_layer_groups
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
+from fastpref.dynamics.taps import Taps
 from fastpref.errors import NonFiniteError, Preempted
 from fastpref.evaluate import Evaluator, evaluation_names
 from fastpref.features import with_states
@@ -63,6 +65,7 @@ from fastpref.refmodel import find_reference
 from fastpref.schedule import WARMUP_RATIO, Schedule, rate_factor
 from fastpref.selfcheck import check_model, check_probes
 from fastpref.step import StepResult, train_step
+from fastpref.tapcheck import find_taps
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +81,7 @@ class State:
     best: Best  # what the evaluations said so far
     key: str  # names the initial weights, the data and the reference: a resumed run shares them
     reference: PairModel | None = None  # the one that follows the policy (sync_ref_model)
+    taps: Taps | None = None  # what sees every pair's gradient (track)
     balancer: Balancer | None = None  # what weighs the behaviors' losses (balance)
     head_start: Tensor | None = None  # (V, D) initial head weight, where the head alone learns
     probing: Probing | None = None  # what scores fixed responses (probe_every)
@@ -190,6 +194,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
         model = freeze_body(model)
     worst = check_model(model, dataset.train, config.max_tokens_per_microbatch)
     log.info("self-check: packed equals separate sequences to %.1e", worst)
+    taps = find_taps(model, config, dataset.train)
     probing = None
     if config.probe_every:
         probes += initial_probes(config, model, dataset)
@@ -206,10 +211,12 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
 
     torch.manual_seed(config.seed + dist.rank())  # dropout: every rank draws its own
     checkpoint = runfolder.open_run(config, model.device)
+    if taps and dist.is_main():
+        write_layer_groups(Path(config.output_dir), taps.groups)
     optimizer = build_optimizer(model.module.named_parameters(), config)
     scheduler = Schedule(optimizer, config, last_step)
-    state = State(model, optimizer, scheduler, Window(model.device), best, key, reference, balancer)
-    state.probing = probing
+    state = State(model, optimizer, scheduler, Window(model.device), best, key, reference)
+    state.taps, state.balancer, state.probing = taps, balancer, probing
     if model.frozen_body:
         state.head_start = model.head.weight.detach().clone()
     if probing:
@@ -334,7 +341,7 @@ def run_loop(
 def _step(config: Config, loss: Loss, dataset: Dataset, state: State, plan: StepPlan) -> StepResult:
     """One optimizer step, and the learning rate of the next."""
     model = state.model
-    tracked = config.record and config.track == "head" and plan.step % config.track_every == 0
+    tracked = config.record and config.track != "none" and plan.step % config.track_every == 0
     batches: Iterator[PairBatch] = (
         dataset.pack([dataset.train[i] for i in own]).to(model.device) for own in plan.micro_batches
     )
@@ -351,6 +358,7 @@ def _step(config: Config, loss: Loss, dataset: Dataset, state: State, plan: Step
             state.optimizer,
             norms,
             state.live_reference(config),
+            state.taps if tracked else None,
         )
     except NonFiniteError as error:
         raise NonFiniteError(f"step {plan.step}: {error}") from None

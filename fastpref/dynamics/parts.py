@@ -7,6 +7,7 @@ renamed.
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ def arrow_array(column: schema.Column, values: Sequence[Any], rows: Sequence[int
     kind = column.type.value_type if nested else column.type
     if pa.types.is_floating(kind):
         joined = joined.astype(kind.to_pandas_dtype())
-    flat = pa.array(joined.reshape(-1), kind)
+    flat = pa.array(joined.reshape(-1), kind, from_pandas=True)  # what is not known, NaN, is null
     if not nested:
         return flat
     offsets = np.arange(total + 1, dtype=np.int32) * joined.shape[1]
@@ -161,6 +162,14 @@ def first_step_of(part: Path) -> int:
 def last_step_of(part: Path) -> int:
     """Last step that the part holds rows up to, from its metadata."""
     return int(pq.read_schema(part).metadata[schema.LAST_STEP_KEY])
+
+
+def write_layer_groups(run: Path, groups: Sequence[str]) -> None:
+    """records/layer_groups.json: what the numbers of a `gnorm_groups` are of."""
+    path = run / "records" / "layer_groups.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(list(groups), indent=0) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def remove_parts(root: Path, after_step: int) -> None:

@@ -115,7 +115,25 @@ _PAIRS = Table(
             "reward of chosen > of rejected: margin > 0, or per token",
         ),
         Column("output_accuracy", _BOOL, "-", "logp_chosen > logp_rejected"),
-        Column("gnorm_m", _F32, "nat", "norm of grad m over all trained weights"),
+        Column(
+            "gnorm_m",
+            _F32,
+            "nat",
+            "norm of grad m over all trained weights; null in a step where the loss does not tell "
+            "it: one of more than the margin, or weight 0",
+        ),
+        Column(
+            "gnorm_loss",
+            _F32,
+            "nat",
+            "norm of the gradient of the pair's loss, all trained weights",
+        ),
+        Column(
+            "gnorm_error",
+            _F32,
+            "-",
+            "one standard error of gnorm_loss over its value, of gnorm_m alike; null: exact",
+        ),
         Column("gnorm_chosen", _F32, "nat", "norm of grad logp_chosen, all trained weights"),
         Column("gnorm_rejected", _F32, "nat", "norm of grad logp_rejected, all trained weights"),
         Column(
@@ -129,7 +147,8 @@ _PAIRS = Table(
             "gnorm_groups",
             pa.list_(pa.float16()),
             "nat",
-            "norm of grad m per layer group (embedding, attention, mlp, norms, head, ...)",
+            "norm per layer group, in the order of records/layer_groups.json: of grad m, or of the "
+            "gradient of the loss where that is of more than the margin",
         ),
         Column("head_gnorm_m", _F32, "nat", "norm of grad m over the output head's weight"),
         Column("head_gnorm_chosen", _F32, "nat", "norm of grad logp_chosen, head weight"),

@@ -121,7 +121,6 @@ class Taps:
         stand in `anchors` (fastpref.gradients).
         """
         assert not self._watched, "a batch is watched already"
-        assert batch.hidden is None, "there are no layers to watch where states are given"
         parts = PairParts.of(batch, len(self.groups), self.exact, self.sketch_dim, self.seed)
         parts.changes = change
         if change is not None:
@@ -194,17 +193,21 @@ class Taps:
         device = next(iter(self.module.parameters())).device
         total = torch.zeros(len(self.groups), k, k, dtype=torch.float64, device=device)
         for place in self.places():
-            total[place.group] += weight_sketch(
-                place.parameter,
-                None,
-                k,
-                seed=self.seed,
-                key=place.key,
-                transposed=place.transposed,
-                first_output=place.first_output,
-                buckets=place.buckets,
-            )
+            total[place.group] += self.sketch_of(place, place.parameter)
         return total
+
+    def sketch_of(self, place: Place, values: Tensor) -> Tensor:
+        """(k, k) float64: sketch of ``values``, of the shape of the weight at ``place``."""
+        return weight_sketch(
+            values,
+            None,
+            self.sketch_dim,
+            seed=self.seed,
+            key=place.key,
+            transposed=place.transposed,
+            first_output=place.first_output,
+            buckets=place.buckets,
+        )
 
     def places(self) -> Iterator[Place]:
         """All trained weights, each once."""
