@@ -18,7 +18,7 @@ dense blocks. Only attention sees the padding of a block; the rest of the body s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -280,6 +280,19 @@ def ambient(layout: PairLayout) -> Iterator[None]:
         yield
     finally:
         _ambient.reset(token)
+
+
+def bound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as it runs here and now, whenever it is called: with the layout of `ambient`."""
+    layout = _ambient.get()
+    if layout is None:
+        return function
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with ambient(layout):
+            return function(*args, **kwargs)
+
+    return inside
 
 
 def register() -> None:

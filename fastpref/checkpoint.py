@@ -6,6 +6,7 @@
       adapter_model.safetensors adapter_config.json   what PeftModel.from_pretrained reads
       reference/                                  a whole model, of a reference that moves
       optimizer.safetensors optimizer.json        tensors by parameter number; groups and scalars
+      masters.safetensors                         float32 copies of bfloat16 weights, if any
       rng.safetensors                             generators of every rank, as tensors
       trainer_state.json                          step, schedule, counters of the loop, log_history
       manifest.json                               size and SHA-256 of every other file, written last
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from fastpref import __version__, dist, lora
 from fastpref.generators import gather_generators, restore_generators
+from fastpref.masters import Masters
 from fastpref.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ FORMAT = "fastpref-checkpoint"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 REFERENCE = "reference"
+MASTERS = "masters.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _REPLACED = re.compile(r"\.tmp-replaced-(checkpoint-\d+)-\d+")
 
@@ -56,6 +59,7 @@ class TrainState:
     schedule: Schedule
     counters: dict[str, Any]  # of the loop; anything JSON can hold exactly
     reference: nn.Module | None = None  # one that follows the policy
+    masters: Masters | None = None  # what the optimizer moves in the place of bfloat16 weights
     # Metrics under transformers' names, for scripts that plot them; never read back.
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -108,6 +112,8 @@ def load_checkpoint(
     if state.reference is not None:
         _load_model(folder / REFERENCE, state.reference)
     _load_optimizer(folder, state.optimizer)
+    if state.masters is not None:
+        _load_masters(folder, state.masters)
     saved = _read_json(folder / "trainer_state.json")
     state.schedule.load_state_dict(saved["schedule"])
     state.counters.clear()
@@ -210,6 +216,8 @@ def _write(folder: Path, step: int, state: TrainState, generators: dict[str, Ten
     tensors, layout = _split_optimizer_state(state.optimizer)
     save_file(tensors, folder / "optimizer.safetensors")
     _write_json(folder / "optimizer.json", layout)
+    if state.masters is not None:
+        save_file(state.masters.tensors, folder / MASTERS)
     save_file(generators, folder / "rng.safetensors")
     saved = {
         "global_step": step,
@@ -349,10 +357,14 @@ def _split_optimizer_state(
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
+    places: set[int] = set()
     for number, entries in state["state"].items():
-        for key, value in entries.items():
+        for key, value in _flat(entries):
             if isinstance(value, Tensor):
-                tensors[f"{number}.{key}"] = value.contiguous()
+                # bitsandbytes' tables of codes are shared by all weights; a file has no sharing.
+                shared = value.numel() and value.data_ptr() in places
+                tensors[f"{number}.{key}"] = value.clone() if shared else value.contiguous()
+                places.add(value.data_ptr())
             else:
                 scalars.setdefault(str(number), {})[key] = value
     layout = {
@@ -361,6 +373,28 @@ def _split_optimizer_state(
         "param_groups": state["param_groups"],
     }
     return tensors, layout
+
+
+def _flat(entries: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """bitsandbytes hides its quantised state in a dictionary of its own, and reads it without."""
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield key, value
+
+
+def _load_masters(folder: Path, masters: Masters) -> None:
+    file = folder / MASTERS
+    if not file.is_file():
+        raise ValueError(
+            f"{folder}: saved without {MASTERS}; set master_weights and weights_dtype as they "
+            "were, or resume_from_checkpoint: none"
+        )
+    try:
+        masters.load(load_file(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:

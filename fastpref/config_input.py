@@ -30,8 +30,28 @@ class InputOptions:
     dtype: str = option(
         "auto",
         "model",
-        "Of the products; weights stay float32 (or float64). auto: bfloat16 on CUDA, else float32.",
+        "Of the products. auto: bfloat16 on CUDA, else float32.",
         ("auto", "float32", "bfloat16", "float64"),
+    )
+    weights_dtype: str = option(
+        "float32",
+        "model",
+        "Of the weights in memory (float64 with dtype: float64); bfloat16 halves them and their "
+        "gradients and needs dtype: bfloat16.",
+        ("float32", "bfloat16"),
+    )
+    master_weights: bool = option(
+        True,
+        "model",
+        "The optimizer moves float32 copies of bfloat16 weights; false: updates below a weight's "
+        "resolution are lost.",
+    )
+    gradient_checkpointing: str = option(
+        "none",
+        "model",
+        "What the backward computes again instead of keeping it: none; selective: all but products "
+        "and attention; full: whole layers.",
+        ("none", "selective", "full"),
     )
     attn_implementation: str = option(
         "auto", "model", "Attention backend by name; auto: the fastest one that fits the device."

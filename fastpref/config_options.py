@@ -28,6 +28,8 @@ _MIN_LR = {"min_lr": Option(float, "at least 0"), "min_lr_rate": Option(float, "
 
 OPTIM_ARGS: dict[str, dict[str, Option]] = {
     "adamw_torch": {},
+    "adamw_8bit": {},
+    "paged_adamw_8bit": {},
     "sgd": {
         "momentum": _FRACTION,
         "dampening": Option(float, "ratio"),
@@ -77,7 +79,7 @@ def check_options(field: str, owner: str, given: Options, known: dict[str, Optio
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             has = f"it has {', '.join(known)}" if known else "it has none"
-            if owner == "adamw_torch":
+            if "adamw" in owner:
                 has += (
                     "; adam_beta1, adam_beta2, adam_epsilon and weight_decay stand for themselves"
                 )

@@ -62,6 +62,7 @@ def check_combinations(config: Any) -> None:
                 f"true would remove the checkpoint {resume!r} that resume_from_checkpoint names; "
                 "set overwrite_output_dir: false or another output_dir",
             )
+    _check_precision(config)
     _check_optimizer(config)
     _check_best(config)
     _check_probes(config)
@@ -99,6 +100,20 @@ def _check_reference(config: Any) -> None:
         raise ConfigError(
             "adapter_reference",
             f"{config.adapter_reference} contradicts ref_model_name_or_path; remove one of the two",
+        )
+
+
+def _check_precision(config: Any) -> None:
+    if config.weights_dtype == "bfloat16":
+        if config.dtype not in ("auto", "bfloat16"):
+            raise ConfigError(
+                "weights_dtype",
+                f"bfloat16 weights have no products in dtype: {config.dtype}; set dtype: bfloat16 "
+                "or weights_dtype: float32",
+            )
+    elif not config.master_weights:
+        raise ConfigError(
+            "master_weights", "false is for weights_dtype: bfloat16; remove one of the two"
         )
 
 

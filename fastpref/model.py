@@ -17,6 +17,7 @@ from fastpref import attention, lora
 from fastpref.architecture import NO_INTERFACE, logit_transform
 from fastpref.batch import PairBatch, ProbeBatch
 from fastpref.config import Config
+from fastpref.recompute import checkpoint_layers
 from fastpref.router import Load, Router, find_router
 from fastpref.weights import Source, read_tokenizer, read_weights
 
@@ -60,8 +61,8 @@ class Scored(LinearLogprob):
 class PairModel:
     """A causal LM, its tokenizer, and where and in which precision it computes.
 
-    Weights are kept in float32 (float64 where asked for); bfloat16 is a compute precision, by
-    autocast.
+    Weights are kept in float32 (float64 where asked for), or in bfloat16 by `weights_dtype`;
+    bfloat16 as the precision of products is autocast's.
     """
 
     module: nn.Module
@@ -264,9 +265,17 @@ def _load(config: Config, source: Source, tokenizer: Any) -> PairModel:
     """Still on the CPU."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    kept = torch.float64 if dtype is torch.float64 else torch.float32
+    kept = torch.float64 if dtype is torch.float64 else getattr(torch, config.weights_dtype)
+    if kept is torch.bfloat16 and dtype is not torch.bfloat16:
+        raise ValueError(
+            f"weights_dtype: bfloat16 needs products in bfloat16, and dtype: {config.dtype} means "
+            f"{str(dtype)[6:]} on {device}. Set dtype: bfloat16."
+        )
     module, identity = read_weights(source, kept, config.max_length, device)
+    if kept is torch.bfloat16:  # other log-probs than those of the files' own precision
+        identity += " weights:bfloat16"
     prepare(module)
+    checkpoint_layers(module, config.gradient_checkpointing)
     return PairModel(module, tokenizer, device, dtype, identity)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -79,8 +81,36 @@ def _adafactor(groups: Groups, config: Config) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _adamw_8bit(groups: Groups, config: Config, paged: bool = False) -> torch.optim.Optimizer:
+    """bitsandbytes' block-wise 8-bit moments (Dettmers et al. 2022, arXiv 2110.02861); weights of
+    less than 4096 numbers keep moments of 32 bits. Paged: CUDA moves them to the host and back."""
+    if paged and not torch.cuda.is_available():
+        raise ValueError("optim: paged_adamw_8bit needs CUDA. Set optim: adamw_8bit.")
+    bitsandbytes = import_bitsandbytes(f"optim: {config.optim}")
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        is_paged=paged,
+    )
+    return optimizer
+
+
+def import_bitsandbytes(asked: str) -> Any:
+    """The package; ValueError that names what ``asked`` for it and the remedy where it is not."""
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ValueError(
+            f'{asked} needs bitsandbytes ({error}): pip install "fastpref[8bit]"'
+        ) from None
+
+
 OPTIMIZERS: dict[str, Callable[[Groups, Config], torch.optim.Optimizer]] = {
     "adamw_torch": _adamw,
+    "adamw_8bit": _adamw_8bit,
+    "paged_adamw_8bit": functools.partial(_adamw_8bit, paged=True),
     "sgd": _sgd,
     "rmsprop": _rmsprop,
     "adafactor": _adafactor,

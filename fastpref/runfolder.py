@@ -28,6 +28,7 @@ MAY_CHANGE = {
     "overwrite_output_dir",
     "resume_from_checkpoint",
     "device",
+    "gradient_checkpointing",
     "max_steps",
     "num_train_epochs",
     "early_stopping_patience",

@@ -47,6 +47,7 @@ from fastpref.head import freeze_body
 from fastpref.journal import Journal
 from fastpref.loggers import demand_packages
 from fastpref.losses import Loss, get_loss
+from fastpref.masters import Masters
 from fastpref.model import (
     PairModel,
     load_model,
@@ -83,6 +84,7 @@ class State:
     reference: PairModel | None = None  # the one that follows the policy (sync_ref_model)
     taps: Taps | None = None  # what sees every pair's gradient (track)
     balancer: Balancer | None = None  # what weighs the behaviors' losses (balance)
+    masters: Masters | None = None  # float32 copies of bfloat16 weights, which the optimizer moves
     head_start: Tensor | None = None  # (V, D) initial head weight, where the head alone learns
     probing: Probing | None = None  # what scores fixed responses (probe_every)
     step: int = 0  # finished optimizer steps
@@ -120,7 +122,14 @@ class State:
         module, tokenizer = self.model.module, self.model.tokenizer
         reference = self.reference.module if self.reference else None
         return TrainState(
-            module, tokenizer, self.optimizer, self.scheduler, counters, reference, log_history
+            module,
+            tokenizer,
+            self.optimizer,
+            self.scheduler,
+            counters,
+            reference,
+            self.masters,
+            log_history,
         )
 
     def loss_weights(self) -> dict[str, float]:
@@ -213,10 +222,11 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     checkpoint = runfolder.open_run(config, model.device)
     if taps and dist.is_main():
         write_layer_groups(Path(config.output_dir), taps.groups)
-    optimizer = build_optimizer(model.module.named_parameters(), config)
+    optimizer, masters = _optimizer(config, model)
     scheduler = Schedule(optimizer, config, last_step)
     state = State(model, optimizer, scheduler, Window(model.device), best, key, reference)
     state.taps, state.balancer, state.probing = taps, balancer, probing
+    state.masters = masters
     if model.frozen_body:
         state.head_start = model.head.weight.detach().clone()
     if probing:
@@ -410,6 +420,18 @@ def _resolved(config: Config) -> Config:
         attn_implementation=resolve_attention(config.attn_implementation),
         warmup_ratio=WARMUP_RATIO if no_warmup else config.warmup_ratio,
     )
+
+
+def _optimizer(config: Config, model: PairModel) -> tuple[torch.optim.Optimizer, Masters | None]:
+    """Over the weights that learn, or their masters."""
+    if config.weights_dtype == "float32" or not config.master_weights:
+        return build_optimizer(model.module.named_parameters(), config), None
+    masters = Masters(model.module.named_parameters())
+    if not masters.tensors:  # adapters, which are float32 beside weights of any precision
+        return build_optimizer(model.module.named_parameters(), config), None
+    optimizer = build_optimizer(masters.named_parameters(), config)
+    masters.follow(optimizer)
+    return optimizer, masters
 
 
 def _loader(config: Config, dataset: Dataset) -> Loader:

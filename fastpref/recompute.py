@@ -1,0 +1,95 @@
+"""Activation checkpointing: what the backward computes again instead of keeping it.
+
+    none       every layer keeps what its backward reads
+    selective  a layer keeps the results of its matrix products and of attention and recomputes the
+               rest (norms, activations, rotations, casts): a few per cent of the arithmetic
+    full       a layer keeps its input alone and runs a second time in the backward: a third more
+               arithmetic
+
+Without dropout the recomputed values have the bits of the first ones, and so have the gradients.
+Non-reentrant (torch.utils.checkpoint), so that frozen weights, several backwards and layers around
+layers go on working. A layer is wrapped by its own `forward`, whatever its training flag says: the
+model stays in evaluation mode, because that is what keeps its dropout off.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from fastpref import attention
+
+MODES = ("none", "selective", "full")
+
+_aten = torch.ops.aten
+# What is dear to compute and cheap to keep: a product's result is D wide, its arithmetic D deep.
+KEPT_OPS = frozenset(
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten.bmm.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_attention_math.default,
+    }
+)
+
+
+def checkpoint_layers(module: nn.Module, mode: str) -> int:
+    """Wrap the decoder layers of a causal LM, in place, as ``mode`` (one of MODES) says.
+
+    Returns how many layers there are. Raises ValueError where the model has no layers that
+    transformers can checkpoint.
+    """
+    if mode not in MODES:
+        raise ValueError(f"gradient_checkpointing={mode!r} is not one of {', '.join(MODES)}.")
+    if mode == "none":
+        return 0
+    layers = decoder_layers(module)
+    if not layers:
+        raise ValueError(
+            f"gradient_checkpointing={mode}: {type(module).__name__} has no layers that "
+            "transformers knows how to checkpoint. Set gradient_checkpointing: none and "
+            "max_tokens_per_microbatch lower."
+        )
+    for layer in layers:
+        layer.forward = _recomputed(layer.forward, mode)
+    return len(layers)
+
+
+def decoder_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model that its own gradient checkpointing would wrap."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def _recomputed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    context: dict[str, Any] = {}
+    if mode == "selective":
+        context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+    @functools.wraps(forward)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # The layout may have come by the surroundings, which are gone when the backward runs.
+        run = attention.bound(forward)
+        return checkpoint(run, *args, use_reentrant=False, **context, **kwargs)
+
+    return checkpointed
+
+
+def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
