@@ -157,18 +157,18 @@ ELSEWHERE_PREFIXES: dict[str, str] = {
 }
 ALIASES: dict[tuple[str, object], object] = {
     ("optim", "adamw_torch_fused"): "adamw_torch",  # fused it is in any case
+    ("optim", "adamw_bnb_8bit"): "adamw_8bit",
     ("report_to", ("none",)): (),
 }
 NO_RATE = "; its rate depends on the metrics seen so far, so it is no function of the step alone"
-SMALL_STATE = "; it is not in this version; of these, adafactor has the smallest state"
+SMALL_STATE = (
+    "; it is not in this version; of these, adafactor has the smallest state, then adamw_8bit"
+)
 LATER = {
     ("lr_scheduler_type", "reduce_lr_on_plateau"): NO_RATE,
     ("lr_scheduler_type", "greedy"): NO_RATE,
     ("optim", "adamw_hf"): "; adamw_torch computes the same",
     ("optim", "adagrad"): "; it is not in this version",
-    ("optim", "adamw_8bit"): SMALL_STATE,
-    ("optim", "adamw_bnb_8bit"): SMALL_STATE,
-    ("optim", "paged_adamw_8bit"): SMALL_STATE,
     ("optim", "paged_adamw_32bit"): SMALL_STATE,
     ("optim", "adamw_torch_8bit"): SMALL_STATE,
     ("optim", "adamw_torch_4bit"): SMALL_STATE,
