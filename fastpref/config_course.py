@@ -233,6 +233,18 @@ class CourseOptions(InputOptions):
         1, "dynamics", "Steps between two tracked steps.", within="at least 1"
     )
     sketch_dim: int = option(16, "dynamics", "Width of a gradient sketch.", within="at least 1")
+    rate_every: int = option(
+        10,
+        "dynamics",
+        "Steps between two whose update rates are measured, with track: sketch or exact; 0: none.",
+        within="at least 0",
+    )
+    rate_pairs: int = option(
+        16,
+        "dynamics",
+        "Training pairs of each behavior that update rates are measured on.",
+        within="at least 1",
+    )
     probe_every: int = option(
         0,
         "dynamics",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from fastpref.config import Config
 from fastpref.data.dataset import Dataset, sample_pairs
 from fastpref.data.pack import plan_microbatches
 from fastpref.data.tokenize import TokenPair
+from fastpref.drift import Boundaries
+from fastpref.dynamics.changes import Standing, change_rows, recorded_standings
 from fastpref.dynamics.groups import behavior_rows, feature_rows
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
@@ -40,8 +43,11 @@ class Evaluator:
     each set has a line of metrics of its own besides.
     """
 
-    def __init__(self, config: Config, dataset: Dataset) -> None:
-        self.config, self.behaviors = config, dataset.behaviors
+    def __init__(
+        self, config: Config, dataset: Dataset, boundaries: Boundaries, step: int = 0
+    ) -> None:
+        """``step``: that from which a run goes on whose records know the evaluations before."""
+        self.config, self.behaviors, self.boundaries = config, dataset.behaviors, boundaries
         self.sizes, self.pack = dataset.sizes, dataset.pack
         self.batches: dict[str, list[list[TokenPair]]] = {TRAIN_SAMPLE: self._plan(dataset.train)}
         self.batches[HELD_OUT] = []
@@ -51,6 +57,9 @@ class Evaluator:
             self.batches[HELD_OUT] += self._plan(pairs)
             if name:
                 self.sets[name] = slice(first, len(self.batches[HELD_OUT]))
+        self._standings: dict[str, Standing] = {}  # how the pairs of a split stood last
+        if step and config.record:
+            self._standings = recorded_standings(Path(config.output_dir), self.batches, step)
 
     def _plan(self, pairs: Sequence[TokenPair]) -> list[list[TokenPair]]:
         sample = sample_pairs(pairs, self.config.eval_sample_size, self.config.seed)
@@ -98,8 +107,10 @@ class Evaluator:
             if loss_weights:
                 rows = [row | {"loss_weight": loss_weights.get(row["behavior"])} for row in rows]
             if recorder:
-                spread = feature_rows(columns["behavior"], *_features(results))
-                rows = [row | spread[self.behaviors.index(row["behavior"])] for row in rows]
+                beside = self._of_behaviors(
+                    model, split, columns, feature_rows(columns["behavior"], *_features(results))
+                )
+                rows = [row | beside[self.behaviors.index(row["behavior"])] for row in rows]
                 recorder.pairs(step, split, epoch, norm_method=norm_method(columns), **columns)
                 rows = recorder.behaviors(step, split, rows)
             line: dict[str, float | None] = {**result_metrics(results)}
@@ -113,6 +124,22 @@ class Evaluator:
         for split, line in found.items():
             journal.metrics({"step": step, "epoch": epoch, "split": split, **line})
         return found
+
+    def _of_behaviors(
+        self,
+        model: PairModel,
+        split: str,
+        columns: Columns,
+        found: Mapping[int, Mapping[str, Any]],  # of `feature_rows`
+    ) -> dict[int, dict[str, Any]]:
+        """Columns of the `behaviors` table that are no means over pairs, by behavior."""
+        now, before = Standing.of(columns), self._standings.get(split)
+        self._standings[split] = now
+        changed = change_rows(before, now, columns["behavior"])
+        turned = self.boundaries.rotation(model)
+        return {
+            k: {**row, **changed[k], "boundary_rotation": turned.get(k)} for k, row in found.items()
+        }
 
 
 def evaluation_names(config: Config, dataset: Dataset) -> list[str]:

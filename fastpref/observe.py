@@ -96,6 +96,7 @@ def record_step(
     learning_rate: float,
     beta: float,
     head_update: float | None = None,  # Frobenius norm of head weight - its start
+    more: Mapping[str, object] | None = None,  # columns of `steps` that others know
 ) -> None:
     """Rows of `pairs` for every micro-batch, and the step's row of `steps`."""
     for micro, own in enumerate(columns):
@@ -119,6 +120,7 @@ def record_step(
         rows=rows,
         micro_batches=micro_batches,
         head_update_norm=head_update,
+        **(more or {}),
     )
 
 

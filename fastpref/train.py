@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import logging
-import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from fastpref.data.dataset import Dataset, load_dataset
 from fastpref.data.loader import Loader, StepPlan
 from fastpref.data.pack import demand_budget, demand_vocabulary, fed_tokens, pack_pairs
 from fastpref.data.probes import build_probes
+from fastpref.drift import Boundaries
 from fastpref.dynamics.parts import write_layer_groups
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
@@ -48,25 +47,24 @@ from fastpref.journal import Journal
 from fastpref.loggers import demand_packages
 from fastpref.losses import Loss, get_loss
 from fastpref.masters import Masters
-from fastpref.model import (
-    PairModel,
-    load_model,
-    load_tokenizer,
-    resolve_attention,
-    resolve_device,
-    resolve_dtype,
-)
+from fastpref.model import PairModel, load_model, load_tokenizer, resolve_device
 from fastpref.observe import Window, pair_columns, record_step
-from fastpref.optim import build_optimizer
+from fastpref.prepare import (
+    data_key,
+    make_loader,
+    make_optimizer,
+    resolved,
+    total_steps,
+    with_reference,
+)
 from fastpref.probes import Probing
 from fastpref.progress import Bar, Clock
-from fastpref.refcache import cache_key
 from fastpref.reference import copy_reference, is_live, sync_reference
-from fastpref.refmodel import find_reference
-from fastpref.schedule import WARMUP_RATIO, Schedule, rate_factor
+from fastpref.schedule import Schedule, rate_factor
 from fastpref.selfcheck import check_model, check_probes
 from fastpref.step import StepResult, train_step
 from fastpref.tapcheck import find_taps
+from fastpref.track import RateTracker, find_tracker, record_rates
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +85,8 @@ class State:
     masters: Masters | None = None  # float32 copies of bfloat16 weights, which the optimizer moves
     head_start: Tensor | None = None  # (V, D) initial head weight, where the head alone learns
     probing: Probing | None = None  # what scores fixed responses (probe_every)
+    tracker: RateTracker | None = None  # what measures update rates (rate_every)
+    boundaries: Boundaries = field(default_factory=Boundaries)  # as the run began
     step: int = 0  # finished optimizer steps
     num_tokens: int = 0  # of both sequences of every pair so far, as TRL counts
     loss_sum: float = 0.0  # of every step's loss so far
@@ -176,7 +176,7 @@ def train(config: Config, progress: bool = True) -> Path:
 def _train(config: Config, loss: Loss, progress: bool) -> Path:
     # Where the pieces come from. All that can be wrong with the input is found here, the cheap
     # things first: data before weights.
-    config = _resolved(config)
+    config = resolved(config)
     runfolder.check(config)
     demand_packages(config)
     if config.trainable == "lora":
@@ -187,12 +187,12 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     probes = build_probes(config, tokenizer, dataset) if config.probe_every else []
     torch.manual_seed(config.seed)
     model = load_model(config, tokenizer)
-    key = _data_key(model, dataset)
+    key = data_key(model, dataset)
     dist.check_same("data", key, model.device)
     demand_vocabulary(dataset.train + dataset.held_out, len(model.head.weight))
     if model.router:
         dataset = dataclasses.replace(dataset, sizes=functools.partial(fed_tokens, whole=True))
-    loader = _loader(config, dataset)
+    loader = make_loader(config, dataset)
     demand_budget(dataset.sizes(dataset.held_out), config.max_tokens_per_microbatch)
     last_step = total_steps(config, loader.steps_per_epoch)
     rate_factor(config, last_step)
@@ -212,7 +212,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     if model.frozen_body:
         dataset = with_states(config, model, dataset, progress)
     if loss.needs_reference:
-        dataset, named = _with_reference(config, model, dataset, progress)
+        dataset, named = with_reference(config, model, dataset, progress)
         key = f"{key} {named}"
     if model.router:  # every token is routed, and so every one of a step is fed
         dataset = dataclasses.replace(dataset, pack=functools.partial(pack_pairs, whole=True))
@@ -222,7 +222,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     checkpoint = runfolder.open_run(config, model.device)
     if taps and dist.is_main():
         write_layer_groups(Path(config.output_dir), taps.groups)
-    optimizer, masters = _optimizer(config, model)
+    optimizer, masters = make_optimizer(config, model)
     scheduler = Schedule(optimizer, config, last_step)
     state = State(model, optimizer, scheduler, Window(model.device), best, key, reference)
     state.taps, state.balancer, state.probing = taps, balancer, probing
@@ -231,6 +231,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
         state.head_start = model.head.weight.detach().clone()
     if probing:
         probing.begin(model)
+    state.tracker = find_tracker(config, dataset, model, loss, taps)
+    state.boundaries = Boundaries.of(model, dataset.train)
     if checkpoint:
         state.restore(checkpoint)
         log.info("resumed from %s", checkpoint)
@@ -261,7 +263,9 @@ def run_loop(
     journal = Journal(config, state.step)
     if main:  # nothing can refuse the resumption any more; the run is about to contradict these
         remove_checkpoints_after(run, state.step)
-    evaluator = Evaluator(config, dataset) if config.eval_steps and main else None
+    evaluator = None
+    if config.eval_steps and main:
+        evaluator = Evaluator(config, dataset, state.boundaries, state.step)
     truncated = frozenset(p.pair_id for p in dataset.train if p.truncated)
     if evaluator and state.step == 0 and config.eval_on_start:
         evaluator.run(model, loss, 0, 0.0, journal, recorder, loss_weights=state.loss_weights())
@@ -274,16 +278,30 @@ def run_loop(
     with journal, closing(bar), _asked_to_end() as asked:
         for plan in loader.plan(state.step + 1, last_step):
             # The step itself.
+            tracker = state.tracker if state.tracker and state.tracker.due(plan.step) else None
+            if tracker:
+                with bar.paused():
+                    tracker.before()
             began, rate = time.perf_counter(), state.scheduler.learning_rate
             result = _step(config, loss, dataset, state, plan)
 
             # What it showed.
+            seconds, rates = time.perf_counter() - began, None
+            if tracker:
+                with bar.paused():
+                    live = state.live_reference(config)
+                    rates = tracker.after(result, plan.num_pairs, rate, live)
             parts = [pair_columns(pairs, model.head_is_all) for pairs in result.pairs]
             state.observe(plan, result)
             if recorder:
                 moved = state.head_update() if plan.step % config.logging_steps == 0 else None
-                record_step(recorder, plan, result, parts, truncated, rate, config.beta, moved)
-            bar.step(plan, result, parts, time.perf_counter() - began)
+                more = rates.step if rates else {}
+                record_step(
+                    recorder, plan, result, parts, truncated, rate, config.beta, moved, more
+                )
+                if rates:
+                    record_rates(recorder, journal, plan, rates, state.loss_weights())
+            bar.step(plan, result, parts, seconds)
             clock.count(plan)
             last = plan.step == last_step
             logged = last or plan.step % config.logging_steps == 0
@@ -351,7 +369,10 @@ def run_loop(
 def _step(config: Config, loss: Loss, dataset: Dataset, state: State, plan: StepPlan) -> StepResult:
     """One optimizer step, and the learning rate of the next."""
     model = state.model
-    tracked = config.record and config.track != "none" and plan.step % config.track_every == 0
+    due = plan.step % config.track_every == 0
+    if state.tracker:
+        due = due or state.tracker.due(plan.step)
+    tracked = config.record and config.track != "none" and due
     batches: Iterator[PairBatch] = (
         dataset.pack([dataset.train[i] for i in own]).to(model.device) for own in plan.micro_batches
     )
@@ -398,80 +419,6 @@ def _load_best(run: Path, state: State) -> None:
     if best.step != state.step:
         load_weights(folder, state.model.module)
     log.info("final model: step %d, %s %.6g", best.step, best.metric, best.value)
-
-
-def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Optimizer steps of the run."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return math.ceil(config.num_train_epochs * steps_per_epoch)
-
-
-def _resolved(config: Config) -> Config:
-    """With what is chosen automatically in the place of `auto`: what config.yaml keeps."""
-    device = resolve_device(config.device)
-    no_warmup = config.warmup_ratio is None and config.warmup_steps is None
-    config = dataclasses.replace(config, output_dir=str(Path(config.output_dir).expanduser()))
-    return dataclasses.replace(
-        config,
-        template_date=runfolder.template_date(config),
-        device=device.type if config.device == "auto" else config.device,
-        dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
-        attn_implementation=resolve_attention(config.attn_implementation),
-        warmup_ratio=WARMUP_RATIO if no_warmup else config.warmup_ratio,
-    )
-
-
-def _optimizer(config: Config, model: PairModel) -> tuple[torch.optim.Optimizer, Masters | None]:
-    """Over the weights that learn, or their masters."""
-    if config.weights_dtype == "float32" or not config.master_weights:
-        return build_optimizer(model.module.named_parameters(), config), None
-    masters = Masters(model.module.named_parameters())
-    if not masters.tensors:  # adapters, which are float32 beside weights of any precision
-        return build_optimizer(model.module.named_parameters(), config), None
-    optimizer = build_optimizer(masters.named_parameters(), config)
-    masters.follow(optimizer)
-    return optimizer, masters
-
-
-def _loader(config: Config, dataset: Dataset) -> Loader:
-    return Loader(
-        dataset.train,
-        seed=config.seed,
-        batch_size=config.train_batch_size,
-        max_tokens=config.max_tokens_per_microbatch,
-        sizes=dataset.sizes(dataset.train),
-        shuffle=config.shuffle,
-        stratify=config.stratify,
-        weights=config.dataset_weights,
-        rank=dist.rank(),
-        world=dist.world_size(),
-    )
-
-
-def _data_key(model: PairModel, dataset: Dataset) -> str:
-    """Digest of the initial weights and of the pairs: their tokens, and what else steers a step,
-    their order (which the plan counts in), strata and the reference log-probs they bring."""
-    digest = hashlib.sha256(cache_key(model, dataset.train + dataset.held_out).encode())
-    for side in (dataset.train, dataset.held_out):
-        digest.update(f"{len(side)}\n".encode())
-        for p in side:
-            own = (p.pair_id, p.behavior, p.label, p.ref_chosen, p.ref_rejected)
-            digest.update(f"{own}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _with_reference(
-    config: Config, model: PairModel, dataset: Dataset, progress: bool
-) -> tuple[Dataset, str]:
-    pairs = dataset.train + dataset.held_out
-    found, named = find_reference(
-        config, model, model.tokenizer, pairs, progress, pack=dataset.pack
-    )
-    count = len(dataset.train)
-    return dataclasses.replace(
-        dataset, train=found.pairs[:count], held_out=found.pairs[count:]
-    ), named
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

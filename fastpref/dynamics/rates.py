@@ -47,7 +47,10 @@ def products(a: Array, b: Array) -> Array:  # (..., k, k)
             f"sketches of shapes {a.shape} and {b.shape}: expected (G, ..., k, k) with one G and "
             "one k; they compare only under one set of layer groups, one seed and one sketch_dim"
         )
-    return (a * b).sum(axis=0) * a.shape[-1] ** 2
+    total = np.float64(0.0)
+    for own, other in zip(a, b, strict=True):  # one group at a time: K L k^2 numbers are many
+        total = total + own * other
+    return np.asarray(total) * a.shape[-1] ** 2
 
 
 def known(value: Array | float, k: int) -> Array:  # (..., k, k)

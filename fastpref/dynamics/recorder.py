@@ -157,8 +157,9 @@ class Recorder:
         """Record an evaluation: one mapping of columns of `behaviors` per behavior.
 
         rows need `behavior` (a name) and `n`; `groups.behavior_rows` makes them. Returns them with
-        step, split and rate_obs, the change of mean margin per step since the previous evaluation
-        of that split (None at the first). Raises ValueError if `step` is not after that one.
+        step, split and rate_obs, unless they bring one the change of mean margin per step since the
+        previous evaluation of that split (None at the first). Raises ValueError if `step` is not
+        after that one.
         """
         complete = []
         for row in rows:
@@ -171,7 +172,7 @@ class Recorder:
                     f"{previous[0]} already, it cannot be recorded at step {step}"
                 )
             if isinstance(margin, (int, float, np.floating)):
-                if previous is not None:
+                if previous is not None and "rate_obs" not in row:
                     filled["rate_obs"] = (float(margin) - previous[1]) / (step - previous[0])
                 self._margins[split, behavior] = step, float(margin)
             complete.append(filled)
@@ -179,7 +180,7 @@ class Recorder:
         return complete
 
     def rows(self, name: str, step: int, rows: Iterable[Mapping[str, object]]) -> None:
-        """Record rows of `probes` or `squeezing`: mappings of columns, without the step."""
+        """Record rows of `probes`, `squeezing` or `gram`: mappings of columns, without the step."""
         self._add_rows(name, step, [{**row, "step": step} for row in rows])
 
     def flush(self, step: int) -> None:

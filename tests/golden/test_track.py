@@ -32,6 +32,7 @@ def base(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPat
         learning_rate=3e-3,
         save_steps=3,
         track="none",
+        rate_every=0,
     )
 
 

@@ -32,7 +32,7 @@ logging_steps logging_first_step eval_steps eval_on_start save_steps save_total_
 metric_for_best_model greater_is_better load_best_model_at_end
 early_stopping_patience early_stopping_threshold
 report_to run_name project logging_dir disable_tqdm
-record track track_every sketch_dim
+record track track_every sketch_dim rate_every rate_pairs
 probe_every probes probe_prompts probe_types ref_cache_dir feature_cache_dir ref_check_pairs
 on_nonfinite
 """

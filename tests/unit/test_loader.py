@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fastpref.config import Config
 from fastpref.data.loader import Loader, _spread
 from fastpref.data.tokenize import TokenPair
-from fastpref.train import total_steps
+from fastpref.prepare import total_steps
 
 
 def made(count: int, labels: int = 2) -> list[TokenPair]:

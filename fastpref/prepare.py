@@ -1,0 +1,99 @@
+"""What a run is made of, before its first step: resolved options, order of pairs, reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+
+from fastpref import dist, runfolder
+from fastpref.config import Config
+from fastpref.data.dataset import Dataset
+from fastpref.data.loader import Loader
+from fastpref.masters import Masters
+from fastpref.model import PairModel, resolve_attention, resolve_device, resolve_dtype
+from fastpref.optim import build_optimizer
+from fastpref.refcache import cache_key
+from fastpref.refmodel import find_reference
+from fastpref.schedule import WARMUP_RATIO
+
+
+def resolved(config: Config) -> Config:
+    """With what is chosen automatically in the place of `auto`: what config.yaml keeps."""
+    device = resolve_device(config.device)
+    no_warmup = config.warmup_ratio is None and config.warmup_steps is None
+    config = dataclasses.replace(config, output_dir=str(Path(config.output_dir).expanduser()))
+    return dataclasses.replace(
+        config,
+        template_date=runfolder.template_date(config),
+        device=device.type if config.device == "auto" else config.device,
+        dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
+        attn_implementation=resolve_attention(config.attn_implementation),
+        warmup_ratio=WARMUP_RATIO if no_warmup else config.warmup_ratio,
+    )
+
+
+def make_optimizer(
+    config: Config, model: PairModel
+) -> tuple[torch.optim.Optimizer, Masters | None]:
+    """Over the weights that learn, or their masters."""
+    if config.weights_dtype == "float32" or not config.master_weights:
+        return build_optimizer(model.module.named_parameters(), config), None
+    masters = Masters(model.module.named_parameters())
+    if not masters.tensors:  # adapters, which are float32 beside weights of any precision
+        return build_optimizer(model.module.named_parameters(), config), None
+    optimizer = build_optimizer(masters.named_parameters(), config)
+    masters.follow(optimizer)
+    return optimizer, masters
+
+
+def make_loader(config: Config, dataset: Dataset) -> Loader:
+    """The order in which the training pairs come, on this rank."""
+    return Loader(
+        dataset.train,
+        seed=config.seed,
+        batch_size=config.train_batch_size,
+        max_tokens=config.max_tokens_per_microbatch,
+        sizes=dataset.sizes(dataset.train),
+        shuffle=config.shuffle,
+        stratify=config.stratify,
+        weights=config.dataset_weights,
+        rank=dist.rank(),
+        world=dist.world_size(),
+    )
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
+def data_key(model: PairModel, dataset: Dataset) -> str:
+    """Digest of the initial weights and of the pairs: their tokens, and what else steers a step,
+    their order (which the plan counts in), strata and the reference log-probs they bring."""
+    digest = hashlib.sha256(cache_key(model, dataset.train + dataset.held_out).encode())
+    for side in (dataset.train, dataset.held_out):
+        digest.update(f"{len(side)}\n".encode())
+        for p in side:
+            own = (p.pair_id, p.behavior, p.label, p.ref_chosen, p.ref_rejected)
+            digest.update(f"{own}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def with_reference(
+    config: Config, model: PairModel, dataset: Dataset, progress: bool
+) -> tuple[Dataset, str]:
+    """``dataset`` with reference log-probs, and what names their model."""
+    pairs = dataset.train + dataset.held_out
+    found, named = find_reference(
+        config, model, model.tokenizer, pairs, progress, pack=dataset.pack
+    )
+    count = len(dataset.train)
+    return dataclasses.replace(
+        dataset, train=found.pairs[:count], held_out=found.pairs[count:]
+    ), named
