@@ -389,6 +389,34 @@ _SQUEEZING = Table(
     ),
 )
 
+_INFLUENCE = Table(
+    "influence",
+    "One row per step at which it is measured, cell (the probes of a behavior and response type) "
+    "and behavior with pairs in that step, and one of the whole step.",
+    (
+        Column("step", _I32, "step", "optimizer step", True),
+        Column("behavior", _DICT, "-", "of the probes; null: those of none"),
+        Column("response_type", _DICT, "-", "of the probes", True),
+        Column("other", _DICT, "-", "l, whose pairs move them; null: all, the whole step"),
+        Column("n", _I32, "-", "probes of the cell", True),
+        Column(
+            "dot",
+            _F64,
+            "nat",
+            "<P, G_l> of the cell's mean gradient of log pi: per unit of learning rate, what l's "
+            "pairs add to its mean log pi under plain gradient descent",
+        ),
+        Column("dot_error", _F64, "nat", "its standard error by the sketch"),
+        Column("cos", _F64, "-", "cosine of the angle between P and G_l"),
+        Column("cos_error", _F64, "-", "its standard error by the sketch"),
+        Column(
+            "change_opt", _F64, "nat", "whole step: <P, change of the weights>, the optimizer's own"
+        ),
+        Column("change_opt_error", _F64, "nat", "its standard error by the sketch"),
+        Column("change_obs", _F64, "nat", "whole step: change of the cell's mean log pi in it"),
+    ),
+)
+
 _INDEX = Table(
     "index",
     "One row per pair of the run, written once: where it comes from.",
@@ -413,6 +441,7 @@ TABLES = {
         _GRAM,
         _PROBES,
         _SQUEEZING,
+        _INFLUENCE,
         _INDEX,
         _PROBE_INDEX,
     )
