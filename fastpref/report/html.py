@@ -12,6 +12,7 @@ import numpy as np
 
 from fastpref.dynamics import groups, schema
 from fastpref.report.plots import all_figures
+from fastpref.report.probe_plots import probe_figures
 from fastpref.report.svg import Figure, palette
 from fastpref.report.tables import (
     SPLITS,
@@ -111,7 +112,7 @@ def write_report(run: RunFiles | str | Path, out: str | Path | None = None) -> P
 def page(run: RunFiles) -> str:
     """The page as text; it depends on the run's files alone."""
     rows = summarize(run)
-    figures = all_figures(run, rows)
+    figures = [*all_figures(run, rows), *probe_figures(run.path)]
     title = escape(run.path.resolve().name)
     parts = [
         "<!doctype html>",
