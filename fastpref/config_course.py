@@ -267,6 +267,12 @@ class CourseOptions(InputOptions):
         "dynamics",
         f"Responses to these prompts that are scored: {', '.join(PROBE_TYPES)}.",
     )
+    probe_influence: bool = option(
+        False,
+        "dynamics",
+        "Measure how each behavior's pairs move the probes; needs track: sketch or exact, and a "
+        "backward over the probes every probe_every steps.",
+    )
     ref_cache_dir: str | None = option(
         None, "dynamics", "Reference log-probs; null: the user's cache folder."
     )

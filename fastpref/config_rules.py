@@ -161,6 +161,16 @@ def _check_probes(config: Any) -> None:
             )
     if config.probes and not config.probe_every:
         raise ConfigError("probes", "are scored never, as probe_every is 0; set probe_every")
+    if config.probe_influence:
+        if not config.probe_every:
+            raise ConfigError("probe_influence", "there are no probes; set probe_every")
+        if config.track not in ("sketch", "exact"):
+            raise ConfigError(
+                "probe_influence",
+                f"needs gradients of every pair, and track is {config.track}; set track: sketch",
+            )
+        if not config.record:
+            raise ConfigError("probe_influence", "is written to records/; set record: true")
     none = not config.probes and not (config.probe_types and config.probe_prompts)
     if config.probe_every and none:
         empty = "probe_prompts" if not config.probe_prompts else "probe_types"

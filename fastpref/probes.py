@@ -22,6 +22,7 @@ import torch
 from fastpref import dist
 from fastpref.config import Config
 from fastpref.data.branches import Probe, pack_probes, plan_probes
+from fastpref.dynamics.influence import Moved
 from fastpref.dynamics.probes import (
     METRICS,
     POSITION_STATS,
@@ -34,8 +35,11 @@ from fastpref.dynamics.probes import (
     type_means,
 )
 from fastpref.dynamics.recorder import Recorder
+from fastpref.dynamics.taps import Taps
+from fastpref.influence import Influence
 from fastpref.journal import Journal
 from fastpref.model import PairModel
+from fastpref.step import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +68,31 @@ class Probing:
         self._initial: dict[str, np.ndarray] = {}  # of step 0
         self._levels: dict[str, Levels] = {}  # at the last evaluation
         self._alarms: dict[str, int] = {}  # behavior -> evaluations at which it was squeezed
+        self._influence: Influence | None = None
+        self._moved: Moved | None = None  # by the step under way
+        self._budget = config.max_tokens_per_microbatch
 
     def due(self, step: int) -> bool:
         """Whether the probes are scored after ``step``, were it not the last."""
         return step % self.every == 0
+
+    def watch(self, model: PairModel, taps: Taps) -> None:
+        """Measure from now on how the steps that are due move the probes (`probe_influence`)."""
+        self._influence = Influence(self.probes, self.behaviors, model, taps, self._budget)
+
+    def measures(self, step: int) -> bool:
+        """Whether influence is measured around ``step``, which then needs taps."""
+        return self._influence is not None and self.due(step)
+
+    def before(self) -> None:
+        """Just before a step that `measures`."""
+        assert self._influence
+        self._influence.before()
+
+    def after(self, step: int, result: StepResult, num_pairs: int) -> None:
+        """After ``step``, before anything else changes the weights; `run` comes next."""
+        if self._influence and self.measures(step):
+            self._moved = self._influence.after(result, num_pairs)
 
     def begin(self, model: PairModel) -> None:
         """Score the model as training begins; before a checkpoint is restored."""
@@ -128,6 +153,10 @@ class Probing:
             journal.perf({"step": step, **clocks})
         if recorder:
             recorder.rows("probes", step, self._rows(values, argmax))
+        if recorder and self._influence and self._moved:
+            rows = self._influence.rows(self._moved, values["logp"])
+            recorder.rows("influence", step, rows)
+        self._moved = None
 
     def index_rows(self, tokenizer: Any) -> list[dict[str, object]]:
         """Rows of the `probe_index` table."""

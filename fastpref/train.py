@@ -208,6 +208,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     if config.probe_every:
         probes += initial_probes(config, model, dataset)
         probing = Probing(config, probes, dataset.behaviors, len(model.head.weight))
+        if config.probe_influence and taps:
+            probing.watch(model, taps)
         check_probes(model, probes, config.max_tokens_per_microbatch)
     if model.frozen_body:
         dataset = with_states(config, model, dataset, progress)
@@ -282,6 +284,9 @@ def run_loop(
             if tracker:
                 with bar.paused():
                     tracker.before()
+            if state.probing and state.probing.measures(plan.step):
+                with bar.paused():
+                    state.probing.before()
             began, rate = time.perf_counter(), state.scheduler.learning_rate
             result = _step(config, loss, dataset, state, plan)
 
@@ -335,6 +340,7 @@ def run_loop(
                 state.balancer.update(plan.step)
             if state.probing and (last or state.probing.due(plan.step)):
                 with bar.paused():
+                    state.probing.after(plan.step, result, plan.num_pairs)
                     state.probing.run(model, plan.step, plan.epoch, journal, recorder)
 
             # What is kept of it. Records first: a checkpoint never is ahead of them.
@@ -372,6 +378,8 @@ def _step(config: Config, loss: Loss, dataset: Dataset, state: State, plan: Step
     due = plan.step % config.track_every == 0
     if state.tracker:
         due = due or state.tracker.due(plan.step)
+    if state.probing:
+        due = due or state.probing.measures(plan.step)
     tracked = config.record and config.track != "none" and due
     batches: Iterator[PairBatch] = (
         dataset.pack([dataset.train[i] for i in own]).to(model.device) for own in plan.micro_batches

@@ -50,11 +50,11 @@ def influence_rows(
     dot = rates.interactions(moved.probes, sides)
     cos = rates.cosines(moved.probes, sides)
     change = rates.first_order(moved.probes, moved.update)
-    others = [None, *(behaviors[other] for other in teachers)]
-    rows = []
+    others = [None, *(behaviors[int(other)] for other in teachers)]
+    rows: list[Mapping[str, Any]] = []
     for c, (behavior, kind) in enumerate(cells):
         for j, other in enumerate(others):
-            row = {
+            row: dict[str, Any] = {
                 "behavior": behavior,
                 "response_type": kind,
                 "other": other,

@@ -180,7 +180,7 @@ class Recorder:
         return complete
 
     def rows(self, name: str, step: int, rows: Iterable[Mapping[str, object]]) -> None:
-        """Record rows of `probes`, `squeezing` or `gram`: mappings of columns, without the step."""
+        """Record rows of a table that has rows of its own: mappings of columns, without step."""
         self._add_rows(name, step, [{**row, "step": step} for row in rows])
 
     def flush(self, step: int) -> None:

@@ -22,6 +22,7 @@ from fastpref.dynamics.recorder import read_records
 from fastpref.probes import Probing
 from fastpref.train import train
 from tests.architectures import packed, tiny_model
+from tests.golden.test_ranks import run_on_two
 
 TYPES = (
     "chosen",
@@ -347,6 +348,10 @@ def test_bad_settings_say_what(base: Config, tmp_path: Path) -> None:
         dataclasses.replace(base, probe_types=())
     with pytest.raises(ValueError, match="probe_every is 0"):
         dataclasses.replace(base, probes="probes.jsonl", probe_every=0)
+    with pytest.raises(ValueError, match="probe_influence.*track is head"):
+        dataclasses.replace(base, probe_influence=True)
+    with pytest.raises(ValueError, match="probe_influence.*no probes"):
+        dataclasses.replace(base, probe_influence=True, track="sketch", probe_every=0)
     with pytest.raises(ValueError, match="irr_test.*no pair is held out"):
         run(base, tmp_path / "a", eval_fraction=0.0)
     with pytest.raises(ValueError, match="probes.*nowhere.jsonl"):
@@ -378,6 +383,82 @@ def test_no_logits_are_stored() -> None:
         whole = largest_allocation(lambda: torch.randn(rows, head.shape[1]) @ head.t())
     assert whole == rows * vocab * 4  # it does see what is to be absent
     assert largest_allocation(lambda: probing.score(model)) < whole / 4
+
+
+def test_influence_in_a_run(straight: Path, base: Config, tmp_path: Path) -> None:
+    """Every row there, the same weights, and a resumed run has the same rows."""
+    changes: dict[str, Any] = {"probe_influence": True, "track": "sketch", "track_every": 4}
+    folder = run(base, tmp_path / "run", **changes)
+    assert same_bits(straight, folder)
+    assert rows(folder) == rows(straight)
+    found = rows(folder, "influence")
+    assert {r["step"] for r in found} == {3, 6}  # those of probe_every; 8 is only the last step
+    trained = {
+        s: {r["behavior"] for r in rows(folder, "pairs") if (r["step"], r["split"]) == (s, "train")}
+        for s in (3, 6)
+    }
+    by_place = {(r["step"], r["behavior"], r["response_type"], r["other"]): r for r in found}
+    assert by_place.keys() == {
+        (s, b, t, o)
+        for s in (3, 6)
+        for b in ("agrees", "polite")
+        for t in TYPES
+        for o in (None, *trained[s])
+        if any((r["behavior"], r["response_type"]) == (b, t) for r in rows(folder, "probe_index"))
+    }
+    scores = [
+        (r["change_opt"] - r["change_obs"]) / r["change_opt_error"]
+        for r in found
+        if r["other"] is None
+    ]
+    assert np.mean(np.abs(scores) < 2) > 0.5  # a step of AdamW at 3e-3 is not a small one
+    signs = [r["change_opt"] * r["change_obs"] > 0 for r in found if r["other"] is None]
+    assert np.mean(signs) > 0.6
+    again = tmp_path / "again"
+    run(base, again, max_steps=5, **changes)
+    run(base, again, **changes)
+    assert [r for r in rows(again, "influence") if r["step"] != 5] == found
+
+
+def test_two_ranks_score_as_one(base: Config, tmp_path: Path) -> None:
+    """The same bits at step 0, whoever scores a batch; later what the weights' rounding gives."""
+    changes: dict[str, Any] = {
+        "probe_influence": True, "track": "sketch", "max_tokens_per_microbatch": 120,
+        "max_steps": 3,
+    }  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(base, one, **changes)
+    settings = dataclasses.replace(base, output_dir=str(two), **changes)
+    (tmp_path / "config.yaml").write_text(settings.to_yaml())
+    run_on_two({}, two, tmp_path / "config.yaml")
+    assert rows(two, "probe_index") == rows(one, "probe_index")
+    for ours, theirs in zip(rows(two), rows(one), strict=True):
+        if ours["step"] == 0:
+            assert ours == theirs
+        else:
+            assert ours["logp"] == pytest.approx(theirs["logp"], rel=1e-5)
+    assert len(rows(one, "influence")) > 10
+    for ours, theirs in zip(rows(two, "influence"), rows(one, "influence"), strict=True):
+        assert [ours[n] for n in ("behavior", "response_type", "other", "n")] == [
+            theirs[n] for n in ("behavior", "response_type", "other", "n")
+        ]
+        assert ours["dot"] == pytest.approx(theirs["dot"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("trainable", ["head", "lora"])
+def test_other_ways_to_train(trainable: str, base: Config, tmp_path: Path) -> None:
+    """A frozen body, and adapters: the first evaluation is that of the plain model."""
+    if trainable == "lora":
+        pytest.importorskip("peft")
+    changes = {"feature_cache_dir": str(tmp_path), "max_steps": 3}
+    folder = run(base, tmp_path / "run", trainable=trainable, **changes)
+    plain = run(base, tmp_path / "plain", **changes)
+    first, theirs = ([r for r in rows(f) if r["step"] == 0] for f in (folder, plain))
+    for row, other in zip(first, theirs, strict=True):
+        assert row["logp"] == pytest.approx(other["logp"], rel=1e-6)
+        assert row["argmax_id"] == other["argmax_id"]
+    last = [r for r in rows(folder) if r["step"] == 3]
+    assert any(abs(a["logp"] - b["logp"]) > 1e-3 for a, b in zip(first, last, strict=True))
 
 
 class Lines:

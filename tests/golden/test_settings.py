@@ -16,6 +16,7 @@ from fastpref.cli import main
 from fastpref.config import Config, load_config
 from fastpref.dynamics.recorder import read_jsonl, read_records
 from fastpref.errors import Preempted
+from fastpref.probe_types import PROBE_TYPES
 from fastpref.progress import Bar
 from fastpref.train import train
 
@@ -73,6 +74,8 @@ def early(base: Config) -> Config:
         load_best_model_at_end=True,
         early_stopping_patience=4,
         report_to=("tensorboard",),
+        probe_every=4,
+        probe_prompts=4,
     )
 
 
@@ -225,7 +228,8 @@ def test_checkpoints_have_a_log_history(stopped: Path) -> None:
     assert len(history) == len(lines)
     losses = {e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}
     assert losses == held_out(stopped)
-    assert {"loss", "learning_rate", "grad_norm", "epoch"} <= history[2].keys()
+    trained = next(e for e in history if "learning_rate" in e)
+    assert {"loss", "learning_rate", "grad_norm", "epoch"} <= trained.keys()
 
 
 def test_the_end_of_a_run_in_perf(stopped: Path, early: Config) -> None:
@@ -246,9 +250,12 @@ def test_the_page_of_metrics_names_all_of_them_and_no_others(stopped: Path) -> N
     for file, names in told.items():
         found = set()
         for line in read_jsonl(stopped / file):
-            found |= {re.sub("behavior/[^/]+/", "behavior/<name>/", key) for key in line}
-        of_experts = {"aux_loss"}  # which this model has none of; tests/golden/test_router.py
-        assert found - {"step", "epoch", "split"} == names - of_experts, file
+            types = "|".join(PROBE_TYPES)
+            names_of = {re.sub(f"^({types})/", "<type>/", key) for key in line}
+            found |= {re.sub("behavior/[^/]+/", "behavior/<name>/", key) for key in names_of}
+        # Of experts (tests/golden/test_router.py) and of balance, which this run has not.
+        absent = {"aux_loss", "behavior/<name>/loss_weight"}
+        assert found - {"step", "epoch", "split"} == names - absent, file
 
 
 def test_every_optimizer_resumes(

@@ -33,7 +33,8 @@ metric_for_best_model greater_is_better load_best_model_at_end
 early_stopping_patience early_stopping_threshold
 report_to run_name project logging_dir disable_tqdm
 record track track_every sketch_dim rate_every rate_pairs
-probe_every probes probe_prompts probe_types ref_cache_dir feature_cache_dir ref_check_pairs
+probe_every probes probe_prompts probe_types probe_influence
+ref_cache_dir feature_cache_dir ref_check_pairs
 on_nonfinite
 """
 
