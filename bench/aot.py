@@ -26,6 +26,7 @@ MODULES = (
     "fastpref_kernels.tile_cases",
     "fastpref_kernels.pair_kernels",
     "fastpref_kernels.gram_tile",
+    "fastpref_kernels.gradient_tile",
     "fastpref_kernels.triton_pair_gram",
     "fastpref_kernels.triton_sketch",
     "fastpref_kernels.triton_column_sums",

@@ -12,7 +12,7 @@ kernels/README.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 import triton
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ._aot import AotCase
 from ._launch import launch
-from .pair_gram import longest_pair_gram, pair_product_gram
+from .gradient_tile import gradient_products, make_sets
+from .pair_gram import longest_pair_gram
 from .spans import cut, group_counts, runs, starts, to_device
 
 # Tile rows, depth of a step of a product, warps, stages. The larger one has twice the arithmetic
@@ -147,7 +148,7 @@ def triton_pair_gram(
     counts: Sequence[int],
     group_size: int,
 ) -> Tensor:  # (S / g, g, g)
-    """As `pair_gram.pair_gram`, which forms the gradients of the long groups here, too."""
+    """As `pair_gram.pair_gram`."""
     groups, rows = len(counts) // group_size, group_counts(counts, group_size)
     out = x.new_zeros(groups, group_size, group_size, dtype=torch.float32)
     x, *dy = (a if a.stride(-1) == 1 else a.contiguous() for a in (x, *dy))
@@ -155,20 +156,35 @@ def triton_pair_gram(
     if len(dy) > 3:
         dy = [torch.cat(list(dy), 1)]
     longest = longest_pair_gram(x.shape[1], sum(y.shape[1] for y in dy))
-    bounds = starts(counts)
+    bounds, long = starts(counts), []
     for short, first, last in runs(rows, longest):
         own = tuple(counts[first * group_size : last * group_size])
         lo, hi = bounds[first * group_size], bounds[last * group_size]
-        if lo == hi:
-            continue
-        if short:
+        if short and lo < hi:
             parts = [a[lo:hi] for a in (x, *dy)]
             out[first:last] = _gram(parts[0], parts[1:], segment_id[lo:hi], own, group_size)
-        else:
-            ends = bounds[first * group_size : last * group_size + 1]
-            out[first] = pair_product_gram(x, dy, ends)
+        elif not short:
+            long.append(first)
+    if long:
+        _by_gradients_(out, x, dy, tuple(counts), tuple(long), group_size)
     out.diagonal(dim1=1, dim2=2).clamp_(min=0.0)
     return out
+
+
+def _by_gradients_(
+    out: Tensor,  # written for `groups`
+    x: Tensor,
+    dy: Sequence[Tensor],
+    counts: tuple[int, ...],
+    groups: tuple[int, ...],
+    group_size: int,
+) -> None:
+    wide = reduce(torch.promote_types, [a.dtype for a in dy], x.dtype)
+    sets = make_sets(counts, groups, group_size, wide, x.device)
+    total = gradient_products(dy[0], x, sets)
+    for outputs in dy[1:]:
+        total += gradient_products(outputs, x, sets)
+    out.index_copy_(0, sets.groups, total[sets.pick].to(out.dtype))
 
 
 def _gram(
