@@ -208,6 +208,7 @@ def check_linear_logprob(
     bias: Tensor | None,
     *,
     num_segments: int | None,
+    counts: Sequence[int] | None,
     group_size: int,
     softcap: float | None,
     logit_scale: float,
@@ -224,7 +225,11 @@ def check_linear_logprob(
     _check_names(stats, norms)
     if norms in ("sketch", "both"):
         check_sketch("linear_logprob", sketch_dim, sketch_buckets, "sketch_dim", "sketch_buckets")
+    if counts is not None and num_segments is None:
+        num_segments = len(counts)
     segments = _count_segments(hidden, segment_id, num_segments)
+    if counts is not None:
+        check_counts("linear_logprob", hidden.shape[0], segments, counts)
     if norms is not None and segments % group_size:
         raise ValueError(
             f"linear_logprob: norms need whole groups, but num_segments={segments} is not a "
@@ -357,8 +362,26 @@ def _count_segments(hidden: Tensor, segment_id: Tensor | None, num_segments: int
     return int(segment_id[-1]) + 1 if rows else 0
 
 
-def check_values(target: Tensor, segment_id: Tensor | None, vocab: int, num_segments: int) -> None:
-    """Range of targets, order and range of segment ids; only on the CPU, where reading is free.
+def check_counts(op: str, rows: int, segments: int, counts: Sequence[int]) -> None:
+    """As many counts as segments, and as many rows as the counts say."""
+    if len(counts) != segments:
+        raise ValueError(f"{op}: expected counts of {segments} segments, got {len(counts)}.")
+    if min(counts, default=0) < 0 or sum(counts) != rows:
+        raise ValueError(
+            f"{op}: counts must be the rows of every segment, >= 0 and {rows} together, got a "
+            f"smallest of {min(counts, default=0)} and a sum of {sum(counts)}."
+        )
+
+
+def check_values(
+    target: Tensor,
+    segment_id: Tensor | None,
+    vocab: int,
+    num_segments: int,
+    counts: Sequence[int] | None = None,
+) -> None:
+    """Range of targets, order, range and counts of segment ids; only on the CPU, where reading is
+    free.
 
     On CUDA a target out of range makes its row's log-prob NaN, a segment id out of range trips an
     index assertion.
@@ -376,6 +399,21 @@ def check_values(target: Tensor, segment_id: Tensor | None, vocab: int, num_segm
         )
     if segment_id is not None:
         check_segments("linear_logprob", segment_id, num_segments)
+    if counts is not None:
+        _check_rows_of_segments(segment_id, counts)
+
+
+def _check_rows_of_segments(segment_id: Tensor | None, counts: Sequence[int]) -> None:
+    if segment_id is None:
+        found = [1] * len(counts)
+    else:
+        found = torch.bincount(segment_id.to(torch.int64), minlength=len(counts)).tolist()
+    if found != list(counts):
+        wrong = next(i for i, (a, b) in enumerate(zip(found, counts, strict=True)) if a != b)
+        raise ValueError(
+            f"linear_logprob: counts[{wrong}]={counts[wrong]}, but segment_id holds {found[wrong]} "
+            f"rows of segment {wrong}. Give what row_counts(segment_id, num_segments) returns."
+        )
 
 
 def check_segments(op: str, segment_id: Tensor, num_segments: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._launch import DTYPES
+from ._launch import DTYPES, check_counts
 
 _NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
@@ -87,13 +87,5 @@ def check_segments(
             "Pad the last group with empty segments."
         )
     if counts is not None:
-        if len(counts) != num_segments:
-            raise ValueError(
-                f"{name}: expected counts of {num_segments} segments, got {len(counts)}."
-            )
-        if min(counts, default=0) < 0 or sum(counts) != rows:
-            raise ValueError(
-                f"{name}: counts must be the rows of every segment, >= 0 and {rows} together, got "
-                f"a smallest of {min(counts, default=0)} and a sum of {sum(counts)}."
-            )
+        check_counts(name, rows, num_segments, counts)
     return size

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ._aot import AotCase, case_of
 from ._launch import Launch, launch, recorded
-from .spans import starts, to_device
+from .spans import kept_tables, starts, to_device
 
 
 class Shape(NamedTuple):
@@ -180,7 +179,7 @@ def gradient_tile_kernel(
                 stride_right,
                 FEW,
             )
-        gradients = gradients + (acc,)  # noqa: RUF005
+        gradients = gradients + (acc,)  # type: ignore[assignment]  # noqa: RUF005
     count: tl.constexpr = PARTS * (PARTS + 1) // 2
     place = out + (own.to(tl.int64) * tl.num_programs(0) + block) * count
     for a in tl.static_range(PARTS):
@@ -201,7 +200,7 @@ class Sets(NamedTuple):
     size: int  # n
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """B."""
         return len(self.first) // self.size
 
@@ -240,7 +239,7 @@ def set_size(group_size: int, dtype: torch.dtype) -> int:
     return group_size if group_size <= _shapes(dtype)[-1][0] else 2
 
 
-@lru_cache(maxsize=8)
+@kept_tables
 def _sets(
     counts: tuple[int, ...],
     groups: tuple[int, ...],
@@ -248,13 +247,13 @@ def _sets(
     size: int,
     device: torch.device,
 ) -> Sets:
-    """Kept: every layer of a batch asks for it, and a CUDA graph must not replay a copy from memory
-    of the host."""
     parts = range(group_size)
     within = [tuple(parts)] if size == group_size else [(a, b) for b in parts for a in range(b)]
-    per_set, sets, pick = size * (size + 1) // 2, [], []
+    per_set = size * (size + 1) // 2
+    sets: list[list[int]] = []
+    pick: list[int] = []
     for group in groups:
-        place = {}
+        place: dict[tuple[int, int], int] = {}
         for chosen in within:
             for i, a in enumerate(chosen):
                 for j, b in enumerate(chosen[i:], i):
@@ -292,7 +291,7 @@ def gradient_products(
     wide = torch.promote_types(left.dtype, right.dtype)
     (tall, broad), depth, warps, stages = tile_shape(wide, size)
     down, across = -(-columns_left // tall), -(-columns_right // broad)
-    out = left.new_empty(sets.count, down * across, size * (size + 1) // 2, dtype=torch.float32)
+    out = left.new_empty(sets.number, down * across, size * (size + 1) // 2, dtype=torch.float32)
     met = None
     if lacking is not None:
         edges = torch.arange(down + 1, device=left.device) * tall + low
@@ -301,7 +300,7 @@ def gradient_products(
         met = torch.searchsorted(lacking.keys, wanted, out_int32=True)
     launch(
         gradient_tile_kernel,
-        (down * across, sets.count),
+        (down * across, sets.number),
         {
             "left": left,
             "right": right,
@@ -336,9 +335,7 @@ def tile_shape(dtype: torch.dtype, size: int) -> Shape:
     return next(shape for most, shape in _shapes(dtype) if size <= most)
 
 
-def numbers_loaded(
-    counts: Sequence[int], rows: int, columns: int, dtype: torch.dtype
-) -> int:
+def numbers_loaded(counts: Sequence[int], rows: int, columns: int, dtype: torch.dtype) -> int:
     """Operands that programs load for one group with `counts` rows in its segments, for gradients
     (rows, columns)."""
     size = set_size(len(counts), dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .row_sums import Tiles
 from .segment import add_rows_
-from .spans import group_counts, starts
+from .spans import group_counts, kept_tables, starts, to_device
 from .torch_tiles import Transform, exps_at
 
 
@@ -51,7 +51,7 @@ class GroupRows:
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows of every segment and group, read on the host once (a wait on CUDA)."""
+    """Rows of every segment and group, as given, else read on the host once (a wait on CUDA)."""
 
     segment_id: Tensor  # (R,) int64
     group_size: int
@@ -74,33 +74,23 @@ class Groups:
 
     @staticmethod
     def make(
-        segment_id: Tensor | None, num_segments: int, group_size: int, device: torch.device
+        segment_id: Tensor | None,
+        num_segments: int,
+        group_size: int,
+        device: torch.device,
+        counts: Sequence[int] | None,
     ) -> Groups:
         if segment_id is None:
-            segment_id = torch.arange(num_segments, device=device)
+            own = torch.arange(num_segments, device=device)
+            return Groups(own, group_size, [1] * num_segments)
         ids = segment_id.to(torch.int64)
-        counts = torch.bincount(ids, minlength=num_segments).tolist()
-        return Groups(ids, group_size, counts)
+        if counts is None:
+            counts = torch.bincount(ids, minlength=num_segments).tolist()
+        return Groups(ids, group_size, list(counts))
 
     def by_length(self, most: int) -> list[GroupRows]:
         """The groups of 1 .. most rows, those of equal length together."""
-        of_length: dict[int, tuple[list[int], list[int]]] = {}  # groups, and their first rows
-        start, device = 0, self.segment_id.device
-        for group, length in enumerate(self.lengths):
-            if 0 < length <= most:
-                groups, starts = of_length.setdefault(length, ([], []))
-                groups.append(group)
-                starts.append(start)
-            start += length
-        found = []
-        for length in sorted(of_length):
-            groups, starts = of_length[length]
-            first, last = starts[0], starts[-1] + length
-            span = (first, last) if last - first == length * len(starts) else None
-            rows = torch.tensor(starts, device=device).unsqueeze(1)
-            rows = rows + torch.arange(length, device=device)
-            found.append(GroupRows(torch.tensor(groups, device=device), rows, span))
-        return found
+        return _by_length(tuple(self.lengths), most, self.segment_id.device)
 
     def block_sums(self, batch: GroupRows, entries: Tensor) -> Tensor:  # (B, g, g) float64
         """Sums of entries (B, L, L) over the rows of every two segments of a group."""
@@ -116,6 +106,27 @@ class Groups:
             add_rows_(sums, place, wide.flatten(0, 1))
             wide = sums.view(count, self.group_size, -1).transpose(1, 2)
         return wide
+
+
+@kept_tables
+def _by_length(lengths: tuple[int, ...], most: int, device: torch.device) -> list[GroupRows]:
+    of_length: dict[int, tuple[list[int], list[int]]] = {}  # groups, and their first rows
+    start = 0
+    for group, length in enumerate(lengths):
+        if 0 < length <= most:
+            groups, starts = of_length.setdefault(length, ([], []))
+            groups.append(group)
+            starts.append(start)
+        start += length
+    found = []
+    for length in sorted(of_length):
+        groups, starts = of_length[length]
+        first, last = starts[0], starts[-1] + length
+        span = (first, last) if last - first == length * len(starts) else None
+        own, begin = to_device(groups + starts, device).long().view(2, -1)
+        rows = begin.unsqueeze(1) + torch.arange(length, device=device)
+        found.append(GroupRows(own, rows, span))
+    return found
 
 
 class GroupGram:

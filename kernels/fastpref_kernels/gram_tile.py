@@ -10,6 +10,8 @@ Imports triton: import it where the backend is chosen, never from `__init__`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby, product
 from typing import NamedTuple
 
 import torch
@@ -20,11 +22,13 @@ from torch import Tensor
 from ._aot import AotCase, case_of
 from ._launch import Launch, launch, recorded
 from .segment import add_rows_
+from .spans import cut, group_counts, kept_tables, to_device
 
-BLOCK_ROWS, STAGES = 64, 3
-# (columns of E or hidden at a time, warps). float32 is multiplied as three products of
-# TensorFloat32, which keeps its digits. Other shapes spill: kernels/README.md.
-HALF_BLOCK, FLOAT_BLOCK = (128, 4), (32, 8)
+STAGES = 3
+# Rows of a block: columns of E or hidden at a time, warps. float32 is multiplied as three products
+# of TensorFloat32, which keeps its digits. Other shapes spill: kernels/README.md.
+HALF_BLOCKS = {64: (128, 4), 32: (128, 2), 16: (256, 1)}
+FLOAT_BLOCKS = {64: (32, 8), 32: (32, 4), 16: (32, 1)}
 PROGRAMS = 512  # at least, where there are enough tiles to share out
 
 
@@ -39,7 +43,7 @@ class Tiles(NamedTuple):
 class Rows(NamedTuple):
     """Per row (R,)."""
 
-    target: Tensor  # int64
+    target: Tensor  # int32
     segment: Tensor  # int32; -1: not wanted
     final: Tensor  # the offset that `own` and `scale` go with
     own: Tensor  # -S' phi
@@ -51,12 +55,12 @@ def gram_tile_kernel(
     exps,  # tiles one after the other, each (R, C)
     offsets,  # (N, R) fp32
     hidden,  # (R, D)
-    target,  # (R,) int64
+    target,  # (R,) int32
     segment,  # (R,) int32
     final,  # (R,) fp32
     own,  # (R,) fp32
     scale,  # (R,) fp32
-    pairs,  # (P, 2) int32, block i and block j >= i
+    pairs,  # (P, 4) int32: first row and end of block i, and of block j, i or a later one
     sums,  # (P, splits, 2, B, g) fp32 out: over the rows of j for each of i, and vice versa
     rows,  # R
     columns,  # of all tiles, padding included
@@ -67,12 +71,13 @@ def gram_tile_kernel(
     GROUP: tl.constexpr,  # g
     B: tl.constexpr,
     C: tl.constexpr,
+    ALONE: tl.constexpr,  # every block is met by itself alone, and read once
 ):
     """Two blocks of B rows and a share of the tiles: (d_t . d_s)(h_t . h_s), summed by segment."""
     pair, split = tl.program_id(0), tl.program_id(1)
-    block_i, block_j = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
-    row_i, row_j = block_i * B + tl.arange(0, B), block_j * B + tl.arange(0, B)
-    in_i, in_j = row_i < rows, row_j < rows
+    first_i, first_j = tl.load(pairs + 4 * pair), tl.load(pairs + 4 * pair + 2)
+    row_i, row_j = first_i + tl.arange(0, B), first_j + tl.arange(0, B)
+    in_i, in_j = row_i < tl.load(pairs + 4 * pair + 1), row_j < tl.load(pairs + 4 * pair + 3)
     col = tl.arange(0, C)
 
     final_i = tl.load(final + row_i, mask=in_i, other=0.0)
@@ -88,7 +93,11 @@ def gram_tile_kernel(
         for c in range(0, stride, C):
             inside = c + col < stride
             a = tl.load(line_i + c + col[None, :], mask=in_i[:, None] & inside[None, :], other=0.0)
-            b = tl.load(line_j + c + col[:, None], mask=in_j[None, :] & inside[:, None], other=0.0)
+            if ALONE:
+                b = tl.trans(a)
+            else:
+                at = line_j + c + col[:, None]
+                b = tl.load(at, mask=in_j[None, :] & inside[:, None], other=0.0)
             here = tl.dot(a, b, here, input_precision="tf32x3")
         offset = offsets + rows.to(tl.int64) * (low // tile_width)
         move_i = tl.exp(tl.load(offset + row_i, mask=in_i, other=0.0) - final_i)
@@ -126,7 +135,7 @@ def gram_tile_kernel(
     part_i, part_j = segment_i - group_i * GROUP, segment_j - group_j * GROUP
     out = sums + (pair * tl.num_programs(1) + split).to(tl.int64) * 2 * B * GROUP
     line = out + tl.arange(0, B) * GROUP
-    both = tl.where(block_i == block_j, 0.0, 1.0)  # a block with itself has both orders already
+    both = tl.where(first_i == first_j, 0.0, 1.0)  # a block with itself has both orders already
     for part in range(0, GROUP):
         of_i = tl.sum(tl.where((part_j == part)[None, :], dots, 0.0), 1)
         of_j = tl.sum(tl.where((part_i == part)[:, None], dots, 0.0), 0) * both
@@ -134,15 +143,75 @@ def gram_tile_kernel(
         tl.store(line + B * GROUP + part, of_j)
 
 
-def block_pairs(lengths: Sequence[int], wanted: Sequence[bool]) -> list[tuple[int, int]]:
-    """(i, j >= i) of the blocks of BLOCK_ROWS rows that have rows of one wanted group in them."""
-    found, start = set(), 0
-    for length, use in zip(lengths, wanted, strict=True):
-        if length and use:
-            blocks = range(start // BLOCK_ROWS, (start + length - 1) // BLOCK_ROWS + 1)
-            found |= {(i, j) for i in blocks for j in blocks if i <= j}
-        start += length
-    return sorted(found)
+class Blocks(NamedTuple):
+    """Pairs of blocks of one size."""
+
+    rows: int  # B
+    pairs: Tensor  # (P, 4) int32, as the kernel takes them
+    alone: bool  # blocks meet none but themselves
+
+
+def block_rows(length: int, dtype: torch.dtype) -> int:
+    """Rows of the blocks that a group of `length` rows is cut into: the most with which its block
+    pairs are no more than length^2 entries, or, where no size does that, the fewest entries."""
+    sizes = sorted(_blocks(dtype), reverse=True)
+    entries = {size: _pairs(length, size) * size * size for size in sizes}
+    within = [size for size in sizes if entries[size] <= length * length]
+    return within[0] if within else min(reversed(sizes), key=entries.__getitem__)
+
+
+def rows_loaded(length: int, columns: int, dtype: torch.dtype) -> int:
+    """Numbers that programs load for a group of `length` rows; `columns` is V + D."""
+    size = block_rows(length, dtype)
+    return _pairs(length, size) * 2 * size * columns
+
+
+def _pairs(length: int, size: int) -> int:
+    count = -(-length // size)
+    return count * (count + 1) // 2
+
+
+def plan_blocks(
+    counts: tuple[int, ...],  # rows of every segment
+    group_size: int,
+    groups: tuple[int, ...],  # which go this way
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Blocks]:
+    """Blocks of rows that begin where a group does; groups that fit into one block together share
+    it."""
+    return [
+        Blocks(size, table.view(-1, 4), alone)
+        for size, alone, table in _plan(counts, group_size, groups, dtype, device)
+    ]
+
+
+@kept_tables
+def _plan(
+    counts: tuple[int, ...],
+    group_size: int,
+    groups: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[tuple[int, bool, Tensor]]:
+    lengths, wanted = group_counts(counts, group_size), frozenset(groups)
+    size_of = [block_rows(n, dtype) if i in wanted else 0 for i, n in enumerate(lengths)]
+    found: dict[int, list[int]] = {}
+    first = 0
+    for size, same in groupby(size_of):
+        last = first + len(list(same))
+        for span in cut(lengths, first, last, size) if size else ():
+            ends = [(lo, min(lo + size, span.hi)) for lo in range(span.lo, span.hi, size)]
+            for i, block in enumerate(ends):
+                for other in ends[i:]:
+                    found.setdefault(size, []).extend((*block, *other))
+        first = last
+    plan = []
+    for size in sorted(found):
+        table = found[size]
+        alone = table[0::4] == table[2::4]
+        plan.append((size, alone, to_device(table, device)))
+    return plan
 
 
 def add_gram(
@@ -150,15 +219,23 @@ def add_gram(
     tiles: Tiles,
     rows: Rows,
     hidden: Tensor,  # (R, D)
-    pairs: Tensor,  # (P, 2) int32
+    plan: Sequence[Blocks],
     *,
     correct: bool,
 ) -> None:
     """What these tiles give to the Gram matrices: row s of `out` holds <G_s, G_b> for all parts b
     of the group of segment s."""
-    block, warps = FLOAT_BLOCK if tiles.exps.dtype == torch.float32 else HALF_BLOCK
+    for blocks in plan:
+        _add_blocks(out, tiles, rows, hidden, blocks, correct)
+
+
+def _add_blocks(
+    out: Tensor, tiles: Tiles, rows: Rows, hidden: Tensor, blocks: Blocks, correct: bool
+) -> None:
+    size, pairs = blocks.rows, blocks.pairs
+    columns, warps = _blocks(tiles.exps.dtype)[size]
     count, splits, each = len(pairs), *_split(len(tiles.offsets), len(pairs))
-    sums = hidden.new_empty(count, splits, 2, BLOCK_ROWS, out.shape[1], dtype=torch.float32)
+    sums = hidden.new_empty(count, splits, 2, size, out.shape[1], dtype=torch.float32)
     launch(
         gram_tile_kernel,
         (count, splits),
@@ -176,19 +253,22 @@ def add_gram(
             "GROUP": out.shape[1],
             "tiles_each": each,
             "correct": int(correct),
-            "B": BLOCK_ROWS,
-            "C": block,
+            "B": size,
+            "C": columns,
+            "ALONE": blocks.alone,
         },
         warps=warps,
         stages=STAGES,
     )
-    row = pairs.unsqueeze(2) * BLOCK_ROWS + torch.arange(BLOCK_ROWS, device=pairs.device)
-    last = max(hidden.shape[0] - 1, 0)
-    segment = rows.segment[row.clamp(max=last)]
-    # Rows that are not wanted have sums of 0.
-    place = segment.clamp(min=0).to(torch.int64).flatten()
+    row = pairs[:, ::2].unsqueeze(2) + torch.arange(size, device=pairs.device)
+    # Rows beyond a block have sums of 0.
+    segment = rows.segment[row.clamp(max=max(hidden.shape[0] - 1, 0))]
     by_row = sums.to(torch.float64).sum(1).flatten(0, 2)
-    add_rows_(out, place, by_row)
+    add_rows_(out, segment.to(torch.int64).flatten(), by_row)
+
+
+def _blocks(dtype: torch.dtype) -> dict[int, tuple[int, int]]:
+    return FLOAT_BLOCKS if dtype == torch.float32 else HALF_BLOCKS
 
 
 def _split(tiles: int, pairs: int) -> tuple[int, int]:
@@ -199,27 +279,35 @@ def _split(tiles: int, pairs: int) -> tuple[int, int]:
 
 
 def aot_cases() -> list[AotCase]:
-    """E in every dtype for sm_90; bfloat16 for sm_80 and sm_100 too."""
+    """Every size of blocks; bfloat16 for all chips, other dtypes for sm_90."""
     cases = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        width, rows, dim, tiles = 8192, 512, 4096, 4
-
-        def row(kind: torch.dtype, rows: int = rows) -> Tensor:
-            return torch.empty(rows, device="meta", dtype=kind)
-
-        exps = torch.empty(width * tiles, rows, device="meta", dtype=dtype)
-        floats = [row(torch.float32) for _ in range(3)]
-        seen: list[Launch] = []
-        with recorded(seen.append):
-            add_gram(
-                torch.empty(96, 3, device="meta", dtype=torch.float64),
-                Tiles(exps, torch.empty(tiles, rows, device="meta"), width),
-                Rows(row(torch.int64), row(torch.int32), *floats),
-                torch.empty(rows, dim, device="meta", dtype=dtype),
-                torch.empty(8, 2, device="meta", dtype=torch.int32),
-                correct=True,
-            )
         archs = (80, 90, 100) if dtype == torch.bfloat16 else (90,)
-        name = f"gram_tile {str(dtype).removeprefix('torch.')}"
-        cases += [case_of(name, one, archs) for one in seen]
+        for size, alone in product(_blocks(dtype), (False, True)):
+            name = f"gram_tile {str(dtype).removeprefix('torch.')} {size}"
+            for one in _launches(dtype, size, alone):
+                case = case_of(f"{name}, alone" if alone else name, one, archs)
+                cases.append(replace(case, wide_loads=True))
     return cases
+
+
+def _launches(dtype: torch.dtype, size: int, alone: bool) -> list[Launch]:
+    width, rows, dim, tiles = 8192, 512, 4096, 4
+
+    def numbers(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, device="meta", dtype=kind)
+
+    seen: list[Launch] = []
+    with recorded(seen.append):
+        add_gram(
+            numbers(96, 3, kind=torch.float64),
+            Tiles(numbers(width * tiles, rows, kind=dtype), numbers(tiles, rows), width),
+            Rows(
+                *(numbers(rows, kind=torch.int32) for _ in range(2)),
+                *(numbers(rows) for _ in range(3)),
+            ),
+            numbers(rows, dim, kind=dtype),
+            [Blocks(size, numbers(8, 4, kind=torch.int32), alone)],
+            correct=True,
+        )
+    return seen

@@ -6,6 +6,7 @@ rows. Formulas, cost and variance: kernels/README.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from .projection import Projection, torch_project
 from .row_sums import RowSums
 from .segment_products import torch_segment_products
 from .sketched_gram import sketched_gram
-from .torch_tiles import Rider, Saved, Transform
+from .torch_tiles import Rider, Saved, Transform, tiles_again
 
 
 class SketchPlan(NamedTuple):
@@ -61,8 +62,7 @@ class HeadNorms:
     gram: GroupGram | None = None
     squares: SquareSums | None = None
     counted: CountSketch | None = None
-    longest: int = 0  # rows of a group up to which rows are multiplied with rows
-    triton: bool = False
+    longest: int = 0  # rows of a group up to which the torch backend multiplies rows with rows
 
     @property
     def estimated(self) -> bool:
@@ -81,15 +81,16 @@ class HeadNorms:
         kept: bool,  # all tiles of E
         like: Tensor,
         triton: bool,
+        counts: Sequence[int] | None,  # rows of every segment; None: read from the device
     ) -> HeadNorms:
         vocab, dim = weight.shape
-        norms = HeadNorms(None, sketch, like, longest=rows, triton=triton)
+        norms = HeadNorms(None, sketch, like, longest=rows)
         if group_size:
-            norms.groups = Groups.make(segment_id, segments, group_size, like.device)
+            norms.groups = Groups.make(segment_id, segments, group_size, like.device, counts)
             if not norms.estimated:
                 norms.longest = longest_head_gram(vocab, dim, group_size, kept)
-            batches = norms.groups.by_length(norms.longest)
             if norms.estimated or not triton:
+                batches = norms.groups.by_length(norms.longest)
                 norms.gram = GroupGram(norms.groups, batches, like, riding=not norms.estimated)
             if norms.gram is not None and not norms.estimated:
                 norms.riders.append(norms.gram)
@@ -111,8 +112,7 @@ class HeadNorms:
         transform: Transform,
         sums: RowSums,
         saved: Saved,
-        backend: Any,  # the module torch_tiles or triton_tiles
-        cut: dict[str, Any],  # how it cuts the logits
+        cut: dict[str, Any],  # how the backend cuts the logits
     ) -> NormResults:
         """After the last tile."""
         none = [self.like.new_empty(0) for _ in range(3)]  # outputs of an op are no aliases
@@ -128,15 +128,15 @@ class HeadNorms:
                 gram, self.gram, self.counted, hidden, target, terms, weight.shape[0]
             )
             return NormResults(gram, error, self._sketches(hidden, target, terms))
-        if self.gram is not None:
-            self.gram.finish(gram, hidden, target, terms)
-        else:
-            from .triton_norms import triton_gram
+        if self.gram is None:
+            from .triton_norms import triton_gram  # here: machines without triton need not have it
 
-            gram.copy_(triton_gram(self.groups, self.longest, *head, terms, saved, **cut))
-        for group, length in enumerate(self.groups.lengths):
-            if length > self.longest:
-                gram[group] = self._long_group(group, head, terms, saved, backend, cut)
+            gram.copy_(triton_gram(self.groups, *head, terms, saved, **cut))
+        else:
+            self.gram.finish(gram, hidden, target, terms)
+            for group, length in enumerate(self.groups.lengths):
+                if length > self.longest:
+                    gram[group] = self._long_group(group, head, terms, saved, cut)
         sketch = none[2] if self.sketch is None else self._sketches(hidden, target, terms)
         return NormResults(gram, none[1], sketch)
 
@@ -146,13 +146,12 @@ class HeadNorms:
         head: tuple[Tensor, Tensor, Tensor, Transform],
         terms: RowTerms,
         saved: Saved,
-        backend: Any,
         cut: dict[str, Any],
     ) -> Tensor:  # (g, g)
         assert self.groups is not None
         bounds = self.groups.bounds(group)
         rows = slice(bounds[0], bounds[-1])
-        tiles = backend.tiles_again(rows, *head, saved, **cut)
+        tiles = tiles_again(rows, *head, saved, **cut)
         miss = terms.miss[rows]
         per_unit = -miss / terms.total[rows]
         own = miss if terms.phi is None else miss * terms.phi[rows]

@@ -55,6 +55,7 @@ def linear_logprob(
     segment_id: Tensor | None = None,  # (R,) int32 non-decreasing; None: one segment per row
     *,
     num_segments: int | None = None,
+    counts: Sequence[int] | None = None,  # (S,) rows of every segment, as `row_counts` gives them
     group_size: int = 1,
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
@@ -63,7 +64,7 @@ def linear_logprob(
     cache: int = -1,
     stats: Sequence[str] = (),
     norms: str | None = None,
-    sketch_dim: int = 32,
+    sketch_dim: int = 16,
     sketch_seed: int = 0,
     sketch_key: str = "lm_head",
     sketch_buckets: int = BUCKETS,
@@ -75,7 +76,9 @@ def linear_logprob(
         z = softcap(logit_scale (hidden @ weight.T + bias)) / temperature,  softcap(x) = c tanh(x/c)
 
     A segment without rows has logp 0. `num_segments` is the last id + 1 if not given: on CUDA that
-    waits for the device, under torch.compile it must be given. `stats`: fields of `LinearLogprob`
+    waits for the device, under torch.compile it must be given. `norms` need the rows of every
+    segment on the host: with `counts` nothing waits for the device, and the call can be captured in
+    a CUDA graph (after one call with the same `counts`). `stats`: fields of `LinearLogprob`
     to compute. `norms="exact"`: `gram`, of the segments' gradients in `weight` (bias left out)
     within each group of `group_size` segments. `norms="sketch"`: an unbiased estimate of it from
     `sketch_buckets` buckets of the vocabulary, with its `gram_error`, and `sketch`, (k, k) with
@@ -98,6 +101,7 @@ def linear_logprob(
         segment_id,
         bias,
         num_segments=num_segments,
+        counts=counts,
         group_size=group_size,
         softcap=softcap,
         logit_scale=logit_scale,
@@ -122,6 +126,7 @@ def linear_logprob(
         [int(x) for x in plan],
         ",".join(sorted(set(stats))),
         sketch.text() if norms in ("sketch", "both") else "",
+        list(counts) if norms and counts is not None else None,
     )
     asked = [name for name in _SEGMENT_STATS if name in stats]
     fields: dict[str, Tensor] = {name: row for name, row in zip(asked, sums.unbind(0), strict=True)}
@@ -216,6 +221,7 @@ def forward(
     plan: Sequence[int],
     stats: str,
     sketch: str,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """logp, segment statistics, argmax, other statistics per row, the three of `NormResults`, the
     four of `torch_tiles.Saved`.
@@ -223,7 +229,7 @@ def forward(
     As the custom op `_forward_op` it is opaque to torch.compile; `bench roofline` calls it bare.
     """
     vocab = weight.shape[0]
-    _launch.check_values(target, segment_id, vocab, segments)
+    _launch.check_values(target, segment_id, vocab, segments, counts)
     transform, what = _transform(bias, scales), Plan(*plan)
     dtype = torch_tiles.accumulate_dtype(hidden.dtype)
     empty = hidden.new_empty(0, dtype=dtype)
@@ -239,6 +245,7 @@ def forward(
         what.kept * what.width >= vocab,
         empty,
         bool(what.warps),
+        counts,
     )
     backend, cut = _tiles(what)
     with _launch.surroundings(hidden.device):
@@ -259,7 +266,7 @@ def forward(
             rows["row_norm_sq"] = norms.row_norm_sq(transform, sums, saved)
         if "row_logp" in names:
             rows["row_logp"] = logp_R
-        found = norms.finish(hidden, weight, target, transform, sums, saved, backend, cut)
+        found = norms.finish(hidden, weight, target, transform, sums, saved, cut)
     per_segment = [rows[name] for name in _SEGMENT_STATS if name in names]
     per_row = [rows[name] for name in _ROW_FLOATS if name in names]
     return (
@@ -284,7 +291,7 @@ _forward_op = torch.library.custom_op(
     forward,
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, Tensor? bias, "
-    "SymInt segments, float[] scales, int[] plan, str stats, str sketch) "
+    "SymInt segments, float[] scales, int[] plan, str stats, str sketch, SymInt[]? counts=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -301,6 +308,7 @@ def _forward_fake(
     plan: Sequence[int],
     stats: str,
     sketch: str,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     wide = hidden.new_empty(0, dtype=torch_tiles.accumulate_dtype(hidden.dtype))
@@ -393,7 +401,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 10
+    grads: list[Tensor | None] = [None] * 11
     if grad is not None:
         what = Plan(*ctx.plan)
         hidden, weight, bias = _backward_op(grad, *ctx.saved_tensors, ctx.scales, ctx.plan)

@@ -6,12 +6,17 @@ neighbouring groups that are small, or one group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, wraps
 from itertools import accumulate
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,32 @@ def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """As an int32 tensor; on CUDA from pinned memory, or the copy would wait for all that the
     device still has to do."""
     found = torch.tensor(numbers, dtype=torch.int32, device="cpu")
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+    if device.type != "cuda":
+        return found.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "fastpref_kernels: a CUDA graph is being captured, but the tables that go with these "
+            "rows of segments are not on the device. Call once with the same counts before."
+        )
+    return found.pin_memory().to(device, non_blocking=True)
+
+
+_captured: list[Any] = []  # tables whose addresses a CUDA graph holds
+
+
+def kept_tables(build: Callable[P, T]) -> Callable[P, T]:
+    """`build`, which makes tables on the device, with its last results kept: every layer of a batch
+    asks for the same, and a CUDA graph must not replay a copy from memory of the host."""
+    cached = lru_cache(maxsize=32)(build)
+
+    @wraps(build)
+    def find(*key: P.args, **named: P.kwargs) -> T:
+        found: T = cached(*key, **named)  # type: ignore[arg-type]
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            _captured.append(found)
+        return found
+
+    return find
 
 
 def group_counts(counts: Sequence[int], group_size: int) -> list[int]:

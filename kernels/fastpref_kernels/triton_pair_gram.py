@@ -12,7 +12,7 @@ kernels/README.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, reduce
+from functools import reduce
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from ._aot import AotCase
 from ._launch import launch
 from .gradient_tile import gradient_products, make_sets
 from .pair_gram import longest_pair_gram
-from .spans import cut, group_counts, runs, starts, to_device
+from .spans import cut, group_counts, kept_tables, runs, starts, to_device
 
 # Tile rows, depth of a step of a product, warps, stages. The larger one has twice the arithmetic
 # per byte that is read.
@@ -252,12 +252,11 @@ def tile_shape(dtype: torch.dtype, longest: int) -> tuple[int, int, int, int]:
     return SMALL if longest <= SMALL[0] else LARGE
 
 
-@lru_cache(maxsize=8)
+@kept_tables
 def _tables(
     counts: tuple[int, ...], group_size: int, block: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """First row, end, and tiles left of its span, of every tile; first row of every segment. Kept
-    for the calls of one batch: every layer of a model asks for the same."""
+    """First row, end, and tiles left of its span, of every tile; first row of every segment."""
     first, last, left = [], [], []
     for lo, hi in _span_bounds(counts, group_size, block):
         for start in range(lo, hi, block):

@@ -9,7 +9,6 @@ Formulas: kernels/README.md; the hash: projection.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -19,7 +18,7 @@ from torch import Tensor
 from ._aot import AotCase
 from ._launch import launch
 from .projection import Projection
-from .spans import starts, to_device
+from .spans import kept_tables, starts, to_device
 
 
 @triton.jit
@@ -168,10 +167,9 @@ def triton_segment_products(left: Tensor, right: Tensor, counts: Sequence[int]) 
     return out
 
 
-@lru_cache(maxsize=8)
+@kept_tables
 def _first_rows(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """(S + 1,) int32. Kept: every layer of a batch asks for it, and a CUDA graph must not replay a
-    copy from memory of the host."""
+    """(S + 1,) int32."""
     return to_device(starts(counts), device)
 
 

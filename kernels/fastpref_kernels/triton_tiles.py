@@ -52,7 +52,7 @@ def forward(
     store = bool(kept) or need_hidden
     for i, (lo, hi) in enumerate(bounds(vocab, tile.width)):
         if store:
-            exps_RC = _kept_tile(exps, lo, hi) if i < kept else scratch.exps(hi - lo, rows)
+            exps_RC = kept_tile(exps, lo, hi) if i < kept else scratch.exps(hi - lo, rows)
         for first, end in bounds(rows, tile.row_block):
             z, part = scratch.logits(hi - lo, end - first), slice(first, end)
             e = exps_RC[part] if i < kept else exps_RC[: end - first]
@@ -135,8 +135,14 @@ def _weight_backward_(
     kept, own = saved.offsets.shape[0], -total * phi
     need_weight, need_bias = bool(len(grad_weight)), bool(len(grad_bias))
     scratch = _Scratch(hidden, tile, vocab)
-    operand = _ScaledRows(hidden, factor, offset) if need_weight else None
-    bias_unit = _unit(factor.abs()) if rows and hidden.dtype == torch.float16 else None
+    # A row's factor g (1 - p) / S' may be far below what float16 holds: there the largest one is
+    # brought to about 1 by a power of two, and the product multiplied by it.
+    unit = None
+    if need_weight and rows and hidden.dtype == torch.float16:
+        unit = power_below((factor.abs() * largest_entries(hidden)).amax())
+    scaled = factor if unit is None else factor / unit
+    operand = ScaledRows(hidden, scaled, offset) if need_weight else None
+    bias_unit = power_below(factor.abs().amax()) if rows and hidden.dtype == torch.float16 else None
     if not rows:
         grad_weight.zero_()
     for i, (lo, hi) in enumerate(bounds(vocab, tile.width)):
@@ -146,7 +152,7 @@ def _weight_backward_(
             operand.turn_to(now)
         for first, end in bounds(rows, rows if i < kept else tile.row_block):
             if i < kept:
-                e = _kept_tile(saved.exps, lo, hi)
+                e = kept_tile(saved.exps, lo, hi)
             else:
                 z, e = scratch.logits(hi - lo, end - first), scratch.exps(hi - lo, end - first)
                 calls.product(hidden[first:end], weight[lo:hi].t(), z[:, : hi - lo])
@@ -154,55 +160,35 @@ def _weight_backward_(
                 calls.exp_again(z, e, target, transform, offset, own, span, tile)
             e = e[:, : hi - lo].t()
             if operand is not None:
-                total_CD.add(e, operand.rows[first:end], operand.unit, last=end == rows)
+                total_CD.add(e, operand.rows[first:end], unit, last=end == rows)
             if need_bias:
                 column = (factor * (now - offset).exp())[first:end]
                 grad_bias[lo:hi] += _matrix_vector(e, column, bias_unit)
 
 
-def tiles_again(
-    rows: slice,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    transform: Transform,
-    saved: Saved,
-    tile: TritonTile,
-) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
-    """As `torch_tiles.tiles_again`."""
-    final = saved.row_state[0, rows]
-    for lo, hi, exps, offset in padded_tiles(rows, hidden, weight, target, transform, saved, tile):
-        yield lo, hi, exps[:, : hi - lo].t(), (offset - final).exp()
-
-
 def padded_tiles(
-    rows: slice,
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     transform: Transform,
     saved: Saved,
     tile: TritonTile,
-    *,
-    first: int = 0,
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """(first id, last id, F (L, C) with padded rows, offset (L,)) of the tiles from `first` on."""
-    hidden, transform = hidden[rows].contiguous(), _with_padded_bias(transform)
-    offset, total, _, phi = saved.row_state[:, rows].unbind(0)
-    own, target, kept = -total * phi, target[rows], saved.offsets.shape[0]
-    count, vocab = hidden.shape[0], weight.shape[0]
+    first: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """(first id, F (R, C) with padded rows) of the tiles from `first` on, formed again relative to
+    the final offsets; each is gone with the next."""
+    hidden, transform = hidden.contiguous(), _with_padded_bias(transform)
+    offset, total, _, phi = saved.row_state.unbind(0)
+    own, count, vocab = -total * phi, hidden.shape[0], weight.shape[0]
     scratch = _Scratch(hidden, tile, vocab, count)
-    for i, (lo, hi) in list(enumerate(bounds(vocab, tile.width)))[first:]:
-        if i < kept:
-            yield lo, hi, _kept_tile(saved.exps, lo, hi)[rows], saved.offsets[i, rows]
-            continue
+    for lo, hi in bounds(vocab, tile.width)[first:]:
         exps = scratch.exps(hi - lo, count)
         for start, end in bounds(count, tile.row_block):
             z = scratch.logits(hi - lo, end - start)
             calls.product(hidden[start:end], weight[lo:hi].t(), z[:, : hi - lo])
             span = Span(start, lo, hi - lo, vocab)
             calls.exp_again(z, exps[start:end], target, transform, offset, own, span, tile)
-        yield lo, hi, exps, offset
+        yield lo, exps
 
 
 def bounds(size: int, step: int) -> list[tuple[int, int]]:
@@ -246,22 +232,13 @@ class _Scratch:
         return self._wide[: width * self._hidden.shape[1]].view(width, -1)
 
 
-class _ScaledRows:
-    """(R, D) `rows`: hidden times factor exp(offset of a tile - final offset), over `unit`.
-
-    A row's factor g (1 - p) / S' may be far below what float16 holds: there the largest one is
-    brought to about 1 by the power of two `unit`, and the product multiplied by it.
-    """
+class ScaledRows:
+    """(R, D) `rows`: hidden times factor exp(offset of a tile - final offset)."""
 
     def __init__(self, hidden: Tensor, factor: Tensor, final: Tensor) -> None:
         self.rows = torch.empty_like(hidden)
-        self.unit: Tensor | None = None
         self._hidden, self._factor, self._final = hidden, factor, final
         self._stands_for: Tensor | None = None
-        if hidden.dtype == torch.float16 and hidden.numel():
-            largest = torch.linalg.vector_norm(hidden, torch.inf, dim=1)
-            self.unit = _unit(factor.abs() * largest)
-            self._factor = factor / self.unit
 
     def turn_to(self, offset: Tensor) -> None:
         """Rows whose offset differs from the one of the tile before are written anew."""
@@ -295,10 +272,14 @@ class _RoundedOnce:
             out.copy_(self._sum)
 
 
-def _unit(sizes: Tensor) -> Tensor:
-    """Power of two (a tensor: no wait for the device) at or below the largest of `sizes`."""
-    largest = sizes.amax().clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.exp2(torch.floor(torch.log2(largest)))
+def power_below(sizes: Tensor) -> Tensor:
+    """Powers of two at or below `sizes` (tensors: no wait for the device)."""
+    return torch.exp2(torch.floor(torch.log2(sizes.clamp(min=torch.finfo(torch.float32).tiny))))
+
+
+def largest_entries(x: Tensor) -> Tensor:
+    """(R,) largest absolute entry of every row, float32."""
+    return torch.linalg.vector_norm(x, torch.inf, dim=1, dtype=torch.float32)
 
 
 def _matrix_vector(a: Tensor, x: Tensor, unit: Tensor | None) -> Tensor:
@@ -320,7 +301,7 @@ def _with_padded_bias(transform: Transform) -> Transform:
     return replace(transform, bias=bias)
 
 
-def _kept_tile(exps: Tensor, lo: int, hi: int) -> Tensor:
+def kept_tile(exps: Tensor, lo: int, hi: int) -> Tensor:
     """(R, C, padded) of the kept tiles, which lie one after the other."""
     rows, width = exps.shape[1], padded(hi - lo)
     return exps.view(-1)[lo * rows : (lo + width) * rows].view(rows, width)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from fastpref_kernels import _launch, gram_tile, linear_logprob, reference
+from fastpref_kernels import _launch, gram_tile, linear_logprob, reference, triton_norms
+from fastpref_kernels.spans import group_counts
 
 from tests.kernels.cases import TRITON_DEVICE, Case, call, make_case
 from tests.kernels.test_triton import set_tile
@@ -64,7 +65,7 @@ def test_exact(
 ) -> None:
     """Repeated targets, empty segments, confident rows, padding, rows of several offsets."""
     set_tile(monkeypatch, 32, 16)
-    monkeypatch.setattr("fastpref_kernels.head_norms.longest_head_gram", lambda *_: rows)
+    by_rows_up_to(monkeypatch, 10_000)
     case = make_case(rows, 19, 77, dtype=dtype, segments=segments, gap=4.0, **options)
     case = replace(case, target=case.target % 5)
     case.hidden.requires_grad_("hidden" in train)
@@ -86,7 +87,7 @@ def test_exact(
 def test_the_target_is_not_rounded_as_the_rest_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its entry is the largest: as float16 holds it, norms are off by 2e-4 here, else by 3e-6."""
     set_tile(monkeypatch, 32, 16)
-    monkeypatch.setattr("fastpref_kernels.head_norms.longest_head_gram", lambda *_: 12)
+    by_rows_up_to(monkeypatch, 10_000)
     case = make_case(12, 19, 77, dtype=torch.float16, segments=6)
     case = replace(case, target=case.target % 5)
     case.weight.requires_grad_()
@@ -94,19 +95,93 @@ def test_the_target_is_not_rounded_as_the_rest_is(monkeypatch: pytest.MonkeyPatc
     close(triton(case, 3, norms="exact").gram, truth, 3e-5)
 
 
-@pytest.mark.parametrize("dtype,cache", [(torch.float16, -1), (torch.bfloat16, 1)])
+def with_counts(case: Case, counts: list[int]) -> Case:
+    ids = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).int()
+    return replace(case, segment_id=ids, num_segments=len(counts))
+
+
+# Segments of no rows, of one, and of several steps of the kernel; groups that begin anywhere.
+LONG = [
+    ([0, 1, 17, 20, 0, 0], 3, 8, 100, torch.float16, BOTH, -1),
+    ([3, 70, 0, 40, 1, 2], 1, 150, 77, torch.float32, BOTH, 1),
+    ([3, 20, 0, 9, 1, 2], 2, 19, 180, torch.float16, BOTH, 1),
+    ([35, 1, 0, 5, 3, 2, 9, 0], 4, 8, 77, torch.float32, ("hidden",), -1),  # sets of two
+    ([2, 1, 0, 70, 3, 2, 9, 0, 3, 4], 5, 8, 77, torch.float16, (), 0),  # five in registers
+    ([5, 1, 2, 30, 0, 7, 1, 1, 0, 2, 3, 4], 6, 8, 77, torch.float16, BOTH, -1),  # sets of two
+]
+
+
+@pytest.mark.parametrize(
+    "counts,group_size,dim,vocab,dtype,train,cache,options,most",
+    [
+        pytest.param(*case, *rest, marks=() if i in (0, 2) and j == 0 else pytest.mark.slow)
+        for i, case in enumerate(LONG)
+        for j, rest in enumerate(((ALL, 0), ({}, 10)))
+    ],
+)
 def test_long_groups_by_their_gradients(
-    dtype: torch.dtype, cache: int, monkeypatch: pytest.MonkeyPatch
+    counts: list[int],
+    group_size: int,
+    dim: int,
+    vocab: int,
+    dtype: torch.dtype,
+    train: tuple[str, ...],
+    cache: int,
+    options: dict[str, Any],
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    set_tile(monkeypatch, 32, 16)
-    # No group short in bfloat16, of which the interpreter multiplies no tiles.
-    most = 0 if dtype == torch.bfloat16 else 8
-    monkeypatch.setattr("fastpref_kernels.head_norms.longest_head_gram", lambda *_: most)
-    case = make_case(30, 8, 77, dtype=dtype, segments=6, **ALL)
-    case.weight.requires_grad_()
-    ours = triton(case, 3, norms="exact", cache=cache)
-    truth = call(reference.linear_logprob, case.to(torch.float64), 3, norms="exact")
+    """Alone, and beside groups that go by rows; repeated and confident targets; tiles of E that are
+    kept, and formed again."""
+    set_tile(monkeypatch, 64, 128)
+    by_rows_up_to(monkeypatch, most)
+    case = make_case(sum(counts), dim, vocab, dtype=dtype, segments=1, gap=4.0, **options)
+    case = with_counts(replace(case, target=case.target % 5), counts)
+    case.hidden.requires_grad_("hidden" in train)
+    case.weight.requires_grad_("weight" in train)
+    ours = triton(case, group_size, norms="exact", cache=cache)
+    truth = call(reference.linear_logprob, case.to(torch.float64), group_size, norms="exact")
     close(ours.gram, truth.gram, BOUNDS[dtype])
+
+
+def test_long_groups_keep_the_digits_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `test_the_target_is_not_rounded_as_the_rest_is`: 2e-4 without the correction."""
+    set_tile(monkeypatch, 32, 16)
+    by_rows_up_to(monkeypatch, 0)
+    case = make_case(12, 19, 77, dtype=torch.float16, segments=6)
+    case = replace(case, target=case.target % 5)
+    case.weight.requires_grad_()
+    truth = call(reference.linear_logprob, case.to(torch.float64), 3, norms="exact").gram
+    close(triton(case, 3, norms="exact").gram, truth, 1e-4)
+
+
+@pytest.mark.parametrize("most", [0, 10_000])
+def test_sure_sequences_keep_their_digits(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 - p of 1e-9 and less, which float16 could not hold; beside sequences that are not sure."""
+    set_tile(monkeypatch, 32, 16)
+    by_rows_up_to(monkeypatch, most)
+    case = make_case(18, 64, 40, dtype=torch.float16, segments=1, spread=0.3)
+    case = with_counts(case, [3] * 6)
+    lead = case.weight[case.target].double()
+    gap = 5.0 * (torch.arange(18).double() // 3).unsqueeze(1)
+    hidden = case.hidden.double() + gap * lead / lead.square().sum(1, keepdim=True)
+    case = replace(case, hidden=hidden.half())
+    case.weight.requires_grad_()
+    ours = triton(case, 1, norms="exact").gram.double().flatten().cpu()
+    truth = call(reference.linear_logprob, case.to(torch.float64), 1, norms="exact").gram.flatten()
+    assert float(truth[truth > 0].min()) < 1e-12 * float(truth.max())
+    torch.testing.assert_close(ours, truth.detach(), rtol=1e-2, atol=0.0)
+
+
+def by_rows_up_to(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Groups of at most so many rows go by products of rows."""
+
+    def sort_groups(counts: Any, group_size: int, *_: Any) -> tuple[tuple[int, ...], ...]:
+        lengths = group_counts(counts, group_size)
+        rows = tuple(i for i, n in enumerate(lengths) if 0 < n <= most)
+        return rows, tuple(i for i, n in enumerate(lengths) if n > most)
+
+    monkeypatch.setattr(triton_norms, "sort_groups", sort_groups)
 
 
 @pytest.mark.parametrize(
@@ -163,15 +238,25 @@ def test_no_rows_and_one_entry_vocabulary() -> None:
             assert not out.gram.any() and not out.row_norm_sq.any()
 
 
-def test_pairs_of_blocks() -> None:
-    """Each pair of blocks that share a wanted group, once; block 1 holds the ends of two groups."""
-    assert gram_tile.block_pairs([10, 100, 0, 200], [True, True, True, False]) == [
-        (0, 0),
-        (0, 1),
-        (1, 1),
-    ]
-    assert gram_tile.block_pairs([64, 64], [True, True]) == [(0, 0), (1, 1)]
-    assert gram_tile.block_pairs([], []) == []
+def test_blocks_begin_with_groups() -> None:
+    """Groups that fit share a block; a group of several blocks has each pair of them once."""
+    cpu = torch.device("cpu")
+
+    def planned(counts: tuple[int, ...], groups: tuple[int, ...]) -> dict[int, Any]:
+        plan = gram_tile.plan_blocks(counts, 1, groups, torch.float16, cpu)
+        return {blocks.rows: (blocks.alone, blocks.pairs.tolist()) for blocks in plan}
+
+    found = planned((5, 8, 0, 6, 64, 130, 7), (0, 1, 2, 3, 4, 6))
+    assert found[16] == (True, [[0, 13, 0, 13], [13, 19, 13, 19], [213, 220, 213, 220]])
+    assert found[64] == (True, [[19, 83, 19, 83]])
+    assert planned((40,), (0,)) == {
+        16: (
+            False,
+            [[0, 16, 0, 16], [0, 16, 16, 32], [0, 16, 32, 40], [16, 32, 16, 32]]
+            + [[16, 32, 32, 40], [32, 40, 32, 40]],
+        )
+    }
+    assert planned((), ()) == {}
 
 
 def test_tiles_are_shared_out_where_pairs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:

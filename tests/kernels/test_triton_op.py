@@ -154,7 +154,7 @@ def test_second_backward_and_second_run_give_the_same_bits(
         ({"width": 32, "kept": 1, "need_bias": 1}, "", ""),
         ({"kept": 0, "need_weight": 0}, "argmax,entropy,log1m_pmax,top1", ""),
         ({"group_size": 3}, "row_norm_sq", ""),
-        ({"width": 32, "kept": 1, "group_size": 3}, "", "2 64 0 lm_head"),
+        ({"width": 32, "kept": 1, "group_size": 3}, "", "2 64 0 0 lm_head"),
     ],
 )
 def test_opcheck(changes: dict[str, int], stats: str, sketch: str) -> None:
