@@ -27,8 +27,8 @@ from .spans import cut, group_counts, kept_tables, to_device
 STAGES = 3
 # Rows of a block: columns of E or hidden at a time, warps. float32 is multiplied as three products
 # of TensorFloat32, which keeps its digits. Other shapes spill: kernels/README.md.
-HALF_BLOCKS = {64: (128, 4), 32: (128, 2), 16: (256, 1)}
-FLOAT_BLOCKS = {64: (32, 8), 32: (32, 4), 16: (32, 1)}
+HALF_BLOCKS = {64: (128, 4), 32: (128, 4), 16: (256, 1)}
+FLOAT_BLOCKS = {64: (32, 8), 32: (32, 4), 16: (32, 2)}
 PROGRAMS = 512  # at least, where there are enough tiles to share out
 
 

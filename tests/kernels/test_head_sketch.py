@@ -200,4 +200,4 @@ def test_precision(dtype: torch.dtype, bound: float) -> None:
 def test_no_rows() -> None:
     out = sketched(make_case(0, 3, 9, segments=6))
     assert not out.gram.any() and not out.gram_error.any() and not out.sketch.any()
-    assert out.sketch.shape == (6, 32, 32)
+    assert out.sketch.shape == (6, 16, 16)
