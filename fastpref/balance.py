@@ -1,6 +1,9 @@
 """Per-behavior weights of the loss, set every N steps from what the run itself shows (`balance`).
 
-    pairs of the steps -> (K,) measured, with standard errors -> ShareController -> (K,) weights
+    (K,) measured, with standard errors -> ShareController -> (K,) weights -> PairBatch.loss_weight
+
+`margins` measures mean margins of the steps' pairs, `rates` how fast the mean margins of
+`RateTracker`'s fixed sample have grown since the last update.
 
 The weight of a pair's behavior multiplies its loss before the slopes, so that everything after it,
 gradients and what the taps see of them, is of the weighted loss. Every rank holds the same weights:
@@ -10,6 +13,7 @@ rule does to first order and what it cannot do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +32,7 @@ from fastpref.step import PairResult, StepResult
 
 # Margins add up rates, so that weights alone change them late: see `ShareController`.
 LEAD = {"margins": 1.0, "rates": 0.0}
+SAMPLE_STATE = ("margin_then", "margin_now", "rate_error")  # JSON has no nan: null
 
 
 class Balancer:
@@ -59,6 +64,11 @@ class Balancer:
         )
         # (K, 3) pairs since the last update, of all ranks: number, sum and sum of squares of m.
         self.sums = np.zeros((len(self.behaviors), 3))
+        # (K,) of the rate sample: mean margins after the last update and now, and the standard
+        # error of what the last measured step changed in them.
+        self.margin_then, self.margin_now, self.rate_error = np.full(
+            (3, len(self.behaviors)), np.nan
+        )
         self._to_device()
 
     def weigh(self, batch: PairBatch) -> PairBatch:
@@ -67,18 +77,35 @@ class Balancer:
 
     def observe(self, result: StepResult) -> None:
         """Count the pairs of a step; every rank calls it."""
+        if self.kind != "margins":
+            return
         own = torch.zeros(self.sums.shape, dtype=torch.float64, device=self.device)
         for pairs in result.pairs:
             own += _sums(pairs, len(self.behaviors))
         self.sums += dist.all_reduce_sum(own).cpu().numpy()
 
+    def observe_rates(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take in what was measured around a step: rows of `behaviors` of split "rate_sample",
+        those of all ranks on every rank."""
+        if self.kind != "rates":
+            return
+        for row in rows:
+            k = self.behaviors.index(row["behavior"])
+            self.margin_now[k], self.rate_error[k] = row["margin"], row["rate_obs_error"]
+            if math.isnan(self.margin_then[k]):  # the first step of the run
+                self.margin_then[k] = row["margin"] - row["rate_obs"]
+
     def update(self, step: int) -> None:
         """After ``step``: set the weights of the next ones, where that is due."""
         if step % self.every:
             return
-        value, error = window_means(self.sums[self.trained])
-        self.controller.update(value, error)
+        if self.kind == "margins":
+            value, error = window_means(self.sums)
+        else:
+            value, error = (self.margin_now - self.margin_then) / self.every, self.rate_error
+        self.controller.update(value[self.trained], error[self.trained])
         self.sums[:] = 0
+        self.margin_then = self.margin_now.copy()
         self._to_device()
 
     def weights(self) -> dict[str, float]:
@@ -88,11 +115,18 @@ class Balancer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, exact as JSON."""
-        return {"sums": self.sums.tolist(), "controller": self.controller.state_dict()}
+        sample = {
+            name: [None if math.isnan(v) else v for v in getattr(self, name).tolist()]
+            for name in SAMPLE_STATE
+        }
+        state = {"sums": self.sums.tolist(), "controller": self.controller.state_dict()}
+        return {**state, **sample}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.sums = np.array(state["sums"], np.float64)
+        for name in SAMPLE_STATE:
+            setattr(self, name, np.array(state[name], np.float64))
         self.controller.load_state_dict(state["controller"])
         self._to_device()
 

@@ -86,14 +86,20 @@ def choose(
     names = ", ".join(f"{n} {OFFICIAL_NAMES[n]}" for n in missing)
     if not others:
         return present, [f"Not among the data, and nothing to take instead: {names}."]
-    ranked = [others[i] for i in np.argsort(delta(others), kind="stable")[::-1]]
-    places = np.linspace(0, len(ranked) - 1, min(len(missing), len(ranked))).round().astype(int)
-    filled = [ranked[i] for i in dict.fromkeys(places.tolist())]
+    filled = spread(others, delta(others), len(missing))
     note = (
         f"Not among the data: {names}. In their place, evenly spread over the other behaviors by "
         f"distinguishability, largest first: {', '.join(filled)}."
     )
     return present + filled, [note]
+
+
+def spread(names: Sequence[str], delta: np.ndarray, count: int) -> list[str]:
+    """At most ``count`` of ``names`` whose ranks by ``delta`` are evenly spread, largest first, the
+    first and the last included."""
+    ranked = [names[i] for i in np.argsort(delta, kind="stable")[::-1]]
+    places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
+    return [ranked[i] for i in dict.fromkeys(places.tolist())]
 
 
 def _asked(word: str, files: Mapping[str, str]) -> str:

@@ -58,6 +58,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         "initial rate against distinguishability, alone and in the mixture of all",
         STATEMENTS,
     ),
+    "balance": Experiment(
+        "fastpref.reproduce.balance",
+        "not the paper's: weights of behaviors that even out margins or rates, against plain DPO",
+        STATEMENTS,
+    ),
 }
 
 # The official code names behaviors by their place in the sorted list of the 135 persona files, from

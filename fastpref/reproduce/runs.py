@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from fastpref.config import Config
 from fastpref.dynamics.recorder import read_records
-from fastpref.dynamics.schema import TRAIN, TRAIN_SAMPLE
+from fastpref.dynamics.schema import HELD_OUT, TRAIN, TRAIN_SAMPLE
 from fastpref.errors import Preempted
 from fastpref.reproduce.settings import Official, Settings
 from fastpref.runfolder import remove_final
@@ -112,11 +112,12 @@ def loss_falls(folder: Path, beta: float, split: str = TRAIN_SAMPLE) -> np.ndarr
     return means[:1] - means
 
 
-def curves(folder: Path, **labels: Any) -> list[dict[str, Any]]:
+def curves(folder: Path, more: Sequence[str] = (), **labels: Any) -> list[dict[str, Any]]:
     """Rows for curves.csv: every evaluation of every behavior and split of a run, after
-    ``labels``."""
-    table = read_records(folder, "behaviors", ["step", "split", "behavior", *CURVES])
-    return [labels | row for row in table.to_pylist()]
+    ``labels``; ``more`` columns of `behaviors` beside the usual ones."""
+    table = read_records(folder, "behaviors", ["step", "split", "behavior", *CURVES, *more])
+    rows = table.to_pylist()
+    return [labels | row for row in rows if row["split"] in (TRAIN_SAMPLE, HELD_OUT)]
 
 
 def margin_rates(folder: Path, behaviors: Sequence[str]) -> dict[str, np.ndarray]:
