@@ -56,7 +56,7 @@ class CourseOptions(InputOptions):
         "loss",
         "Weigh the losses of behaviors so that their margins, or update rates, have the shares of "
         "target_share; an experiment (docs/balance.md).",
-        ("none", "margins"),
+        ("none", "margins", "rates"),
     )
     target_share: Options = option(
         (),

@@ -198,9 +198,27 @@ def _check_balance(losses: dict[str, Facts], config: Any) -> None:
             f"margins have grown from 0 where there is a reference, and loss_type "
             f"{', '.join(losses)} has none; set balance: rates, or a loss with a reference",
         )
-    if config.balance == "margins" and config.sync_ref_model:
+    if config.sync_ref_model:
         raise ConfigError(
             "balance",
             "margins are to show what training has reached, and sync_ref_model moves what they "
-            "are measured from; set balance: rates, or remove one of the two",
+            "are measured from; remove one of the two",
+        )
+    if config.balance == "rates":
+        _check_rates(config)
+
+
+def _check_rates(config: Any) -> None:
+    """What `balance: rates` reads is measured at every update of the weights, or refused."""
+    if config.track not in ("sketch", "exact") or not config.record:
+        raise ConfigError(
+            "balance",
+            f"rates needs update rates, which are measured with record: true and track: sketch or "
+            f"exact; got record: {str(config.record).lower()}, track: {config.track}",
+        )
+    if not config.rate_every or config.balance_every % config.rate_every:
+        raise ConfigError(
+            "balance_every",
+            f"with balance: rates every update needs rates of its step, so a multiple of "
+            f"rate_every, {config.rate_every or '0 (never)'}; got {config.balance_every}",
         )

@@ -296,6 +296,8 @@ def run_loop(
                 with bar.paused():
                     live = state.live_reference(config)
                     rates = tracker.after(result, plan.num_pairs, rate, live)
+                if state.balancer:
+                    state.balancer.observe_rates(rates.behaviors)
             parts = [pair_columns(pairs, model.head_is_all) for pairs in result.pairs]
             state.observe(plan, result)
             if recorder:

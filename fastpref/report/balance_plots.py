@@ -60,9 +60,11 @@ def draw_balance(
 
 def _curves(axes: Any, rows: Rows, column: str, labels: Mapping[str, Any], color: str) -> None:
     seeds = sorted({r["seed"] for r in rows})
-    values = []
+    values: list[np.ndarray] = []
     for seed in seeds:
         step, own = points(rows, column, seed=seed, **labels)
+        if np.isnan(own).all():
+            return  # a run without weights
         axes.plot(step, own, color=color, linewidth=0.7, alpha=0.45)
         values.append(own)
     axes.plot(step, np.mean(values, axis=0), color=color, linewidth=2.0)

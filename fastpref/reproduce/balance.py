@@ -45,12 +45,12 @@ OWN = Official(
 BEHAVIORS = 4  # unless named: evenly spread over the ranks by delta
 SEEDS = 3
 UPDATES, EVALUATIONS = 28, 28  # of a run
-SAMPLE = 48  # pairs of every behavior that an evaluation looks at, and of the rate sample
+SAMPLE = 32  # pairs of every behavior and split that an evaluation looks at
 PLAIN = "plain"
 ARMS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "margins": {"balance": "margins"},
-    "rates": {"balance": "rates", "track": "sketch", "rate_pairs": SAMPLE},
+    "rates": {"balance": "rates", "track": "sketch"},
 }
 FIELDS: dict[str, Any] = {
     "append_eos": "false",

@@ -17,6 +17,7 @@ from fastpref.cli import main
 from fastpref.config import Config
 from fastpref.data.dataset import load_dataset
 from fastpref.data.pack import pack_pairs
+from fastpref.dynamics.balancing import ShareController
 from fastpref.dynamics.recorder import read_records
 from fastpref.losses import LOSSES
 from fastpref.model import load_model
@@ -174,6 +175,38 @@ def test_resumed_equals_straight(base: Config, balanced: Path, tmp_path: Path) -
         assert read_records(resumed, table).equals(read_records(balanced, table)), table
 
 
+def test_rates_are_those_of_the_rate_sample(base: Config, tmp_path: Path) -> None:
+    """Weights by rates follow from what the records say of the rate sample, step by step; resumed
+    in the midst of a window or not."""
+    changes: dict[str, Any] = {
+        "balance": "rates", "balance_every": 4, "track": "sketch", "rate_every": 2,
+        "rate_pairs": 5, "eval_steps": 0,
+    }  # fmt: skip
+    folder = run(base, tmp_path / "run", **changes)
+    rows = [r for r in read_records(folder, "behaviors").to_pylist() if r["split"] == "rate_sample"]
+    at = {(r["step"], r["behavior"]): r for r in rows}
+    own = ShareController(np.full(2, 0.5), np.full(2, 0.5), gain=0.5, lead=0.0, limit=3.0)
+    first = [at[1, n]["margin"] - at[1, n]["rate_obs"] for n in NAMES]
+    then = np.array(first)
+    assert then == pytest.approx(0, abs=1e-5)  # before training
+    logged = weights(folder)
+    for step in (4, 8):
+        now = np.array([at[step, n]["margin"] for n in NAMES])
+        own.update((now - then) / 4, np.array([at[step, n]["rate_obs_error"] for n in NAMES]))
+        then = now
+        assert (logged[step : step + 4] == own.weights).all()
+        assert at[step + 2, "polite"]["loss_weight"] == own.weights[1]
+    assert np.ptp(logged[-1]) > 0.05
+
+    for later in (10, 12):
+        shutil.rmtree(folder / f"checkpoint-{later}")
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    resumed = load_file(run(base, folder, **changes) / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert (weights(folder) == logged).all()
+
+
 def test_micro_batches_are_invisible(base: Config, balanced: Path, tmp_path: Path) -> None:
     cut = run(base, tmp_path / "run", max_tokens_per_microbatch=200)
     assert min(read_records(cut, "steps")["micro_batches"].to_pylist()) >= 2
@@ -189,6 +222,13 @@ def test_micro_batches_are_invisible(base: Config, balanced: Path, tmp_path: Pat
         ({"target_share": "agrees=lots"}, "agrees: expected a share, 0 < value <= 1, got 'lots'"),
         ({"loss_type": "aot"}, "is one of sorted pairs of several behaviors"),
         ({"loss_type": "simpo"}, "loss_type simpo has none; set balance: rates"),
+        ({"balance": "rates"}, "got record: true, track: head"),
+        ({"balance": "rates", "track": "sketch", "record": "false"}, "got record: false"),
+        ({"balance": "rates", "track": "sketch", "rate_every": "2"}, "a multiple of rate_every, 2"),
+        (
+            {"balance": "rates", "track": "sketch", "rate_every": "0"},
+            "0 (never); got 3",
+        ),
         ({"sync_ref_model": "true"}, "sync_ref_model moves what they are measured from"),
         ({"balance": "none"}, "balance_every: 3 is read with balance: margins or rates alone"),
         ({"balance_limit": "1"}, "balance_limit: expected more than 1"),
