@@ -97,9 +97,10 @@ def _look(kind: str, types: Sequence[str]) -> dict[str, Any]:
 def _types(curves: ProbeCurves) -> Figure:
     types = [kind for kind in curves.by_type if kind != _ARGMAX]
     with style() as plt:
-        height = 3.5 + 0.17 * len(types)
+        lines = -(-len(curves.by_type) // 3)
+        height = 3.2 + 0.18 * lines
         figure, axes = plt.subplots(1, 2, figsize=(_WIDTH, height), sharex=True)
-        bottom = (0.75 + 0.17 * len(types)) / height
+        bottom = (0.62 + 0.18 * lines) / height
         figure.subplots_adjust(0.075, bottom, 0.985, 1 - 0.1 / height, wspace=0.2)
         for kind, logp in curves.by_type.items():
             name = "likeliest tokens, at the chosen's positions" if kind == _ARGMAX else kind

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastpref.config import Config
-from fastpref.data.branches import Probe, pack_probes
 from fastpref.data.dataset import load_dataset
 from fastpref.dynamics.recorder import read_records
-from fastpref.probes import Probing
 from fastpref.train import train
-from tests.architectures import packed, tiny_model
 from tests.golden.test_ranks import run_on_two
 
 TYPES = (
@@ -274,117 +270,6 @@ def test_small_micro_batches_score_the_same(straight: Path, base: Config, tmp_pa
             assert value == (pytest.approx(other, rel=1e-6) if close else other), name
 
 
-def write(path: Path, content: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in content))
-    return str(path)
-
-
-ROW = {"prompt": "Human: music\n\nAssistant:", "response": " Thank you.", "response_type": "chosen"}
-
-
-def test_a_file_of_probes(base: Config, tmp_path: Path, tiny_tokenizer: Any) -> None:
-    content = [
-        ROW | {"behavior": "polite", "id": "a"},
-        ROW | {"response": " Go away.", "response_type": "rejected", "behavior": "polite"},
-        ROW | {"response": " Thanks!", "response_type": "chosen_gptsemantic"},
-    ]
-    path = write(tmp_path / "probes.jsonl", content)
-    folder = run(base, tmp_path / "run", probes=path, probe_prompts=0, max_steps=3)
-    index = rows(folder, "probe_index")
-    assert [r["response_type"] for r in index] == ["chosen", "rejected", "chosen_gptsemantic"]
-    assert [r["behavior"] for r in index] == ["polite", "polite", None]
-    assert [r["id"] for r in index] == ["a", "", ""] and [r["line"] for r in index] == [1, 2, 3]
-    assert len({r["prompt_id"] for r in index}) == 1
-    for row, given in zip(index, content, strict=True):
-        assert row["text"] == given["response"] + tiny_tokenizer.eos_token  # as in training
-    assert len(rows(folder)) == 2 * 3  # steps 0 and 3
-    squeezing = rows(folder, "squeezing")
-    assert [(r["step"], r["behavior"]) for r in squeezing] == [(3, "polite")]
-    # The same probes from Parquet have the same ids.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(content), tmp_path / "probes.parquet")
-    again = run(
-        base, tmp_path / "parquet", probes=str(tmp_path / "probes.parquet"), probe_prompts=0,
-        max_steps=1,
-    )  # fmt: skip
-    assert [r["probe_id"] for r in rows(again, "probe_index")] == [r["probe_id"] for r in index]
-
-
-@pytest.mark.parametrize(
-    "content,words",
-    [
-        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], ["response, response_type is missing"]),
-        ([ROW | {"behavior": "polit"}], ["no such behavior", "Did you mean 'polite'", ":1:"]),
-        ([ROW, ROW | {"response_type": "choosen"}], ["Did you mean 'chosen'", ":2:"]),
-        ([ROW | {"response_type": "Chosen one"}], ["lower-case", ":1:"]),
-        ([ROW | {"response": "  "}], ["the response is empty"]),
-        ([ROW | {"response": " word" * 200}], ["longer than max_length, 44", ":1:"]),
-        ([ROW, ROW], ["stand twice", "line 1 too", ":2:"]),
-        ([ROW | {"id": "x"}, ROW | {"id": "x", "response": " B"}], ["id 'x' stand twice"]),
-        ([ROW | {"response": None}], ["'response' is null"]),
-        ([ROW | {"prompt": 3}], ["not a string"]),
-        ([], ["is empty"]),
-    ],
-)
-def test_bad_files_say_what_and_where(
-    content: list[dict[str, Any]], words: list[str], base: Config, tmp_path: Path
-) -> None:
-    path = write(tmp_path / "probes.jsonl", content)
-    with pytest.raises(ValueError) as error:
-        run(base, tmp_path / "run", probes=path)
-    for word in words:
-        assert word in str(error.value), str(error.value)
-    assert not (tmp_path / "run").exists()
-
-
-def test_bad_settings_say_what(base: Config, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="probe_types.*did you mean chosen"):
-        dataclasses.replace(base, probe_types=("choosen",))
-    with pytest.raises(ValueError, match="there is no probe: probe_prompts is empty"):
-        dataclasses.replace(base, probe_prompts=0)
-    with pytest.raises(ValueError, match="there is no probe: probe_types is empty"):
-        dataclasses.replace(base, probe_types=())
-    with pytest.raises(ValueError, match="probe_every is 0"):
-        dataclasses.replace(base, probes="probes.jsonl", probe_every=0)
-    with pytest.raises(ValueError, match="probe_influence.*track is head"):
-        dataclasses.replace(base, probe_influence=True)
-    with pytest.raises(ValueError, match="probe_influence.*no probes"):
-        dataclasses.replace(base, probe_influence=True, track="sketch", probe_every=0)
-    with pytest.raises(ValueError, match="irr_test.*no pair is held out"):
-        run(base, tmp_path / "a", eval_fraction=0.0)
-    with pytest.raises(ValueError, match="probes.*nowhere.jsonl"):
-        run(base, tmp_path / "b", probes="nowhere.jsonl")
-
-
-def largest_allocation(compute: Any) -> int:
-    """Bytes of the largest single allocation inside ``compute()``, in custom ops too."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        compute()
-    return max(event.self_cpu_memory_usage for event in profile.events())
-
-
-def test_no_logits_are_stored() -> None:
-    """Nothing of rows x vocabulary: a tile of it at most, whatever the vocabulary."""
-    vocab, length = 20_000, 30
-    rng = np.random.default_rng(0)
-    prompt = np.arange(5, dtype=np.int32)
-    responses = [rng.integers(0, vocab, length).astype(np.int32) for _ in range(10)]
-    probes = [Probe(i, 0, 0, "chosen", prompt, own) for i, own in enumerate(responses)]
-    model = packed(
-        tiny_model("llama", torch.float32, vocab_size=vocab, max_position_embeddings=512)
-    )
-    config = Config(output_dir="x", probe_every=1, max_tokens_per_microbatch=400)
-    probing = Probing(config, probes, ["b"], vocab)
-    rows = 10 * length
-    with torch.no_grad():
-        head = model.head.weight
-        whole = largest_allocation(lambda: torch.randn(rows, head.shape[1]) @ head.t())
-    assert whole == rows * vocab * 4  # it does see what is to be absent
-    assert largest_allocation(lambda: probing.score(model)) < whole / 4
-
-
 def test_influence_in_a_run(straight: Path, base: Config, tmp_path: Path) -> None:
     """Every row there, the same weights, and a resumed run has the same rows."""
     changes: dict[str, Any] = {"probe_influence": True, "track": "sketch", "track_every": 4}
@@ -446,88 +331,15 @@ def test_two_ranks_score_as_one(base: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trainable", ["head", "lora"])
-def test_other_ways_to_train(trainable: str, base: Config, tmp_path: Path) -> None:
+def test_other_ways_to_train(trainable: str, straight: Path, base: Config, tmp_path: Path) -> None:
     """A frozen body, and adapters: the first evaluation is that of the plain model."""
     if trainable == "lora":
         pytest.importorskip("peft")
     changes = {"feature_cache_dir": str(tmp_path), "max_steps": 3}
     folder = run(base, tmp_path / "run", trainable=trainable, **changes)
-    plain = run(base, tmp_path / "plain", **changes)
-    first, theirs = ([r for r in rows(f) if r["step"] == 0] for f in (folder, plain))
+    first, theirs = ([r for r in rows(f) if r["step"] == 0] for f in (folder, straight))
     for row, other in zip(first, theirs, strict=True):
         assert row["logp"] == pytest.approx(other["logp"], rel=1e-6)
         assert row["argmax_id"] == other["argmax_id"]
     last = [r for r in rows(folder) if r["step"] == 3]
     assert any(abs(a["logp"] - b["logp"]) > 1e-3 for a, b in zip(first, last, strict=True))
-
-
-class Lines:
-    """What stands in the place of a run's journal and records."""
-
-    def __init__(self) -> None:
-        self.told: list[dict[str, Any]] = []
-        self.recorded: list[dict[str, Any]] = []
-
-    def metrics(self, line: dict[str, Any]) -> None:
-        self.told.append(line)
-
-    def perf(self, line: dict[str, Any]) -> None:
-        assert line["probes_per_second"] > 0
-
-    def rows(self, name: str, step: int, rows: list[dict[str, Any]]) -> None:
-        self.recorded += [{**row, "step": step, "table": name} for row in rows]
-
-
-@pytest.mark.parametrize("gradient", ["rejected falls", "chosen rises"])
-def test_squeezing_is_told_once_and_counted(
-    gradient: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """By hand: pushing down an unlikely response squeezes, pulling up the chosen one does not."""
-    model = packed(tiny_model("llama"))
-    head = model.module.get_parameter("lm_head.weight")
-    with torch.no_grad():
-        head.mul_(4.0)  # a model that is sure of something else
-    prompt = np.array([5, 9, 3], np.int32)
-    ids = torch.tensor(prompt[None].astype(np.int64))
-    with torch.no_grad(), model.plain_attention():
-        first = model.module(input_ids=ids).logits[0, -1].softmax(-1)  # type: ignore[operator]
-    order = first.argsort().tolist()
-    chosen, rejected = order[len(order) // 2], order[1]
-    # A step of the head down grad log p(rejected) changes log p(chosen) by p_c - sum p^2 + p_r < 0
-    # and log p(argmax) by p_max - sum p^2 + p_r > 0, times its size.
-    assert first[chosen] + first[rejected] < first.square().sum() < first.max()
-    probes = [
-        Probe(0, 0, 0, "chosen", prompt, np.array([chosen], np.int32)),
-        Probe(1, 0, 0, "rejected", prompt, np.array([rejected], np.int32)),
-        Probe(2, 1, 1, "chosen", prompt, np.array([order[-1]], np.int32)),  # no rejected probe
-    ]
-    probing = Probing(Config(output_dir="x", probe_every=1), probes, ["a", "b"], 61)
-    probing.begin(model)
-    lines: Any = Lines()
-    probing.run(model, 0, 0.0, lines, lines)
-    assert "squeezing" not in lines.told[0]
-    at = probes[1] if gradient == "rejected falls" else probes[0]
-    direction = -1.0 if gradient == "rejected falls" else 1.0
-    batch = pack_probes([[at]])
-    with caplog.at_level(logging.WARNING, logger="fastpref.probes"):
-        for step in (1, 2, 3):
-            (grad,) = torch.autograd.grad(model.logp(batch).logp.sum(), [head])
-            with torch.no_grad():
-                head.add_(grad, alpha=direction * 1e-4)
-            probing.run(model, step, 0.1 * step, lines, lines)
-    told = [record.message for record in caplog.records]
-    squeezed = gradient == "rejected falls"
-    rows = [row for row in lines.recorded if row["table"] == "squeezing"]
-    assert [(row["step"], row["behavior"]) for row in rows] == [(s, "a") for s in (1, 2, 3)]
-    assert [row["alarm"] for row in rows] == [squeezed] * 3
-    assert [line["squeezing_total"] for line in lines.told[1:]] == [s * squeezed for s in (1, 2, 3)]
-    assert [line["behavior/a/squeezing"] for line in lines.told[1:]] == [int(squeezed)] * 3
-    assert len(told) == squeezed
-    if squeezed:
-        assert "squeezing at step 1, behavior a" in told[0]
-        assert all(row["argmax"] > 0 > max(row["chosen"], row["rejected"]) for row in rows)
-    # A resumed run counts on and does not warn again.
-    other = Probing(Config(output_dir="x", probe_every=1), probes, ["a", "b"], 61)
-    other.begin(model)
-    other.load_state_dict(json.loads(json.dumps(probing.state_dict())))
-    assert other.state_dict() == probing.state_dict()
