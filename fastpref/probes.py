@@ -35,6 +35,7 @@ from fastpref.dynamics.probes import (
     type_means,
 )
 from fastpref.dynamics.recorder import Recorder
+from fastpref.dynamics.schema import PROBES
 from fastpref.dynamics.taps import Taps
 from fastpref.influence import Influence
 from fastpref.journal import Journal
@@ -43,7 +44,6 @@ from fastpref.step import StepResult
 
 log = logging.getLogger(__name__)
 
-SPLIT = "probes"  # of its lines in metrics.jsonl
 _HEAD_STATS = (*POSITION_STATS[1:], "argmax")
 
 
@@ -147,7 +147,7 @@ class Probing:
             for name in METRICS
         }
         line |= self._squeezing(step, values, recorder)
-        journal.metrics({"step": step, "epoch": epoch, "split": SPLIT, **line})
+        journal.metrics({"step": step, "epoch": epoch, "split": PROBES, **line})
         if step:
             clocks = {"probe_runtime": seconds, "probes_per_second": len(self.probes) / seconds}
             journal.perf({"step": step, **clocks})

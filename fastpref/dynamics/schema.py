@@ -26,6 +26,7 @@ TRAIN = "train"
 TRAIN_SAMPLE = "train_sample"
 HELD_OUT = "eval"
 RATE_SAMPLE = "rate_sample"
+PROBES = "probes"  # of lines of metrics.jsonl; the records have a table of that name
 SPLITS = {
     TRAIN: "the pairs of an optimizer step, as the loss saw them, before that step's update",
     TRAIN_SAMPLE: "a fixed sample of the training pairs, evaluated after the update of `step`",

@@ -217,7 +217,7 @@ class LiveRun:
                 continue
             if split == schema.TRAIN:
                 self.train.setdefault(key, Series()).add(step, value)
-            elif key.startswith("behavior/"):
+            elif key.startswith("behavior/") and split != schema.PROBES:
                 name, column = _split_metric(key)
                 if column:
                     self._add(split, name, column, step, value)

@@ -308,8 +308,8 @@ def test_influence_in_a_run(straight: Path, base: Config, tmp_path: Path) -> Non
 def test_two_ranks_score_as_one(base: Config, tmp_path: Path) -> None:
     """The same bits at step 0, whoever scores a batch; later what the weights' rounding gives."""
     changes: dict[str, Any] = {
-        "probe_influence": True, "track": "sketch", "max_tokens_per_microbatch": 120,
-        "max_steps": 3,
+        "probe_influence": True, "track": "sketch", "max_tokens_per_microbatch": 300,
+        "max_steps": 3, "probe_prompts": 4,
     }  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     run(base, one, **changes)

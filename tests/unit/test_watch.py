@@ -218,6 +218,16 @@ def test_metrics_alone_are_enough(tmp_path: Path) -> None:
     assert len(body(text(run))) == len(NAMES)
 
 
+def test_lines_of_probes_are_no_split_of_the_table(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 20, records=False)
+    log = MetricsLog(tmp_path / "run/metrics.jsonl", resume_step=10**6)
+    log.append({"step": 10, "split": schema.PROBES, "chosen/logp": -1.0, "behavior/b/squeezing": 1})
+    log.flush()
+    run = LiveRun(tmp_path / "run")
+    run.look()
+    assert run.curves and schema.PROBES not in run.curves
+
+
 def test_pairs_are_not_read(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 20)
     for part in parts.list_parts(folder, "pairs"):
