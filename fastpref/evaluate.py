@@ -24,14 +24,17 @@ from fastpref.journal import Journal
 from fastpref.losses import Loss
 from fastpref.model import PairModel
 from fastpref.observe import (
+    SUMMED,
     Columns,
     concatenate,
     metric_names,
+    metric_sums,
     norm_method,
     pair_columns,
-    result_metrics,
+    pair_metrics,
 )
 from fastpref.step import PairResult, evaluate
+from fastpref.transfer import to_host
 
 log = logging.getLogger(__name__)
 
@@ -101,26 +104,25 @@ class Evaluator:
                 continue
             began = time.perf_counter()
             results = self.results(model, loss, split, reference)
-            columns = concatenate(pair_columns(result, model.head_is_all) for result in results)
+            of_sets = [results[own] for own in self.sets.values()] if split == HELD_OUT else []
+            columns, more, metrics = _to_host(results, of_sets, model.head_is_all)
             journal.perf(_clocks(step, split, batches, time.perf_counter() - began))
             rows = behavior_rows(self.behaviors, columns["behavior"], **_measured(columns))
             if loss_weights:
                 rows = [row | {"loss_weight": loss_weights.get(row["behavior"])} for row in rows]
             if recorder:
-                beside = self._of_behaviors(
-                    model, split, columns, feature_rows(columns["behavior"], *_features(results))
-                )
+                spread = feature_rows(columns["behavior"], more["features"], *more["first_tokens"])
+                beside = self._of_behaviors(model, split, columns, spread)
                 rows = [row | beside[self.behaviors.index(row["behavior"])] for row in rows]
                 recorder.pairs(step, split, epoch, norm_method=norm_method(columns), **columns)
                 rows = recorder.behaviors(step, split, rows)
-            line: dict[str, float | None] = {**result_metrics(results)}
-            margins = _reward_margins(results, len(self.behaviors))
+            line: dict[str, float | None] = {**metrics[0]}
+            margins = _means(more["reward_margin"], columns["behavior"], len(self.behaviors))
             for row in rows:
                 line |= _behavior_metrics(row, margins[self.behaviors.index(row["behavior"])])
             found[split] = line
-            if split == HELD_OUT:
-                for name, own in self.sets.items():
-                    found[f"{split}_{name}"] = {**result_metrics(results[own])}
+            for name, own in zip(self.sets, metrics[1:], strict=False):
+                found[f"{split}_{name}"] = {**own}
         for split, line in found.items():
             journal.metrics({"step": step, "epoch": epoch, "split": split, **line})
         return found
@@ -188,26 +190,46 @@ def _measured(columns: Columns) -> Columns:
     return {name: columns[name] for name in names if name in columns}
 
 
-def _features(results: Sequence[PairResult]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(P, D) features of all pairs, float32 or what the model computes in, and the (P,) first
-    tokens that chosen and rejected have of their own, -1 where there is none."""
-    features, tokens = [], []
-    for result in results:
-        rows, batch = result.batch.first_own_rows(), result.batch
-        tokens.append(torch.where(rows < 0, -1, batch.target[rows]).cpu().numpy())
-        assert result.features is not None
-        own = result.features.cpu()  # half precision is NumPy's only as float32
-        features.append((own.float() if own.itemsize < 4 else own).numpy())
-    chosen, rejected = np.concatenate(tokens, axis=1)
-    return np.concatenate(features), chosen, rejected
+def _to_host(
+    results: Sequence[PairResult], of_sets: Sequence[Sequence[PairResult]], head_is_all: bool
+) -> tuple[Columns, Columns, list[dict[str, float]]]:
+    """All that an evaluation showed, by one copy from the device.
+
+    Columns of the `pairs` table (P,); features (P, D), first_tokens (2, P) that chosen and rejected
+    have of their own, -1 where there is none, and reward_margin (P,); TRL's metrics of all results,
+    then of those of each of ``of_sets``.
+    """
+    groups = [results, *of_sets]
+    sums = torch.stack([metric_sums(own, results[0].loss.device) for own in groups])
+    columns = [pair_columns(result, head_is_all) for result in results]
+    head, *host = to_host([{"sums": sums}, *columns, *map(_beside, results)])
+    more = host[len(results) :]
+    together = {name: np.concatenate([own[name] for own in more], axis=-1) for name in SIDE_BY_SIDE}
+    return (
+        concatenate(host[: len(results)]),
+        {"features": np.concatenate([own["features"] for own in more]), **together},
+        [pair_metrics(dict(zip(SUMMED, row, strict=True))) for row in head["sums"].tolist()],
+    )
 
 
-def _reward_margins(results: Sequence[PairResult], behaviors: int) -> np.ndarray:
-    """(K,) mean reward margin of every behavior; 0 where a behavior has no pair."""
-    index = torch.cat([r.batch.behavior for r in results]).cpu().numpy()
-    margin = torch.cat([(r.reward_chosen - r.reward_rejected).double() for r in results])
-    total = np.bincount(index, margin.cpu().numpy(), behaviors)
-    return total / np.maximum(np.bincount(index, minlength=behaviors), 1)
+SIDE_BY_SIDE = ("first_tokens", "reward_margin")  # pairs are their last dimension
+
+
+def _beside(result: PairResult) -> dict[str, torch.Tensor]:
+    rows = result.batch.first_own_rows()
+    assert result.features is not None
+    features = result.features  # half precision is NumPy's only as float32
+    return {
+        "features": features.float() if features.itemsize < 4 else features,
+        "first_tokens": torch.where(rows < 0, -1, result.batch.target[rows]),
+        "reward_margin": (result.reward_chosen - result.reward_rejected).double(),
+    }
+
+
+def _means(values: np.ndarray, behavior: np.ndarray, behaviors: int) -> np.ndarray:
+    """(K,) mean of (P,) values over every behavior's pairs; 0 where a behavior has none."""
+    total = np.bincount(behavior, values, behaviors)
+    return total / np.maximum(np.bincount(behavior, minlength=behaviors), 1)
 
 
 BEHAVIOR_METRICS = (

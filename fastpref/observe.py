@@ -5,7 +5,7 @@ Nothing here calls the model or changes it: recorded or not, the weights are the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,13 +17,14 @@ from fastpref.dynamics.schema import TRAIN
 from fastpref.gradients import PairGradients
 from fastpref.router import Router
 from fastpref.step import PairResult, StepResult
+from fastpref.transfer import HostCopy
 
 Columns = dict[str, np.ndarray]
 
 
-def pair_columns(result: PairResult, head_is_all: bool = False) -> Columns:
-    """Columns of the `pairs` table, (P,) each, by two copies from the device. ``head_is_all``: no
-    weight but the head's learns, so that its gradient's norms are those of the whole gradient."""
+def pair_columns(result: PairResult, head_is_all: bool = False) -> dict[str, torch.Tensor]:
+    """Columns of the `pairs` table, (P,) each, on the device. ``head_is_all``: no weight but the
+    head's learns, so that its gradient's norms are those of the whole gradient."""
     batch, x = result.batch, result.x
     shared = batch.shared_scored
     integers = {
@@ -33,7 +34,6 @@ def pair_columns(result: PairResult, head_is_all: bool = False) -> Columns:
         "chosen_len": batch.chosen_scored,
         "rejected_len": batch.rejected_scored,
         "shared_len": shared,
-        "reward_accuracy": result.reward_chosen > result.reward_rejected,
     }
     numbers = {
         "logp_chosen": x.chosen,
@@ -52,26 +52,26 @@ def pair_columns(result: PairResult, head_is_all: bool = False) -> Columns:
     entropy = result.stats["entropy"]
     numbers["entropy_chosen"] = entropy[0] / batch.chosen_scored
     numbers["entropy_rejected"] = entropy[1] / batch.rejected_scored
-    groups: list[torch.Tensor] = []
     if result.gradients is not None:
-        own, groups = _norm_columns(result, result.gradients)
-        numbers = own | numbers  # the head's alone are exact, where it is all that learns
-    columns = _to_host(integers) | _to_host({k: v.float() for k, v in numbers.items()}, groups)
-    columns["reward_accuracy"] = columns["reward_accuracy"].astype(bool)
-    return columns
+        # The head's alone are exact, where it is all that learns.
+        numbers = _norm_columns(result, result.gradients) | numbers
+    correct = result.reward_chosen > result.reward_rejected
+    return {
+        **integers,
+        **{name: value.float() for name, value in numbers.items()},
+        "reward_accuracy": correct,
+    }
 
 
-def _norm_columns(
-    result: PairResult, gradients: PairGradients
-) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Norms over all trained weights by name, (P,) each; and by layer group, G of (P,)."""
+def _norm_columns(result: PairResult, gradients: PairGradients) -> dict[str, torch.Tensor]:
+    """Norms over all trained weights, (P,) each, and `gnorm_groups` (P, G) by layer group."""
     found = {"gnorm_loss": gradients.gnorm()}
     if gradients.method == "sketch":
         found["gnorm_error"] = gradients.error() / found["gnorm_loss"]
     if result.margin_only:
         gradients = gradients.as_margin(result.weight)
         found["gnorm_m"] = gradients.gnorm()
-    return found, list(gradients.gnorm_groups().t())
+    return found | {"gnorm_groups": gradients.gnorm_groups()}
 
 
 def norm_method(columns: Columns) -> str | None:
@@ -87,40 +87,117 @@ def concatenate(parts: Iterable[Columns]) -> Columns:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+SIZES = ("tokens", "rows", "micro_batches")
+
+
+class StepView:
+    """What an optimizer step showed, on its way to the host in one copy.
+
+    ``columns``: whether the records want the pairs' columns; the progress bar makes do with their
+    margins. ``others``: more scalars of the step, () each; ``more``: columns of `steps` that others
+    know. Every rank makes one of every step.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        learning_rate: float,
+        *,
+        columns: bool = True,
+        head_is_all: bool = False,
+        others: Mapping[str, torch.Tensor] | None = None,
+        more: Mapping[str, object] | None = None,
+    ) -> None:
+        self.plan, self.learning_rate, self.more = plan, learning_rate, dict(more or {})
+        device = result.loss.device
+        scalars = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "clip_coef": result.clip_coef,
+            **({} if result.aux_loss is None else {"aux_loss": result.aux_loss}),
+            **(others or {}),
+        }
+        sizes = [(r.batch.num_tokens, r.batch.rows.numel(), 1) for r in result.pairs]
+        own = torch.tensor(sizes or [(0, 0, 0)], dtype=torch.float64).sum(dim=0)
+        sums = torch.cat([metric_sums(result.pairs, device), own.to(device, non_blocking=True)])
+        pairs = [
+            pair_columns(r, head_is_all) if columns else {"margin": r.x.margin.float()}
+            for r in result.pairs
+        ]
+        self._copy = HostCopy([{"sums": dist.all_reduce_sum(sums), **scalars}, *pairs])
+
+    @property
+    def columns(self) -> list[Columns]:
+        """Columns of the `pairs` table, a set for every micro-batch of this rank."""
+        return self._copy.get()[1:]
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """`metric_sums` over all ranks, and SIZES: tokens fed, rows scored, micro-batches."""
+        values = self._copy.get()[0]["sums"].tolist()
+        return dict(zip((*SUMMED, *SIZES), values, strict=True))
+
+    def scalar(self, name: str) -> float:
+        """A scalar of the step, by its name in `StepResult` or in ``others``."""
+        return float(self._copy.get()[0][name])
+
+    def has(self, name: str) -> bool:
+        """Whether the step has that scalar."""
+        return name in self._copy.get()[0]
+
+
+class Trail:
+    """The step whose view may still be on its way: ``take_in`` gets it once that costs no waiting.
+
+    That is when the next step is done, as every step waits for the device once (`demand_finite`);
+    or when `settle` asks for it, before something that must know it.
+    """
+
+    def __init__(self, take_in: Callable[[StepView], None]) -> None:
+        self._take_in = take_in
+        self._last: StepView | None = None
+
+    def add(self, view: StepView) -> None:
+        """The next step's, after the one before has been taken in."""
+        self.settle()
+        self._last = view
+
+    def settle(self) -> None:
+        """Nothing is on its way after this."""
+        view, self._last = self._last, None
+        if view is not None:
+            self._take_in(view)
+
+    close = settle
+
+
 def record_step(
     recorder: Recorder,
-    plan: StepPlan,
-    result: StepResult,
-    columns: Sequence[Columns],  # one per micro-batch of this rank
+    view: StepView,
     truncated: frozenset[int],  # pair_ids of which max_length cut a part
-    learning_rate: float,
     beta: float,
-    head_update: float | None = None,  # Frobenius norm of head weight - its start
-    more: Mapping[str, object] | None = None,  # columns of `steps` that others know
 ) -> None:
     """Rows of `pairs` for every micro-batch, and the step's row of `steps`."""
-    for micro, own in enumerate(columns):
+    plan, sums = view.plan, view.sums
+    for micro, own in enumerate(view.columns):
         ids = own["pair_id"].tolist()
         cut = np.array([i in truncated for i in ids], bool) if truncated else False
         extra = {"micro": micro, "truncated": cut, "norm_method": norm_method(own)}
         recorder.pairs(plan.step, TRAIN, plan.epoch, **extra, **own)
-    own_sizes = [(r.batch.num_tokens, r.batch.rows.numel(), 1) for r in result.pairs]
-    sizes = torch.tensor(own_sizes or [(0, 0, 0)], device=result.loss.device).sum(dim=0)
-    tokens, rows, micro_batches = dist.all_reduce_sum(sizes).tolist()
+    moved = "head_update_norm"
     recorder.step(
         plan.step,
         epoch=plan.epoch,
-        loss=float(result.loss),
-        lr=learning_rate,
+        loss=view.scalar("loss"),
+        lr=view.learning_rate,
         beta=beta,
-        grad_norm=float(result.grad_norm),
-        clip_coef=float(result.clip_coef),
+        grad_norm=view.scalar("grad_norm"),
+        clip_coef=view.scalar("clip_coef"),
         pairs=plan.num_pairs,
-        tokens=tokens,
-        rows=rows,
-        micro_batches=micro_batches,
-        head_update_norm=head_update,
-        **(more or {}),
+        head_update_norm=view.scalar(moved) if view.has(moved) else None,
+        **{name: int(sums[name]) for name in SIZES},
+        **view.more,
     )
 
 
@@ -210,23 +287,22 @@ class Window:
     line in a resumed run.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.sums = self._empty()
 
     @staticmethod
     def _empty() -> dict[str, float]:
         return dict.fromkeys((*SUMMED, "grad_norm", "aux_loss", "balance", "steps"), 0.0)
 
-    def add(self, result: StepResult, router: Router | None = None) -> None:
-        """Add this rank's pairs of one step; there may be none."""
-        total = dist.all_reduce_sum(metric_sums(result.pairs, self.device)).tolist()
-        for name, value in zip(SUMMED, total, strict=True):
-            self.sums[name] += value
-        self.sums["grad_norm"] += float(result.grad_norm)
-        if router and result.aux_loss is not None:
-            self.sums["aux_loss"] += float(result.aux_loss)
-            self.sums["balance"] += router.coef * float(result.aux_loss)
+    def add(self, view: StepView, router: Router | None = None) -> None:
+        """Add one step."""
+        sums = view.sums
+        for name in SUMMED:
+            self.sums[name] += sums[name]
+        self.sums["grad_norm"] += view.scalar("grad_norm")
+        if router and view.has("aux_loss"):
+            self.sums["aux_loss"] += view.scalar("aux_loss")
+            self.sums["balance"] += router.coef * view.scalar("aux_loss")
         self.sums["steps"] += 1
 
     def metrics(self) -> dict[str, float]:
@@ -238,12 +314,3 @@ class Window:
             line["loss"] += self.sums["balance"] / steps
         self.sums = self._empty()
         return line
-
-
-def _to_host(columns: Mapping[str, torch.Tensor], groups: Sequence[torch.Tensor] = ()) -> Columns:
-    """One copy. ``groups``: the columns of `gnorm_groups`."""
-    stacked = torch.stack([*columns.values(), *(group.float() for group in groups)]).cpu().numpy()
-    found = dict(zip(columns, stacked, strict=False))
-    if groups:
-        found["gnorm_groups"] = stacked[len(columns) :].T
-    return found

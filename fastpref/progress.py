@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
 from fastpref.data.loader import StepPlan
-from fastpref.observe import Columns
+from fastpref.observe import StepView
 from fastpref.step import StepResult
 
 
@@ -29,27 +29,29 @@ class Bar:
             # No picture of a bar: the figures have to fit into 80 columns.
             bar_format="{n}/{total} {elapsed}<{remaining}{postfix}",
         )
+        self._shown = ""
         self._empty()
 
-    def step(
-        self, plan: StepPlan, result: StepResult, columns: Sequence[Columns], seconds: float
-    ) -> None:
+    def step(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         """Count one optimizer step that took ``seconds``."""
         self.seconds += seconds
         self.steps += 1
         self.pairs += plan.num_pairs
         self.tokens += sum(r.batch.num_tokens for r in result.pairs)
-        margins = [m for own in columns for m in own["margin"].tolist()]
+        speed = f"{self.pairs / self.seconds:.0f} pairs/s"
+        if self.tokens:  # none where the body's states are there already
+            speed = f"{self.tokens / self.seconds:.0f} tok/s {speed}"
+        self.bar.set_postfix_str(f"{self._shown}{speed}", refresh=False)
+        self.bar.update()
+
+    def show(self, view: StepView) -> None:
+        """What a step gave, for the line of the next `step`: it may be known one step late."""
+        margins = [m for own in view.columns for m in own["margin"].tolist()]
         count = max(len(margins), 1)
-        shown = (
-            f"loss {float(result.loss):.4f} margin {sum(margins) / count:+.3g} "
+        self._shown = (
+            f"loss {view.scalar('loss'):.4f} margin {sum(margins) / count:+.3g} "
             f"acc {sum(m > 0 for m in margins) / count:.2f} "
         )
-        if self.tokens:  # none where the body's states are there already
-            shown += f"{self.tokens / self.seconds:.0f} tok/s "
-        shown += f"{self.pairs / self.seconds:.0f} pairs/s"
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update()
 
     def window(self) -> dict[str, float]:
         """Clocks since the last call, for perf.jsonl; empties them."""

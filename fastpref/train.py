@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from fastpref.loggers import demand_packages
 from fastpref.losses import Loss, get_loss
 from fastpref.masters import Masters
 from fastpref.model import PairModel, load_model, load_tokenizer, resolve_device
-from fastpref.observe import Window, pair_columns, record_step
+from fastpref.observe import StepView, Trail, Window, record_step
 from fastpref.prepare import (
     data_key,
     make_loader,
@@ -91,19 +91,18 @@ class State:
     num_tokens: int = 0  # of both sequences of every pair so far, as TRL counts
     loss_sum: float = 0.0  # of every step's loss so far
 
-    def observe(self, plan: StepPlan, result: StepResult) -> None:
+    def observe(self, view: StepView) -> None:
         """Count a finished step."""
-        self.window.add(result, self.model.router)
-        if self.balancer:
-            self.balancer.observe(result)
-        self.num_tokens += plan.num_tokens
-        self.loss_sum += float(result.loss)
+        self.window.add(view, self.model.router)
+        self.num_tokens += view.plan.num_tokens
+        self.loss_sum += view.scalar("loss")
 
-    def head_update(self) -> float | None:
-        """Frobenius norm of the head's weight minus its start; None where the body learns too."""
+    def head_update(self) -> dict[str, Tensor]:
+        """Frobenius norm of the head's weight minus its start; empty where the body learns too."""
         if self.head_start is None:
-            return None
-        return float(torch.dist(self.model.head.weight.detach(), self.head_start))
+            return {}
+        moved = torch.dist(self.model.head.weight.detach(), self.head_start)
+        return {"head_update_norm": moved}
 
     def saved(self, log_history: list[dict[str, Any]]) -> TrainState:
         """The form in which checkpoints hold it."""
@@ -226,7 +225,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
         write_layer_groups(Path(config.output_dir), taps.groups)
     optimizer, masters = make_optimizer(config, model)
     scheduler = Schedule(optimizer, config, last_step)
-    state = State(model, optimizer, scheduler, Window(model.device), best, key, reference)
+    state = State(model, optimizer, scheduler, Window(), best, key, reference)
     state.taps, state.balancer, state.probing = taps, balancer, probing
     state.masters = masters
     if model.frozen_body:
@@ -277,7 +276,17 @@ def run_loop(
         last_step = state.step
 
     bar, clock = Bar(last_step, state.step, progress), Clock()
-    with journal, closing(bar), _asked_to_end() as asked:
+
+    def take_in(view: StepView) -> None:
+        """What a step showed, once it is on the host."""
+        state.observe(view)
+        bar.show(view)
+        if recorder:
+            record_step(recorder, view, truncated, config.beta)
+
+    trail = Trail(take_in)
+    kept = recorder or nullcontext()  # what was recorded is written however the loop ends
+    with journal, closing(bar), kept, closing(trail), _asked_to_end() as asked:
         for plan in loader.plan(state.step + 1, last_step):
             # The step itself.
             tracker = state.tracker if state.tracker and state.tracker.due(plan.step) else None
@@ -290,33 +299,45 @@ def run_loop(
             began, rate = time.perf_counter(), state.scheduler.learning_rate
             result = _step(config, loss, dataset, state, plan)
 
-            # What it showed.
             seconds, rates = time.perf_counter() - began, None
+
+            # What it showed. The step before it is known by now, this one is on its way.
+            trail.settle()
+            if recorder:
+                recorder.flush(plan.step - 1)
             if tracker:
                 with bar.paused():
                     live = state.live_reference(config)
                     rates = tracker.after(result, plan.num_pairs, rate, live)
                 if state.balancer:
                     state.balancer.observe_rates(rates.behaviors)
-            parts = [pair_columns(pairs, model.head_is_all) for pairs in result.pairs]
-            state.observe(plan, result)
-            if recorder:
-                moved = state.head_update() if plan.step % config.logging_steps == 0 else None
-                more = rates.step if rates else {}
-                record_step(
-                    recorder, plan, result, parts, truncated, rate, config.beta, moved, more
-                )
-                if rates:
-                    record_rates(recorder, journal, plan, rates, state.loss_weights())
-            bar.step(plan, result, parts, seconds)
+            began = time.perf_counter()
+            at_logging = plan.step % config.logging_steps == 0
+            view = StepView(
+                plan,
+                result,
+                rate,
+                columns=recorder is not None,
+                head_is_all=model.head_is_all,
+                others=state.head_update() if recorder and at_logging else None,
+                more=rates.step if rates else None,
+            )
+            trail.add(view)
+            if state.balancer:
+                state.balancer.observe(result)
             clock.count(plan)
             last = plan.step == last_step
-            logged = last or plan.step % config.logging_steps == 0
-            logged = logged or (plan.step == 1 and config.logging_first_step)
+            logged = last or at_logging or (plan.step == 1 and config.logging_first_step)
+            evaluated = config.eval_steps and (last or plan.step % config.eval_steps == 0)
+            if logged or evaluated or rates:
+                trail.settle()
+            bar.step(plan, result, seconds + time.perf_counter() - began)
+            if recorder and rates:
+                record_rates(recorder, journal, plan, rates, state.loss_weights())
             if logged:
                 _write_window(journal, bar, state, plan, rate)
             better = False
-            if config.eval_steps and (last or plan.step % config.eval_steps == 0):
+            if evaluated:
                 found = {}
                 if evaluator:
                     live = state.live_reference(config)
@@ -349,9 +370,9 @@ def run_loop(
             ending = _any_rank(asked.is_set(), model.device)
             save = last or ending or plan.step % config.save_steps == 0
             save = save or (better and config.load_best_model_at_end)
-            if recorder:
-                recorder.flush(plan.step)
-                if save:
+            if save:
+                trail.settle()
+                if recorder:
                     recorder.close(plan.step)
             if save or logged:
                 journal.flush()

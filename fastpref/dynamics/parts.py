@@ -108,8 +108,8 @@ def arrow_array(column: schema.Column, values: Sequence[Any], rows: Sequence[int
     if all(value is None for value in values):
         return pa.nulls(total, column.type)
     if all(isinstance(value, (str, bool, int, float, np.generic)) for value in values):
-        each = zip(map(plain, values), rows, strict=True)
-        return pa.array([v for v, count in each for _ in range(count)], column.type)
+        each = pa.array(list(map(plain, values)), column.type)
+        return each.take(pa.array(np.repeat(np.arange(len(rows)), rows)))
     widths = {value.shape[1:] if isinstance(value, np.ndarray) else None for value in values}
     if None in widths or len(widths) > 1:
         singles = zip(values, rows, strict=True)
@@ -179,11 +179,28 @@ def remove_parts(root: Path, after_step: int) -> None:
             path.unlink()
 
 
-def cut_parts(root: Path, first: int, step: int) -> None:
-    """Take the rows of steps > `step` out of the parts, of all ranks, that begin at `first`."""
-    for path in sorted(root.glob(f"*/part-{first:08d}-*.parquet")):
-        if path.parent.name not in schema.INDEX_TABLES and last_step_of(path) > step:
-            write_part(rows_until(read_part(path, path.parent.name), step), path, step)
+def latest_part(root: Path, table: str, rank: int, step: int) -> Path | None:
+    """The part of `rank` that holds `step` if any does: the last one that begins by then."""
+    own = (root / table).glob(f"part-*-{rank:04d}.parquet")
+    return max((path for path in own if first_step_of(path) <= step), default=None)
+
+
+def cut_parts(root: Path, step: int) -> None:
+    """Take the rows of steps > `step` out of the parts of all ranks."""
+    for path in sorted(root.glob("*/part-*-*.parquet")):
+        name, rank = path.parent.name, int(path.stem.split("-")[2])
+        if name in schema.INDEX_TABLES or path != latest_part(root, name, rank, step):
+            continue
+        if last_step_of(path) > step:
+            write_part(rows_until(read_part(path, name), step), path, step)
+
+
+def values_in(table: pa.Table) -> int:
+    """Values of all columns and rows, nulls and elements of lists included."""
+    lists = [column for column in table.columns if pa.types.is_list(column.type)]
+    return table.num_rows * table.num_columns + sum(
+        len(chunk.flatten()) for column in lists for chunk in column.chunks
+    )
 
 
 def rows_until(table: pa.Table, step: int) -> pa.Table:

@@ -1,9 +1,9 @@
 """Writes a run's records and logs, and reads the records back.
 
-Records are Parquet parts, `records/<table>/part-<first step>-<rank>.parquet`. Part k holds the
-steps (k n, (k+1) n] with n = part_steps, the first part step 0 too, and is named by its first step
-(0, n + 1, 2n + 1, ...). So what a part holds depends on step numbers alone, never on time, and a
-run that was stopped and resumed has the parts of one that was not.
+Records are Parquet parts, `records/<table>/part-<first step>-<rank>.parquet`. A part ends with a
+step that is a multiple of n = part_steps, or sooner with the step by which it holds PART_VALUES
+values: what is in memory does not grow with n. So where parts end depends on what was recorded,
+never on time, and a run that was stopped and resumed has the parts of one that was not.
 
 The last part of a run may end early; a run that goes on from there completes it.
 """
@@ -11,6 +11,7 @@ The last part of a run may end early; a run that goes on from there completes it
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,11 +23,11 @@ import pyarrow as pa
 
 from fastpref.dynamics import schema
 from fastpref.dynamics.parts import (
-    arrow_array,
     check_column,
     cut_parts,
     first_step_of,
     last_step_of,
+    latest_part,
     list_parts,
     part_name,
     plain,
@@ -36,18 +37,26 @@ from fastpref.dynamics.parts import (
     replace_file,
     rows_until,
     table_of_rows,
+    values_in,
     write_part,
 )
+from fastpref.dynamics.writer import COMMIT_TABLE, PartWriter
 
 __all__ = ["MetricsLog", "Recorder", "read_jsonl", "read_records"]
 
-# Written last and for every part, even without rows: it marks the part complete.
-_COMMIT_TABLE = "pairs"
-_FLOATS = {c.name for c in schema.TABLES["pairs"].columns if c.type == pa.float32()}
+log = logging.getLogger(__name__)
+
+# Values in a part, nulls and elements of lists included: some 16 MB, 80,000 pairs.
+PART_VALUES = 1 << 22
+_PAIRS = schema.TABLES["pairs"].columns
+_FLOATS = {c.name for c in _PAIRS if c.type == pa.float32()}
 
 
 class Recorder:
-    """Buffers what one rank observes and writes it by parts.
+    """Buffers what one rank observes and writes it by parts, in a thread of its own.
+
+    What goes wrong with the writing is raised by the next call. As a context manager it writes what
+    it has of the unfinished part however the block ends.
 
     Args:
         output_dir: the run folder; parts go to its `records` folder.
@@ -75,18 +84,24 @@ class Recorder:
         self._root = Path(output_dir) / "records"
         self._rank = rank
         self._part_steps = part_steps
-        self._behaviors = pa.array(list(behaviors), pa.string())
-        self._splits = pa.array(list(schema.SPLITS), pa.string())
-        self._buffer: dict[str, list[pa.Table]] = {}
-        # What was recorded and is checked, but not in Arrow's form yet: see `arrow_array`.
-        self._pairs: list[dict[str, Any]] = []
-        self._steps: list[dict[str, Any]] = []
+        self._num_behaviors = len(behaviors)
         self._margins: dict[tuple[str, str], tuple[int, float]] = {}
-        self._flushed = self._written = resume_step or -1
+        self._flushed = self._written = self._seen = resume_step or -1
+        self._first = 0  # step of the part
+        self._values = 0  # in the part so far
+        begun: dict[str, pa.Table] = {}
         if resume_step:
-            self._resume(resume_step)
+            begun = self._resume(resume_step)
         elif rank == 0:
             remove_parts(self._root, after_step=-1)
+        self._writer = PartWriter(self._root, rank, behaviors, begun)
+        self._empty()
+
+    def _empty(self) -> None:
+        # What was recorded and is checked since the last writing.
+        self._pairs: list[dict[str, Any]] = []
+        self._steps: list[dict[str, Any]] = []
+        self._tables: dict[str, list[pa.Table]] = {}
 
     def index(self, rows: Iterable[Mapping[str, object]], name: str = "index") -> None:
         """Write the index table ``name``, once per run: a mapping of its columns per row.
@@ -140,8 +155,12 @@ class Recorder:
             if name in _FLOATS and type(value) is np.ndarray and value.shape == (rows,):
                 continue  # as most are, many times a second
             check_column(schema.TABLES["pairs"].column(name), value, rows)
-        _check_indices("behavior", columns["behavior"], len(self._behaviors))
+        _check_indices("behavior", columns["behavior"], self._num_behaviors)
         self._pairs.append(columns)
+        self._values += rows * len(_PAIRS) + sum(
+            value.size for value in columns.values() if np.ndim(value) == 2
+        )
+        self._seen = step
 
     def step(self, step: int, **scalars: Any) -> None:
         """Record one optimizer step: columns of the `steps` table."""
@@ -150,6 +169,10 @@ class Recorder:
             schema.TABLES["steps"].column(name)
         if self._rank == 0:
             self._steps.append({**scalars, "step": step})
+            self._values += len(schema.TABLES["steps"].columns) + sum(
+                len(value) for value in scalars.values() if isinstance(value, (np.ndarray, list))
+            )
+        self._seen = step
 
     def behaviors(
         self, step: int, split: str, rows: Iterable[Mapping[str, object]]
@@ -184,53 +207,48 @@ class Recorder:
         self._add_rows(name, step, [{**row, "step": step} for row in rows])
 
     def flush(self, step: int) -> None:
-        """Say that everything of `step` is recorded; writes a part when `step` ends one."""
+        """Say that everything of `step` is recorded; a part that ends there is handed over."""
+        self._writer.check()
         self._flushed = step
-        if step > max(self._written, 0) and step % self._part_steps == 0:
+        if step > max(self._written, 0) and self._ends(step):
             self._write(step)
 
     def close(self, step: int) -> None:
-        """Write what is left after the last step, as a part that ends early."""
+        """Write what is left after the last step, as a part that may end early; returns once
+        everything is on the disk."""
         self._flushed = step
         if step > self._written:
             self._write(step)
+        self._writer.join()
 
-    def _first_step(self, step: int) -> int:
-        """First step of the part that holds `step`."""
-        part = max(step - 1, 0) // self._part_steps
-        return part * self._part_steps + 1 if part else 0
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close(max(self._seen, self._written))
+        except Exception:
+            if kind is None:
+                raise
+            # The block's own error is what is told; it may well be this one.
+            log.exception("records could not be written to their end")
+
+    def _ends(self, step: int) -> bool:
+        return step % self._part_steps == 0 or self._values >= PART_VALUES
 
     def _write(self, step: int) -> None:
-        first = self._first_step(step)
-        self._buffer.setdefault(_COMMIT_TABLE, []).append(self._pairs_table())
-        if self._steps:
-            self._buffer.setdefault("steps", []).append(table_of_rows("steps", self._steps))
-        self._pairs, self._steps = [], []
-        for name in sorted(self._buffer, key=lambda name: name == _COMMIT_TABLE):
-            table = pa.concat_tables(self._buffer[name])
-            if table.num_rows or name == _COMMIT_TABLE:
-                write_part(table, self._root / name / part_name(first, self._rank), step)
-        self._written = step
-        # An unfinished part stays in memory: a loop that goes on past close() completes it.
-        if step % self._part_steps == 0:
-            self._buffer.clear()
-
-    def _pairs_table(self) -> pa.Table:
-        rows = [len(columns["pair_id"]) for columns in self._pairs]
-        names = {"behavior": self._behaviors, "split": self._splits}
-        arrays = []
-        for column in schema.TABLES["pairs"].columns:
-            values = [columns.get(column.name) for columns in self._pairs]
-            if column.name in names:
-                indices = arrow_array(schema.Column("", pa.int32(), "", ""), values, rows)
-                arrays.append(pa.DictionaryArray.from_arrays(indices, names[column.name]))
-            else:
-                arrays.append(arrow_array(column, values, rows))
-        return pa.Table.from_arrays(arrays, schema=schema.arrow_schema("pairs"))
+        whole, rows = self._ends(step), {"steps": self._steps} if self._steps else {}
+        pairs, tables = self._pairs, self._tables
+        self._empty()
+        self._written, first = step, self._first
+        if whole:
+            self._first, self._values = step + 1, 0
+        self._writer.write(first, step, pairs, rows, tables, whole)
 
     def _check_step(self, table: str, step: int) -> None:
         following = self._flushed + 1
-        if step < following or self._first_step(step) != self._first_step(following):
+        part = [max(s - 1, 0) // self._part_steps for s in (step, following)]
+        if step < following or part[0] != part[1]:
             raise ValueError(
                 f"{table} of step {step} recorded after flush({self._flushed}): steps come in "
                 f"order, each is flushed, and a part has {self._part_steps} steps"
@@ -239,34 +257,48 @@ class Recorder:
     def _add_rows(self, name: str, step: int, rows: Iterable[Mapping[str, object]]) -> None:
         self._check_step(name, step)
         if self._rank == 0:
-            self._buffer.setdefault(name, []).append(table_of_rows(name, rows))
+            table = table_of_rows(name, rows)
+            self._tables.setdefault(name, []).append(table)
+            self._values += values_in(table)
+        self._seen = step
 
-    def _resume(self, step: int) -> None:
-        """Remove what lies after `step`; read back its unfinished part and the last margins."""
-        first = self._first_step(step)
-        path = self._root / _COMMIT_TABLE / part_name(first, self._rank)
-        last = last_step_of(path) if path.exists() else -1
-        if last < step:
+    def _resume(self, step: int) -> dict[str, pa.Table]:
+        """Remove what lies after `step`; gives what there is of its unfinished part, and restores
+        the last margins."""
+        path = latest_part(self._root, COMMIT_TABLE, self._rank, step)
+        last = -1 if path is None else last_step_of(path)
+        if path is None or last < step:
             raise ValueError(
-                f"cannot resume the records at step {step}: {path} "
-                + (f"ends at step {last}" if path.exists() else "is missing")
+                f"cannot resume the records at step {step}: "
+                + (
+                    f"{self._root} has none of it"
+                    if path is None
+                    else f"{path} ends at step {last}"
+                )
                 + f" ({self._part_steps} steps to a part); resume from a checkpoint that the "
                 "records reach, with the settings they were written with, or without recording"
             )
+        self._first = first_step_of(path)
         if self._rank == 0:
             remove_parts(self._root, after_step=step)
-            cut_parts(self._root, first, step)
-        if last > step or step % self._part_steps:
-            self._written = first - 1
-            for name in schema.TABLES:
-                part = self._root / name / part_name(first, self._rank)
-                if name not in schema.INDEX_TABLES and part.exists():
-                    self._buffer[name] = [rows_until(read_part(part, name), step)]
+            cut_parts(self._root, step)
+        begun = {}
+        for name in schema.TABLES:
+            part = self._root / name / part_name(self._first, self._rank)
+            if name not in schema.INDEX_TABLES and part.exists():
+                begun[name] = rows_until(read_part(part, name), step)
+        self._values = sum(map(values_in, begun.values()))
+        if last > step:
+            self._written = self._first - 1
+        if self._ends(step):
+            begun, self._first, self._values = {}, step + 1, 0
+            self._written = step
         for part in list_parts(self._root.parent, "behaviors"):
             if first_step_of(part) <= step:
                 for row in rows_until(read_part(part, "behaviors"), step).to_pylist():
                     if row["margin"] is not None:
                         self._margins[row["split"], row["behavior"]] = row["step"], row["margin"]
+        return begun
 
 
 class MetricsLog:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -29,9 +32,12 @@ def test_every_figure_is_on_a_line_of_80_columns(
     result = StepResult([pairs], torch.tensor(0.6931), zero[0], zero[0])
     bar = Bar(12345, 10000, show=True)
     bar.bar.mininterval = 0
+    margins = [{"margin": np.array([-123.4, 1.0])}]
+    view: Any = SimpleNamespace(columns=margins, scalar=lambda name: 0.6931)
     for step in (10001, 10002):
         plan = StepPlan(step, 0.5, 4096, 10**6, [])
-        bar.step(plan, result, [{"margin": np.array([-123.4, 1.0])}], seconds=0.5)
+        bar.show(view)
+        bar.step(plan, result, seconds=0.5)
     bar.close()
     line = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1].rstrip()
     assert len(line) <= 80

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 
-from fastpref.observe import record_step
+from fastpref.data.loader import StepPlan
+from fastpref.observe import SIZES, record_step
 
 
 def test_truncated_pairs_are_marked_however_many_there_are() -> None:
@@ -18,13 +18,19 @@ def test_truncated_pairs_are_marked_however_many_there_are() -> None:
     recorder: Any = SimpleNamespace(
         pairs=lambda *_, **own: rows.append(own), step=lambda *_, **__: 0
     )
-    plan: Any = SimpleNamespace(step=1, epoch=0.5, num_pairs=3)
-    one = torch.ones(())
-    result: Any = SimpleNamespace(pairs=[], loss=one, grad_norm=one, clip_coef=one)
+    plan = StepPlan(1, 0.5, 3, 100, [])
     ids = np.random.default_rng(0).integers(0, 2**62, 500_000)
     truncated = frozenset(ids.tolist())
     own = {"pair_id": np.array([ids[7], 5, ids[-1]])}
+    view: Any = SimpleNamespace(
+        plan=plan,
+        learning_rate=0.1,
+        columns=[own] * 20,
+        sums=dict.fromkeys(SIZES, 1.0),
+        scalar=lambda name: 1.0,
+        has=lambda name: False,
+    )
     began = time.process_time()
-    record_step(recorder, plan, result, [own] * 20, truncated, 0.1, 0.1)
+    record_step(recorder, view, truncated, 0.1)
     assert time.process_time() - began < 1.0
     assert len(rows) == 20 and rows[0]["truncated"].tolist() == [True, False, True]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastpref.dynamics import parts, schema
+from fastpref.dynamics import parts, schema, writer
+from fastpref.dynamics import recorder as recorder_module
 from fastpref.dynamics.groups import behavior_rows
 from fastpref.dynamics.recorder import MetricsLog, Recorder, read_jsonl, read_records
 
@@ -61,6 +65,8 @@ def run_steps(
         recorder.flush(step)
     if close:
         recorder.close(last)
+    else:
+        recorder._writer.join()  # killed, but not in the middle of a part
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -143,8 +149,11 @@ def test_resuming_removes_what_lies_ahead(tmp_path: Path) -> None:
 
 def test_resume_needs_the_records_up_to_there(tmp_path: Path) -> None:
     run_steps(tmp_path, 7, 4, None, close=False)
-    with pytest.raises(ValueError, match=r"at step 7: .*part-00000005-0000.*missing \(4 steps"):
+    told = r"at step 7: .*part-00000000-0000.parquet ends at step 4 \(4 steps"
+    with pytest.raises(ValueError, match=told):
         Recorder(tmp_path, 0, NAMES, 4, 7)
+    with pytest.raises(ValueError, match="at step 7: .*records has none of it"):
+        Recorder(tmp_path / "elsewhere", 0, NAMES, 4, 7)
     run_steps(tmp_path, 6, 4, 4)
     with pytest.raises(ValueError, match="ends at step 6"):
         Recorder(tmp_path, 0, NAMES, 4, 8)
@@ -180,6 +189,124 @@ def test_an_interrupted_write_leaves_the_previous_state(
     assert readable == [read_records(tmp_path, table).num_rows for table in TABLES]
 
 
+def test_a_part_ends_early_where_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever part_steps is; and a resumed run, from any step, has the same parts."""
+    per_step = 3 * len(schema.TABLES["pairs"].columns) + len(schema.TABLES["steps"].columns)
+    monkeypatch.setattr(recorder_module, "PART_VALUES", 3 * per_step)
+    run_steps(tmp_path / "straight", 13, 10**6, None)
+    firsts = [parts.first_step_of(p) for p in parts.list_parts(tmp_path / "straight", "pairs")]
+    for first, following in zip(firsts, firsts[1:], strict=False):
+        name = parts.part_name(first, 0)
+        found = [tmp_path / "straight" / "records" / table / name for table in TABLES]
+        tables = [pq.read_table(path) for path in found if path.exists()]
+        before = [parts.rows_until(table, following - 2) for table in tables]
+        held, without_the_last = (sum(map(parts.values_in, own)) for own in (tables, before))
+        assert without_the_last < 3 * per_step <= held
+    steps = read_records(tmp_path / "straight", "steps")["step"].to_pylist()
+    assert steps == list(range(1, 14))
+    assert len(firsts) > 3
+    for reached, resume in ((13, 4), (11, 2), (7, 7), (12, 10)):
+        folder = tmp_path / f"resumed-{resume}"
+        run_steps(folder, reached, 10**6, None)
+        run_steps(folder, 13, 10**6, resume)
+        assert contents(folder) == contents(tmp_path / "straight"), (reached, resume)
+
+
+def test_memory_does_not_grow_with_the_steps_of_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "PART_VALUES", 10_000)
+    recorder = Recorder(tmp_path, 0, NAMES, 10**6)
+    tracemalloc.start()
+    peaks = []
+    for step in range(1, 401):
+        recorder.pairs(step, "train", **pair_columns(step, 30))
+        recorder.flush(step)
+        if step % 100 == 0:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.reset_peak()
+    tracemalloc.stop()
+    recorder.close(400)
+    assert max(peaks[1:]) < 1.2 * peaks[0], peaks
+    assert pa.total_allocated_bytes() < 10_000_000
+
+
+def test_the_loop_goes_on_while_a_part_is_written_and_waits_with_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, may_write, written = parts.write_part, threading.Semaphore(0), []
+
+    def held(table: pa.Table, path: Path, last_step: int) -> None:
+        may_write.acquire()
+        write(table, path, last_step)
+        written.append(last_step)
+
+    monkeypatch.setattr(writer, "write_part", held)
+    recorder = Recorder(tmp_path, 0, NAMES, 1)
+
+    def step(number: int) -> None:
+        recorder.pairs(number, "train", **pair_columns(number))
+        recorder.flush(number)
+
+    step(1)  # returns, though nothing can be written
+    waiting = threading.Thread(target=step, args=(2,))
+    waiting.start()
+    waiting.join(timeout=0.2)
+    assert waiting.is_alive() and written == []
+    may_write.release()
+    waiting.join(timeout=10)
+    assert not waiting.is_alive() and written == [1]
+    may_write.release()
+    recorder.close(2)
+    assert written == [1, 2]
+
+
+def test_what_goes_wrong_in_the_thread_is_told_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_part", full)
+    with pytest.raises(OSError, match="records could not be written.*No space left") as told:
+        with Recorder(tmp_path, 0, NAMES, 1) as recorder:
+            recorder.pairs(1, "train", **pair_columns(1))
+            recorder.flush(1)
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                recorder.flush(1)
+    assert isinstance(told.value.__cause__, OSError)
+    with pytest.raises(OSError, match="No space left"):
+        recorder = Recorder(tmp_path, 0, NAMES, 1)
+        recorder.pairs(1, "train", **pair_columns(1))
+        recorder.close(1)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ArithmeticError])
+def test_however_the_loop_ends_what_was_recorded_is_written(
+    tmp_path: Path, error: type[BaseException] | None
+) -> None:
+    def loop() -> None:
+        with Recorder(tmp_path, 0, NAMES, 10) as recorder:
+            for step in range(1, 8):
+                recorder.pairs(step, "train", **pair_columns(step))
+                recorder.step(step, loss=0.5)
+                if step == 7 and error:
+                    raise error  # before its flush
+                recorder.flush(step)
+
+    if error:
+        with pytest.raises(error):
+            loop()
+    else:
+        loop()
+    assert read_records(tmp_path, "steps")["step"].to_pylist() == list(range(1, 8))
+    Recorder(tmp_path, 0, NAMES, 10, 6)  # goes on from an earlier checkpoint
+    assert read_records(tmp_path, "steps")["step"].to_pylist() == list(range(1, 7))
+
+
 def test_ranks_write_their_own_pairs_and_rank_0_the_rest(tmp_path: Path) -> None:
     for rank in (0, 1):
         recorder = Recorder(tmp_path, rank, NAMES, 2)
@@ -188,6 +315,7 @@ def test_ranks_write_their_own_pairs_and_rank_0_the_rest(tmp_path: Path) -> None
             recorder.pairs(step, "train", **pair_columns(10 * step + rank, 2 + rank))
             recorder.step(step, loss=0.5)
             recorder.flush(step)
+        recorder.close(2)
     ranks = read_records(tmp_path, "pairs")["rank"].to_pylist()
     assert ranks == [0] * 4 + [1] * 6
     assert len(parts.list_parts(tmp_path, "steps")) == len(parts.list_parts(tmp_path, "index")) == 1
@@ -198,7 +326,7 @@ def test_list_columns_and_numbers_for_all(tmp_path: Path) -> None:
     groups = np.arange(6, dtype=np.float32).reshape(3, 2)
     recorder.pairs(1, "train", gnorm_groups=groups, truncated=False, **pair_columns(1))
     recorder.step(1, module_update_norm=np.array([0.5, 0.25]))
-    recorder.flush(1)
+    recorder.close(1)
     table = read_records(tmp_path, "pairs", columns=["gnorm_groups", "truncated"])
     assert table.to_pydict() == {"gnorm_groups": groups.tolist(), "truncated": [False] * 3}
     assert read_records(tmp_path, "steps")["module_update_norm"].to_pylist() == [[0.5, 0.25]]
