@@ -170,7 +170,7 @@ class Fastpref:
         ]
         optimizer = build_optimizer(self.model.module.named_parameters(), self.config)
         scheduler = Schedule(optimizer, self.config, 10**6)
-        window, best = Window(self.model.device), Best(self.config)
+        window, best = Window(), Best(self.config)
         self.state = State(self.model, optimizer, scheduler, window, best, key="")
         if head:
             self.state.head_start = self.model.head.weight.detach().clone()

@@ -24,14 +24,13 @@ from fastpref.journal import Journal
 from fastpref.losses import Loss
 from fastpref.model import PairModel
 from fastpref.observe import (
-    SUMMED,
     Columns,
     concatenate,
     metric_names,
     metric_sums,
+    metrics_of,
     norm_method,
     pair_columns,
-    pair_metrics,
 )
 from fastpref.step import PairResult, evaluate
 from fastpref.transfer import to_host
@@ -208,7 +207,7 @@ def _to_host(
     return (
         concatenate(host[: len(results)]),
         {"features": np.concatenate([own["features"] for own in more]), **together},
-        [pair_metrics(dict(zip(SUMMED, row, strict=True))) for row in head["sums"].tolist()],
+        [metrics_of(row) for row in head["sums"].tolist()],
     )
 
 

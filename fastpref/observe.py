@@ -269,9 +269,8 @@ def pair_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def result_metrics(results: Sequence[PairResult]) -> dict[str, float]:
-    """`pair_metrics` of ``results`` that hold all pairs already."""
-    sums = metric_sums(results, results[0].loss.device).tolist()
+def metrics_of(sums: Sequence[float]) -> dict[str, float]:
+    """`pair_metrics` of the (len(SUMMED),) numbers that `metric_sums` gives."""
     return pair_metrics(dict(zip(SUMMED, sums, strict=True)))
 
 

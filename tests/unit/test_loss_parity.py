@@ -25,7 +25,7 @@ from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.losses import get_loss
 from fastpref.model import PairModel, load_model
-from fastpref.observe import result_metrics
+from fastpref.observe import metric_sums, metrics_of
 from fastpref.reference import sequence_logp
 from fastpref.step import PairResult, backward
 
@@ -240,7 +240,7 @@ def test_equal_to_trl(both: Both, name: str) -> None:
     mine, result, own_grads = both.mine(case)
     assert mine == pytest.approx(loss, rel=1e-6, abs=1e-6)
     assert relative(own_grads, grads) < 1e-6
-    shown = result_metrics([result])
+    shown = metrics_of(metric_sums([result], torch.device("cpu")).tolist())
     assert set(shown) - {"loss"} == set(metrics) - {"num_tokens"}
     for key in set(shown) - {"loss"}:
         if name == "sft" and key.startswith("rewards"):
@@ -288,7 +288,7 @@ def reference_free_equal(both: Both, cls: type, case: Config, **settings: Any) -
     mine, result, grads = both.mine(case)
     assert mine == pytest.approx(loss.item(), rel=1e-6)
     assert relative(grads, [p.grad for p in both.policy.parameters()]) < 1e-6  # type: ignore[misc]
-    shown = result_metrics([result])
+    shown = metrics_of(metric_sums([result], torch.device("cpu")).tolist())
     for side in ("chosen", "rejected", "margins", "accuracies"):
         assert shown[f"rewards/{side}"] == pytest.approx(metrics[f"rewards/{side}"], rel=1e-5)
 
