@@ -60,6 +60,7 @@ from fastpref.model import PairModel
 from fastpref.observe import pair_columns
 from fastpref.slopes import tail_weight
 from fastpref.step import PairResult, StepResult, evaluate
+from fastpref.transfer import to_host
 
 log = logging.getLogger(__name__)
 
@@ -278,15 +279,16 @@ def record_rates(
     loss_weights: Mapping[str, float],
 ) -> None:
     """Rows of `pairs`, `behaviors` and `gram`, and a line of metrics, of a measured step."""
+    sets = []
     for result, gradients, expected in rates.pairs:
-        columns = pair_columns(result)
-        columns["margin_change_predicted"] = expected.float().cpu().numpy()
-        norms = {"gnorm_m": gradients.gnorm(), "gnorm_groups": gradients.gnorm_groups()}
-        method = "gram"
+        more = {"margin_change_predicted": expected, "gnorm_m": gradients.gnorm()}
+        more["gnorm_groups"] = gradients.gnorm_groups()
         if gradients.method == "sketch":
-            norms["gnorm_error"], method = gradients.error() / norms["gnorm_m"], "sketch"
-        columns |= {name: value.float().cpu().numpy() for name, value in norms.items()}
-        recorder.pairs(plan.step, RATE_SAMPLE, plan.epoch, norm_method=method, **columns)
+            more["gnorm_error"] = gradients.error() / more["gnorm_m"]
+        sets.append(pair_columns(result) | {name: value.float() for name, value in more.items()})
+    for own in to_host(sets):
+        method = "sketch" if "gnorm_error" in own else "gram"
+        recorder.pairs(plan.step, RATE_SAMPLE, plan.epoch, norm_method=method, **own)
     rows = [row | {"loss_weight": loss_weights.get(row["behavior"])} for row in rates.behaviors]
     recorder.behaviors(plan.step, RATE_SAMPLE, rows)
     recorder.rows("gram", plan.step, rates.gram)

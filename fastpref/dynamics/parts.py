@@ -219,9 +219,24 @@ def write_part(table: pa.Table, path: Path, last_step: int) -> None:
     replace_file(
         path,
         lambda temporary: pq.write_table(
-            whole, temporary, compression="zstd", row_group_size=_ROW_GROUP
+            whole, temporary, compression="zstd", row_group_size=_ROW_GROUP, **_encodings(fields)
         ),
     )
+
+
+def _encodings(fields: pa.Schema) -> dict[str, Any]:
+    """How the columns are laid out: numbers that hardly repeat cost a dictionary more than they
+    take, and of floats the bytes with the exponents, put together, are what can be compressed."""
+    paths = {
+        f.name: f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in fields
+    }
+    kinds = {f.name: f.type.value_type if pa.types.is_list(f.type) else f.type for f in fields}
+    split = [paths[n] for n, kind in kinds.items() if pa.types.is_floating(kind) and n != "epoch"]
+    plain = [paths[n] for n in ("pair_id", "probe_id") if n in paths]
+    return {
+        "use_dictionary": [path for path in paths.values() if path not in (*split, *plain)],
+        "use_byte_stream_split": split,
+    }
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
