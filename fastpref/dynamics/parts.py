@@ -225,17 +225,17 @@ def write_part(table: pa.Table, path: Path, last_step: int) -> None:
 
 
 def _encodings(fields: pa.Schema) -> dict[str, Any]:
-    """How the columns are laid out: numbers that hardly repeat cost a dictionary more than they
-    take, and of floats the bytes with the exponents, put together, are what can be compressed."""
-    paths = {
-        f.name: f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in fields
-    }
-    kinds = {f.name: f.type.value_type if pa.types.is_list(f.type) else f.type for f in fields}
-    split = [paths[n] for n, kind in kinds.items() if pa.types.is_floating(kind) and n != "epoch"]
-    plain = [paths[n] for n in ("pair_id", "probe_id") if n in paths]
+    """How the columns are laid out: numbers that hardly repeat cost a dictionary more than it
+    saves, and of floats the bytes with the exponents, put together, are what can be compressed
+    (not of float16, which duckdb then could not read)."""
+    own = [(f.name, f.type.value_type, ".list.element") for f in fields if pa.types.is_list(f.type)]
+    own += [(f.name, f.type, "") for f in fields if not pa.types.is_list(f.type)]
+    split = [n + path for n, kind, path in own if kind in (pa.float32(), pa.float64())]
+    varied = [n + path for n, kind, path in own if kind in (pa.float16(), pa.int64())]
+    repeated = {n + path for n, _, path in own} - {*split, *varied} | {"epoch"}
     return {
-        "use_dictionary": [path for path in paths.values() if path not in (*split, *plain)],
-        "use_byte_stream_split": split,
+        "use_dictionary": sorted(repeated),
+        "use_byte_stream_split": [path for path in split if path != "epoch"],
     }
 
 
