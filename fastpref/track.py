@@ -16,14 +16,14 @@ of two sketches of them. `track: exact` keeps a copy of the trained weights duri
 passes over the sample at theta_t after it, where every pair's gradient meets the whole change.
 
 Memory    sketch: G k^2 float32 numbers for every pair of this rank's sample; exact: these and the
-          trained weights once more. Both: 4 K G k^2 float64 numbers.
+          trained weights once more. Both: 2 (K + strata) G k^2 float64 numbers.
 Shapes    P pairs, K behaviors, G layer groups, k sketch size.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,26 +78,23 @@ class StepRates:
 
 
 class GradientSums:
-    """`Totals`, while they are summed up on the device."""
+    """`Totals` of K groups of pairs, while they are summed up on the device."""
 
-    def __init__(self, groups: int, behaviors: int, k: int, device: torch.device) -> None:
-        shapes = [(behaviors,), *[(groups, behaviors, k, k)] * 2, *[(groups, behaviors)] * 2]
-        self._sums = [
-            torch.zeros(shape, dtype=torch.float64, device=device)
-            for shape in (*shapes, (behaviors,))
-        ]
+    def __init__(self, groups: int, size: int, k: int, device: torch.device) -> None:
+        shapes = [(size,), *[(groups, size, k, k)] * 2, *[(groups, size)] * 2, (size,)]
+        self._sums = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
 
-    def add(self, gradients: PairGradients, behavior: Tensor) -> None:
-        """behavior (P,) index of every pair's."""
+    def add(self, gradients: PairGradients, index: Tensor) -> None:
+        """index (P,) group of every pair."""
         count, sketch, square, norm_sq, norm_error, change = self._sums
         own = gradients.sketch.double()
-        count.index_add_(0, behavior, torch.ones_like(behavior, dtype=torch.float64))
-        sketch.index_add_(1, behavior, own)
-        square.index_add_(1, behavior, own.square())
-        norm_sq.index_add_(1, behavior, gradients.norm_sq.double())
-        norm_error.index_add_(1, behavior, gradients.norm_sq_error.double())
+        count.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
+        sketch.index_add_(1, index, own)
+        square.index_add_(1, index, own.square())
+        norm_sq.index_add_(1, index, gradients.norm_sq.double())
+        norm_error.index_add_(1, index, gradients.norm_sq_error.double())
         if gradients.change is not None:
-            change.index_add_(0, behavior, gradients.change.double().sum(0))
+            change.index_add_(0, index, gradients.change.double().sum(0))
 
     def over_ranks(self) -> Totals:
         """Of all ranks' pairs, on the host; every rank calls it."""
@@ -119,11 +116,19 @@ class RateTracker:
         self.pack, self.behaviors = dataset.pack, dataset.behaviors
         sample = sample_pairs(dataset.train, config.rate_pairs, config.seed)
         sizes = dataset.sizes(sample)
+        # `sample_pairs` draws from the labels of a behavior in their proportion: strata.
+        labels = sorted({(pair.behavior, pair.label) for pair in sample})
+        place = {label: i for i, label in enumerate(labels)}
+        self._stratum_of = np.array([behavior for behavior, _ in labels])
         self.size, self.fed = len(sample), int(sizes.sum())  # pairs and tokens, over all ranks
         budget = config.max_tokens_per_microbatch
         plan = plan_microbatches(sizes, np.arange(len(sample)), budget)
         own = plan[dist.rank() :: dist.world_size()]
         self.batches = [[sample[i] for i in batch] for batch in own]
+        self._strata = [
+            torch.tensor([place[p.behavior, p.label] for p in batch], device=model.device)
+            for batch in self.batches
+        ]
         self._start = self._sketch = taps.weight_sketch()
         self._gradients: list[PairGradients] = []
         self._old: list[Tensor] = []  # exact: the trained weights before the step
@@ -160,8 +165,9 @@ class RateTracker:
         if self.batches:
             scored = evaluate(self.model, batches, self.loss, self.config, reference=reference)
         measured = Measured(
-            self._sum((g, r.batch.behavior) for g, r in zip(gradients, scored, strict=True)),
-            self._sum((r.gradients, r.batch.behavior) for r in result.pairs),
+            self._sum(zip(gradients, self._strata, strict=True), len(self._stratum_of)),
+            self._stratum_of,
+            self._sum(((r.gradients, r.batch.behavior) for r in result.pairs), len(self.behaviors)),
             num_pairs,
             learning_rate,
             update.cpu().numpy(),
@@ -191,14 +197,12 @@ class RateTracker:
             )
         return found
 
-    def _sum(self, parts: Iterator[tuple[PairGradients | None, Tensor]]) -> Totals:
+    def _sum(self, parts: Iterable[tuple[PairGradients | None, Tensor]], size: int) -> Totals:
         taps = self.taps
-        sums = GradientSums(
-            len(taps.groups), len(self.behaviors), taps.sketch_dim, self.model.device
-        )
-        for gradients, behavior in parts:
+        sums = GradientSums(len(taps.groups), size, taps.sketch_dim, self.model.device)
+        for gradients, index in parts:
             assert gradients is not None, "the step ran without taps"
-            sums.add(gradients, behavior)
+            sums.add(gradients, index)
         return sums.over_ranks()
 
     def _gather(

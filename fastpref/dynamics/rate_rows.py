@@ -1,14 +1,16 @@
 """From sums of gradients over pairs to the columns of rates in the records. Numpy only.
 
 `fastpref.track` makes the sums, `fastpref.dynamics.rates` knows the equations. Shapes: K behaviors
-of the run, K' those of the sample, L those of the step, G layer groups, k sketch size.
+of the run, K' those of the sample, L those of the step, S strata of the sample, G layer groups, k
+sketch size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,17 +39,35 @@ class Totals:
         exact = (self.norm_error == 0)[..., None, None]
         return np.where(exact, rates.known(self.norm_sq, k), self.square * k**2)
 
+    def merged(self, into: Array, size: int) -> Totals:
+        """The same sums of ``size`` larger groups; ``into`` (K,) says which one takes in which."""
+        parts = {}
+        for spec in fields(self):
+            old = getattr(self, spec.name)
+            axis = 1 if old.ndim > 1 else 0
+            first = np.moveaxis(old, axis, 0)
+            new = np.zeros((size, *first.shape[1:]))
+            np.add.at(new, into, first)
+            parts[spec.name] = np.moveaxis(new, 0, axis)
+        return Totals(**parts)
+
 
 @dataclass(frozen=True)
 class Measured:
     """Around one step."""
 
-    sample: Totals  # of grad m over the rate sample, before the step
+    strata: Totals  # of grad m over the rate sample, before the step: (S,) in the place of (K,)
+    stratum_of: Array  # (S,) behaviors of the strata
     step: Totals  # of the gradients of the losses of the step's pairs
     num_pairs: int  # of the step
     learning_rate: float
     update: Array  # (G, k, k) sketch of what the step did to the weights
-    exact: bool  # sample.change is known
+    exact: bool  # strata.change is known
+
+    @cached_property
+    def sample(self) -> Totals:
+        """`strata` by behavior."""
+        return self.strata.merged(self.stratum_of, len(self.step.count))
 
     @property
     def present(self) -> Array:
@@ -75,6 +95,7 @@ def behavior_columns(of: Measured) -> dict[str, Array]:
     count = of.sample.count[own]
     squares = of.sample.squares()[:, own].sum(axis=0) / count[:, None, None]
     mean = rates.products(means, means)
+    true = mean - _excess(of, mean, squares)
     share = np.zeros((2, len(of.sample.count)))  # behaviors without a pair have no part in it
     share[:, of.teachers] = rates.shares(parts)
     optimizer = rates.first_order(means, of.update)
@@ -83,14 +104,31 @@ def behavior_columns(of: Measured) -> dict[str, Array]:
     found = {
         "gnorm_m_sq": rates.mean_of(squares),
         "group_gnorm": rates.length_of(mean),
-        "coherence": rates.coherence(mean, squares, count),
-        "gradient_noise_scale": rates.noise_scale(mean, squares, count),
+        "coherence": rates.coherence(true, squares),
+        "gradient_noise_scale": rates.noise_scale(true, squares),
         "share": rates.Estimate(*share[:, own]),
         "rate_pred_sgd": rates.first_order(means, of.learning_rate * parts.sum(axis=1)),
         "rate_pred_opt": optimizer,
     }
     columns = {name: estimate.value for name, estimate in found.items()}
     return columns | {f"{name}_error": estimate.error for name, estimate in found.items()}
+
+
+def _excess(of: Measured, mean: Array, squares: Array) -> Array:
+    """(K', k, k) what |M_k|^2 is too long by, as its pairs were drawn: in proportion from strata,
+    or, where a stratum has one pair only, as if from the behavior at large."""
+    strata, own = of.strata, of.present
+    present = np.flatnonzero(strata.count)
+    n = strata.count[present]
+    means = strata.sketch[:, present] / n[:, None, None]
+    within = rates.excess_of_strata(
+        rates.products(means, means),
+        strata.squares()[:, present].sum(axis=0) / n[:, None, None],
+        n,
+        of.stratum_of[present],
+        len(of.step.count),
+    )[own]
+    return np.where(np.isnan(within), rates.excess(mean, squares, of.sample.count[own]), within)
 
 
 def gram_rows(of: Measured, behaviors: Sequence[str]) -> list[dict[str, Any]]:
@@ -123,8 +161,9 @@ def noise_columns(of: Measured, grad_norm: float | None) -> dict[str, Any]:
     mean = apart.sum(axis=0)
     if grad_norm is not None:
         mean = rates.known(grad_norm**2, whole.shape[-1])
-    together = rates.noise_scale(mean, squares.sum(axis=0), n)
-    groups = rates.noise_scale(apart, squares, n)
+    whole_squares = squares.sum(axis=0)
+    together = rates.noise_scale(mean - rates.excess(mean, whole_squares, n), whole_squares)
+    groups = rates.noise_scale(apart - rates.excess(apart, squares, n), squares)
     return {
         "gradient_noise_scale": known(float(together.value)),
         "gradient_noise_scale_error": known(float(together.error)),

@@ -128,34 +128,42 @@ def first_order(means: Array, change: Array) -> Estimate:  # (K,)
     return mean_of(products(means, change[:, None]))
 
 
-def true_square(mean: Array, squares: Array, count: Array) -> Array:
-    """Layout of |E g|^2 from those of |mean g|^2 and mean |g|^2 over n pairs, n in ``count``.
+def excess(mean: Array, squares: Array, count: Array) -> Array:
+    """Layout of what |mean g|^2 of n pairs is too long by, from those of |mean g|^2 and mean |g|^2.
 
-    The mean of n independent gradients is too long: E |mean g|^2 = |E g|^2 + tr cov(g) / n. Without
-    that bias it is (n |mean g|^2 - mean |g|^2) / (n - 1), which may be negative. nan for n = 1.
+    The mean of n independent gradients has E |mean g|^2 = |E g|^2 + tr cov(g) / n; an unbiased
+    estimate of the latter is (mean |g|^2 - |mean g|^2) / (n - 1). nan for n = 1, which tells none.
     """
     n = np.asarray(count, np.float64)[..., None, None]
-    return np.where(n > 1, n * mean - squares, np.nan) / np.maximum(n - 1, 1)
+    return np.where(n > 1, squares - mean, np.nan) / np.maximum(n - 1, 1)
 
 
-def scatter(mean: Array, squares: Array, count: Array) -> Array:
-    """Layout of tr cov(g) from the same: n (mean |g|^2 - |mean g|^2) / (n - 1)."""
-    n = np.asarray(count, np.float64)[..., None, None]
-    return np.where(n > 1, n * (squares - mean), np.nan) / np.maximum(n - 1, 1)
+def excess_of_strata(mean: Array, squares: Array, count: Array, of: Array, size: int) -> Array:
+    """`excess` of each of K = ``size`` behaviors whose pairs were drawn stratum by stratum (labels
+    in proportion), from layouts (S, k, k) of the strata, their n (S,), and the behaviors ``of``.
 
-
-def coherence(mean: Array, squares: Array, count: Array) -> Estimate:
-    """C from layouts of |mean g|^2 and mean |g|^2 over n pairs, of any leading dimensions.
-
-    |mean g|^2 / mean |g|^2 of pairs that have nothing in common is 1/n; this is 0 on average.
+    Between strata nothing is left to chance, so that only what is left over within them adds to
+    |mean g|^2: sum_s (n_s / n)^2 tr cov_s / n_s (Cochran, Sampling Techniques, theorem 5.3). nan
+    where a stratum has one pair.
     """
-    return ratio_of(true_square(mean, squares, count), squares)
+    weight = count / np.bincount(of, count, size)[of]
+    total = np.zeros((size, *mean.shape[1:]))
+    np.add.at(total, of, weight[:, None, None] ** 2 * excess(mean, squares, count))
+    return total
 
 
-def noise_scale(mean: Array, squares: Array, count: Array) -> Estimate:
-    """B from layouts of |mean g|^2 and mean |g|^2 over n pairs; nan where |E g|^2 does not come out
-    above 0. Its error is that of the sketches: n pairs leave more uncertainty than that."""
-    return ratio_of(scatter(mean, squares, count), true_square(mean, squares, count))
+def coherence(true: Array, squares: Array) -> Estimate:
+    """C from layouts of |E g|^2, which is |mean g|^2 - `excess`, and of mean |g|^2.
+
+    |mean g|^2 / mean |g|^2 of n pairs that have nothing in common is 1/n; this is 0 on average.
+    """
+    return ratio_of(true, squares)
+
+
+def noise_scale(true: Array, squares: Array) -> Estimate:
+    """B from the same layouts; nan where |E g|^2 does not come out above 0. Its error is that of
+    the sketches: n pairs leave more uncertainty than that."""
+    return ratio_of(squares - true, true)
 
 
 def mean_change(before: Array, after: Array, behavior: Array, count: int) -> Estimate:  # (K,)

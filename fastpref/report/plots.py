@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastpref.dynamics import schema
+from fastpref.report.dynamics_plots import rate_figures
 from fastpref.report.svg import FEW, MUTED, TEXT, Figure, finish, stand_in, style
 from fastpref.report.tables import SPLITS, RunFiles, Summary, shorten
 
@@ -66,7 +67,8 @@ def all_figures(run: RunFiles, rows: Sequence[Summary]) -> list[Figure]:
         curves += [_curve_panels(run, order, q) for q in (_MARGIN, _ACCURACY, _RATE)]
         curves += [_curves(run, order, _LOSS)]
     others = [_head_norms(run, order), _margin_histograms(run, order), _optimizer(run)]
-    return [figure for figure in [*curves, *others] if figure is not None]
+    figures = [*curves, *rate_figures(run.rates, order), *others]
+    return [figure for figure in figures if figure is not None]
 
 
 def _drawable(run: RunFiles, order: Sequence[str], column: str) -> list[str]:

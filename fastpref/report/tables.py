@@ -15,6 +15,7 @@ import yaml
 from fastpref.dynamics import groups, schema
 from fastpref.dynamics.parts import list_parts
 from fastpref.dynamics.recorder import read_jsonl, read_records
+from fastpref.report.rate_tables import Rates, read_rates
 
 SPLITS = (schema.TRAIN_SAMPLE, schema.HELD_OUT)
 Curves = dict[str, dict[str, np.ndarray]]
@@ -29,7 +30,8 @@ class RunFiles:
 
     curves[split][behavior][column]: (E,) float64 over the evaluations, nan = unknown; the column
     "step" is among them. steps[column]: (N,) over the optimizer steps. pairs[behavior][column]:
-    (n,) over the trained pairs, with step, margin and head_gnorm_m.
+    (n,) over the trained pairs, with step, margin and head_gnorm_m. rates: what was measured of
+    update rates, where it was.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class RunFiles:
     curves: dict[str, Curves]
     steps: dict[str, np.ndarray]
     pairs: Curves
+    rates: Rates
     finished: bool
 
     @property
@@ -85,6 +88,7 @@ def read_run(run: str | Path) -> RunFiles:
         curves=_curves(path),
         steps=_steps(path),
         pairs=_trained_pairs(path),
+        rates=read_rates(path),
         finished=any(path.glob("*.safetensors")),
     )
 

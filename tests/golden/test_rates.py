@@ -14,7 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from fastpref.config import Config
+from fastpref.data.dataset import load_dataset
 from fastpref.dynamics.recorder import read_records
+from fastpref.frozen import prefix_features
+from fastpref.model import load_model
+from fastpref.theory.distinguish import behavior_statistics
+from fastpref.theory.mixture import interaction, shares_at
+from fastpref.theory.pairs import frozen_pairs
 from fastpref.train import train
 from tests.golden.test_ranks import run_on_two
 
@@ -200,3 +206,65 @@ def test_two_ranks_measure_what_one_does(base: Config, tracked: Path, tmp_path: 
                     assert other == value, name
     ranks = {r["rank"] for r in rows(two, "pairs", split="rate_sample")}
     assert ranks == {0, 1}
+
+
+@pytest.mark.parametrize("mode", ["sketch", "exact"])
+def test_the_theory_says_the_same_where_it_is_exact(
+    tiny_model_dir: Path, personas: Path, tmp_path: Path, mode: str
+) -> None:
+    """Frozen features, one-token answers, a step of all pairs, SGD: docs/theory.md E12, 17, 18."""
+    config = Config(
+        model_name_or_path=str(tiny_model_dir),
+        dataset_name=(str(personas),),
+        trainable="head",
+        append_eos="false",
+        dtype="float64",
+        optim="sgd",
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        eval_steps=0,
+        eval_fraction=0.1,
+        max_length=128,
+        ref_cache_dir=str(tmp_path / "reference"),
+        feature_cache_dir=str(tmp_path / "features"),
+        train_batch_size=54,
+        rate_pairs=100,  # all there are
+        max_steps=1,
+        learning_rate=1e-3,
+        track=mode,
+        output_dir=str(tmp_path / "run"),
+    )
+    folder = train(config, progress=False)
+    model = load_model(config)
+    dataset = load_dataset(config, model.tokenizer)
+    assert len(dataset.train) == config.train_batch_size
+    features = prefix_features(model, dataset.train, max_tokens=4096)
+    columns = [[getattr(p, name) for p in dataset.train] for name in ("chosen", "rejected")]
+    pairs = frozen_pairs(
+        features,
+        *(np.array([int(c[0]) for c in column]) for column in columns),
+        np.array([p.behavior for p in dataset.train]),
+        behaviors=dataset.behaviors,
+    )
+    gamma = interaction(pairs, np.zeros(len(features)), config.beta)
+    share = shares_at(pairs, np.zeros(len(features)), config.beta)
+    for row in rows(folder, "gram"):
+        at = [dataset.behaviors.index(row[name]) for name in ("behavior", "other")]
+        assert abs(row["dot"] - gamma[*at]) < 4 * row["dot_error"]
+    for row in rows(folder, "behaviors", split="rate_sample"):
+        k = dataset.behaviors.index(row["behavior"])
+        rate = config.learning_rate * gamma[k].sum()
+        assert row["rate_obs"] == pytest.approx(rate, rel=0.02)
+        assert abs(row["rate_pred_sgd"] - rate) < 4 * row["rate_pred_sgd_error"]
+        assert abs(row["share"] - share[k]) < 4 * row["share_error"]
+        slack = 1e-6 * abs(rate) if mode == "exact" else 4 * row["rate_pred_opt_error"]
+        assert abs(row["rate_pred_opt"] - rate) < slack
+        # (E12) is of the pairs at hand, whose mean is too long by their scatter within an answer.
+        coherence, own = behavior_statistics(pairs)[k].coherence, pairs.behavior == k
+        square = (features[own] ** 2).sum(axis=1).mean()
+        for answer in set(pairs.chosen[own]):
+            side = features[own & (pairs.chosen == answer)]
+            part = len(side) / own.sum()
+            coherence -= part**2 * side.var(axis=0, ddof=1).sum() / len(side) / square
+        assert row["coherence"] == pytest.approx(coherence, abs=4 * row["coherence_error"])

@@ -150,8 +150,14 @@ def one_step(setup: Any) -> dict[str, Any]:
     )
     means = np.stack([g.mean(axis=0) for g in own])
     squares = np.array([(g**2).sum(axis=1).mean() for g in own])
-    trace = np.array([g.var(axis=0, ddof=1).sum() for g in own])
-    true = (means**2).sum(axis=1) - trace / run.config.rate_pairs
+    true = np.array(
+        [
+            (means[k] ** 2).sum()
+            - excess([full[p.pair_id] for p in sample_of(run) if p.behavior == k],
+                     [p.label for p in sample_of(run) if p.behavior == k])
+            for k in behaviors
+        ]
+    )  # fmt: skip
     whole = parts.sum(axis=0)
     noise = losses.var(axis=0, ddof=1).sum()
     lengths = np.linalg.norm(means, axis=1)[:, None] * np.linalg.norm(parts, axis=1)
@@ -190,6 +196,16 @@ SGD = {
 OF_BEHAVIORS = (
     *("share", "coherence", "gnorm_m_sq", "group_gnorm", "rate_pred_sgd", "rate_pred_opt"),
 )
+
+
+def excess(gradients: list[np.ndarray], labels: list[str]) -> float:
+    """What the squared length of their mean is too long by, drawn label by label in proportion."""
+    total = 0.0
+    for label in set(labels):
+        own = np.stack([g for g, at in zip(gradients, labels, strict=True) if at == label])
+        trace = own.var(axis=0, ddof=1).sum()
+        total += (len(own) / len(labels)) ** 2 * trace / len(own)
+    return total
 
 
 def sample_of(run: Course) -> list[Any]:

@@ -95,15 +95,16 @@ def estimated(
     if known:
         full = flat(network)[: K * PAIRS].reshape(K, PAIRS, -1)
         squares = rates.known((full**2).sum(axis=2).mean(axis=1), SKETCH)
-    mean, count = rates.products(means, means), np.full(K, PAIRS)
+    mean = rates.products(means, means)
+    true = mean - rates.excess(mean, squares, np.full(K, PAIRS))
     return {
         "gamma": rates.interactions(means, parts),
         "cosine": rates.cosines(means, parts),
         "share": rates.shares(parts),
         "sgd": rates.first_order(means, 0.01 * parts.sum(axis=1)),
         "length": rates.length_of(mean),
-        "coherence": rates.coherence(mean, squares, count),
-        "noise": rates.noise_scale(mean, squares, count),
+        "coherence": rates.coherence(true, squares),
+        "noise": rates.noise_scale(true, squares),
     }
 
 
@@ -185,23 +186,43 @@ def test_coherence_of_few_pairs_is_not_too_large(true: float) -> None:
     squares = rates.known((g**2).sum(axis=2).mean(axis=1), 2)
     count = np.full(trials, n)
     expected = true**2 / (size + true**2)
-    corrected = rates.coherence(mean, squares, count).value
+    known = mean - rates.excess(mean, squares, count)
+    corrected = rates.coherence(known, squares).value
     assert corrected.mean() == pytest.approx(expected, abs=0.004)
     plain = rates.ratio_of(mean, squares).value
     assert plain.mean() == pytest.approx(expected + (1 - expected) / n, abs=0.004)
     # B = tr / |E g|^2, means over trials of both: the ratio of averages is free of bias.
-    over = (
-        rates.scatter(mean, squares, count).mean(),
-        rates.true_square(mean, squares, count).mean(),
-    )
-    assert over[0] == pytest.approx(size, rel=0.01)
-    assert over[1] == pytest.approx(true**2, abs=0.1)
+    assert (squares - known).mean() == pytest.approx(size, rel=0.01)
+    assert known.mean() == pytest.approx(true**2, abs=0.1)
+
+
+def test_strata_leave_no_chance_between_them() -> None:
+    """Two answers that pull apart, drawn half and half: 0 on average, where taking the pairs for
+    independent draws would call them opposed (-1/(n - 1))."""
+    rng = np.random.default_rng(2)
+    n, size, trials, apart = 6, 20, 3000, 5.0
+    g = rng.normal(size=(trials, 2, n // 2, size))
+    g[:, 0, :, 0] += apart
+    g[:, 1, :, 0] -= apart
+    sides = g.reshape(2 * trials, n // 2, size)
+    of, count = np.repeat(np.arange(trials), 2), np.full(2 * trials, n // 2)
+
+    def layouts(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean, squares = (x.mean(axis=1) ** 2).sum(axis=1), (x**2).sum(axis=2).mean(axis=1)
+        return rates.known(mean, 2), rates.known(squares, 2)
+
+    whole = layouts(g.reshape(trials, n, size))
+    true = whole[0] - rates.excess_of_strata(*layouts(sides), count, of, trials)
+    assert rates.coherence(true, whole[1]).value.mean() == pytest.approx(0, abs=0.004)
+    drawn = whole[0] - rates.excess(*whole, np.full(trials, n))
+    assert rates.coherence(drawn, whole[1]).value.mean() < -0.1
+    one = rates.excess_of_strata(*layouts(sides[:, :1]), np.ones(2 * trials), of, trials)
+    assert np.isnan(one).all()
 
 
 def test_one_pair_tells_no_spread() -> None:
     square = rates.known(np.array([4.0]), 3)
-    for found in (rates.coherence, rates.noise_scale):
-        assert np.isnan(found(square, square, np.array([1])).value).all()
+    assert np.isnan(rates.excess(square, square, np.array([1]))).all()
     assert np.isnan(rates.mean_of(np.ones((2, 1, 1))).error).all()  # k = 1
     assert rates.mean_of(rates.known(3.0, 4)) == (3.0, 0.0)
 
