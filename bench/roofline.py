@@ -169,7 +169,7 @@ def count(
     weight = torch.empty(vocab, dim, **options, requires_grad=train_weight)
     target = torch.empty(rows, device="meta", dtype=torch.int64)
     grad = torch.empty(rows, device="meta")
-    plan = [int(x) for x in op.make_plan(hidden, weight, None, cache, 0, True)]
+    plan = op.make_plan(hidden, weight, None, cache, 0, True)
     counted = Counted(rows_by_dim=prod(hidden.shape))
     hidden, weight = hidden.detach(), weight.detach()
     counted.given(hidden, weight, target, grad)

@@ -171,10 +171,10 @@ def recorded(recorder: Callable[[Launch], None]) -> Iterator[None]:
 def tile_width(dim: int, vocab: int, dtype: torch.dtype) -> int:
     """Vocabulary entries per tile; depends on the weight alone, never on the batch.
 
-    A small head is one or two tiles (launches count); a large one takes tiles whose float32 logits
-    stay in a CPU's second-level cache for some hundred rows. Measured: kernels/README.md.
+    Few, because calls and the products' own overhead count; no more, because float32 logits of some
+    hundred rows are to stay in the second-level caches of two cores. Measured: kernels/README.md.
     """
-    width = 4096 if dim * vocab <= 4_000_000 else 2048
+    width = 4096 if dim * vocab <= 16_000_000 else 2048
     return min(vocab, width // 2 if dtype == torch.float64 else width)
 
 

@@ -6,15 +6,17 @@ kernels/README.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _launch, torch_tiles
+from ._plan import Plan, make_plan
+from ._route import is_plain
 from .count_sketch import BUCKETS
 from .head_norms import HeadNorms, SketchPlan
 from .row_sums import row_statistics
@@ -115,25 +117,33 @@ def linear_logprob(
     triton = _launch.resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
     plan = make_plan(hidden, weight, bias, cache, group_size if norms else 0, triton)
     sketch = SketchPlan(sketch_dim, sketch_buckets, sketch_seed, norms == "both", sketch_key)
-    logp, sums, argmax, row_floats, *of_norms = _forward_op(
+    call = (
         hidden,
         weight,
         target.contiguous(),  # kernels take it for R numbers in a row
         segment_id,
         bias,
         segments,
-        [logit_scale, temperature] if softcap is None else [logit_scale, temperature, softcap],
-        [int(x) for x in plan],
+        (logit_scale, temperature) if softcap is None else (logit_scale, temperature, softcap),
+        plan,
         ",".join(sorted(set(stats))),
         sketch.text() if norms in ("sketch", "both") else "",
         list(counts) if norms and counts is not None else None,
     )
-    asked = [name for name in _SEGMENT_STATS if name in stats]
-    fields: dict[str, Tensor] = {name: row for name, row in zip(asked, sums.unbind(0), strict=True)}
-    if "argmax" in stats:
-        fields["argmax"] = argmax
-    asked = [name for name in _ROW_FLOATS if name in stats]
-    fields.update(zip(asked, row_floats.unbind(0), strict=True))
+    run: Callable[..., Any] = forward
+    if not is_plain(*call[:5]):
+        run = _forward_op
+    elif plan.need_hidden or plan.need_weight or plan.need_bias:
+        run = _Direct.apply
+    logp, sums, argmax, row_floats, *of_norms = run(*call)
+    fields: dict[str, Tensor] = {}
+    if stats:
+        asked = [name for name in _SEGMENT_STATS if name in stats]
+        fields = dict(zip(asked, sums, strict=True)) if asked else {}
+        if "argmax" in stats:
+            fields["argmax"] = argmax
+        asked = [name for name in _ROW_FLOATS if name in stats]
+        fields.update(zip(asked, row_floats, strict=True) if asked else ())
     if norms:
         fields["gram"] = of_norms[0]
     if norms == "sketch":
@@ -141,58 +151,6 @@ def linear_logprob(
     if norms in ("sketch", "both"):
         fields["sketch"] = of_norms[2]
     return LinearLogprob(logp=logp, **fields)
-
-
-LATER = 2  # `Plan.need_hidden`
-
-
-class Plan(NamedTuple):
-    """What the ops do, as a list of integers: every argument of a custom op costs time a call."""
-
-    width: int  # vocabulary entries per tile
-    kept: int  # tiles of E kept for the backward
-    group_size: int  # 0: no Gram matrices
-    need_hidden: int  # LATER: formed by the backward, which has all of E
-    need_weight: int
-    need_bias: int
-    warps: int = 0  # of `TritonTile`; 0: the torch backend
-    row_block: int = 0
-
-
-def make_plan(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cache: int,
-    group_size: int,
-    triton: bool,
-) -> Plan:
-    """Tile width, tiles to keep (none with weight and bias frozen) and the gradients wanted."""
-    head = (hidden.shape[1], weight.shape[0], hidden.dtype)
-    warps = row_block = 0
-    if triton:
-        width, warps, row_block = _launch.triton_tile(*head, _launch.arch_of(hidden.device))
-    else:
-        width = _launch.tile_width(*head)
-    grad = torch.is_grad_enabled()
-    need_weight = grad and weight.requires_grad
-    need_bias = grad and bias is not None and bias.requires_grad
-    count = -(-weight.shape[0] // width) if need_weight or need_bias else 0
-    kept = count if cache < 0 else min(cache, count)
-    need_hidden = int(grad and hidden.requires_grad)
-    whole = hidden.dtype == torch_tiles.accumulate_dtype(hidden.dtype)
-    if need_hidden and not triton and whole and kept == count > 1:
-        need_hidden = LATER
-    return Plan(
-        width=width,
-        kept=kept,
-        group_size=group_size,
-        need_hidden=need_hidden,
-        need_weight=need_weight,
-        need_bias=need_bias,
-        warps=warps,
-        row_block=row_block,
-    )
 
 
 def _transform(bias: Tensor | None, scales: Sequence[float]) -> torch_tiles.Transform:
@@ -222,31 +180,28 @@ def forward(
     stats: str,
     sketch: str,
     counts: Sequence[int] | None = None,
-) -> tuple[Tensor, ...]:
-    """logp, segment statistics, argmax, other statistics per row, the three of `NormResults`, the
-    four of `torch_tiles.Saved`.
-
-    As the custom op `_forward_op` it is opaque to torch.compile; `bench roofline` calls it bare.
-    """
+) -> tuple[Tensor | None, ...]:
+    """logp, segment statistics, argmax, other statistics per row, the three of `NormResults` (all
+    None where not asked for), the four of `torch_tiles.Saved`."""
     vocab = weight.shape[0]
     _launch.check_values(target, segment_id, vocab, segments, counts)
     transform, what = _transform(bias, scales), Plan(*plan)
-    dtype = torch_tiles.accumulate_dtype(hidden.dtype)
-    empty = hidden.new_empty(0, dtype=dtype)
     names = frozenset(stats.split(",")) - {""}
-    norms = HeadNorms.make(
-        segment_id,
-        segments,
-        what.group_size,
-        SketchPlan.read(sketch) if sketch else None,
-        "row_norm_sq" in names,
-        hidden.shape[0],
-        weight,
-        what.kept * what.width >= vocab,
-        empty,
-        bool(what.warps),
-        counts,
-    )
+    norms = None
+    if what.group_size or "row_norm_sq" in names:
+        norms = HeadNorms.make(
+            segment_id,
+            segments,
+            what.group_size,
+            SketchPlan.read(sketch) if sketch else None,
+            "row_norm_sq" in names,
+            hidden.shape[0],
+            weight,
+            what.kept * what.width >= vocab,
+            hidden.new_empty(0, dtype=torch_tiles.accumulate_dtype(hidden.dtype)),
+            bool(what.warps),
+            counts,
+        )
     backend, cut = _tiles(what)
     with _launch.surroundings(hidden.device):
         sums, saved = backend.forward(
@@ -256,29 +211,30 @@ def forward(
             transform,
             **cut,
             kept=what.kept,
-            need_hidden=what.need_hidden not in (0, LATER),
+            need_hidden=bool(what.need_hidden),
             stats=names - {"row_norm_sq", "row_logp"},
-            riders=norms.riders,
+            riders=norms.riders if norms else (),
         )
         logp_R = F.logsigmoid(-sums.odds)
         rows = row_statistics(sums, logp_R, vocab, target) if names else {}
-        if "row_norm_sq" in names:
-            rows["row_norm_sq"] = norms.row_norm_sq(transform, sums, saved)
         if "row_logp" in names:
             rows["row_logp"] = logp_R
-        found = norms.finish(hidden, weight, target, transform, sums, saved, cut)
+        gram, gram_error, sketched = None, None, None
+        if norms is not None:
+            if "row_norm_sq" in names:
+                rows["row_norm_sq"] = norms.row_norm_sq(transform, sums, saved)
+            found = norms.finish(hidden, weight, target, transform, sums, saved, cut)
+            gram, gram_error, sketched = found.gram, found.gram_error, found.sketch
     per_segment = [rows[name] for name in _SEGMENT_STATS if name in names]
     per_row = [rows[name] for name in _ROW_FLOATS if name in names]
     return (
         segment_sum(logp_R, segment_id, segments),
-        segment_sum(torch.stack(per_segment), segment_id, segments)
-        if per_segment
-        else empty.new_empty(0, segments),
-        rows.get("argmax", target.new_empty(0)),
-        torch.stack(per_row) if per_row else empty.new_empty(0, len(logp_R)),
-        found.gram,
-        found.gram_error,
-        found.sketch,
+        segment_sum(torch.stack(per_segment), segment_id, segments) if per_segment else None,
+        rows.get("argmax"),
+        torch.stack(per_row) if per_row else None,
+        gram,
+        gram_error,
+        sketched,
         saved.row_state,
         saved.hidden_grad,
         saved.exps,
@@ -286,14 +242,26 @@ def forward(
     )
 
 
-_forward_op = torch.library.custom_op(
+@torch.library.custom_op(
     "fastpref::linear_logprob_forward",
-    forward,
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? segment_id, Tensor? bias, "
     "SymInt segments, float[] scales, int[] plan, str stats, str sketch, SymInt[]? counts=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+def _forward_op(*inputs: Any) -> tuple[Tensor, ...]:
+    """`forward` as one op, whose outputs are tensors all: of size 0 where not asked for."""
+    found = forward(*inputs)
+    logp, (hidden, _, target, _, _, segments, *_) = found[0], inputs
+    assert logp is not None
+    absent = {
+        1: lambda: logp.new_empty(0, segments),
+        2: lambda: target.new_empty(0),
+        3: lambda: logp.new_empty(0, hidden.shape[0]),
+    }
+    return tuple(
+        absent.get(i, lambda: logp.new_empty(0))() if x is None else x for i, x in enumerate(found)
+    )
 
 
 @_forward_op.register_fake
@@ -317,9 +285,13 @@ def _forward_fake(
     groups = (segments // g, g, g) if g else (0,)
     size, _, _, exact, _ = SketchPlan.read(sketch) if sketch else (0,) * 5
     states, exps_width, offsets = 4, _launch.padded(vocab), what.kept
+    mixed = rows if what.need_hidden else 0
     if not what.warps:
         states, exps_width = 4 if len(scales) == 3 else 3, vocab
-        offsets = torch_tiles.offset_rows(what.kept, -(-vocab // what.width))
+        entries = min(what.kept * what.width, vocab)
+        offsets = torch_tiles.offset_rows(hidden.dtype, entries, vocab, what.width)
+        if torch_tiles.holds_all(hidden.dtype, entries, vocab):
+            mixed = 0
     return (
         wide.new_empty(segments),
         wide.new_empty(sum(name in _SEGMENT_STATS for name in names), segments),
@@ -329,7 +301,7 @@ def _forward_fake(
         wide.new_empty(groups if size and not exact else (0,)),
         wide.new_empty((segments, size, size) if size else (0,)),
         wide.new_empty(states, rows),
-        wide.new_empty(rows if what.need_hidden not in (0, LATER) else 0, dim),
+        wide.new_empty(mixed, dim),
         hidden.new_empty(min(what.kept * what.width, exps_width), rows),
         wide.new_empty(offsets, rows),
     )
@@ -391,12 +363,12 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     hidden, weight, target, segment_id, bias, _, ctx.scales, ctx.plan, *_ = inputs
     # Gradients of the outputs nobody differentiates stay None; as zeros one of them would be (R,
     # V).
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
     ctx.save_for_backward(hidden, weight, target, segment_id, bias, *output[-4:])
 
 
@@ -404,7 +376,10 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor |
     grads: list[Tensor | None] = [None] * 11
     if grad is not None:
         what = Plan(*ctx.plan)
-        hidden, weight, bias = _backward_op(grad, *ctx.saved_tensors, ctx.scales, ctx.plan)
+        # The op where it is to be seen: as a node of a graph, and by whoever differentiates twice.
+        bare = is_plain(grad) and not torch.is_grad_enabled()
+        run: Callable[..., tuple[Tensor, ...]] = backward if bare else _backward_op
+        hidden, weight, bias = run(grad, *ctx.saved_tensors, ctx.scales, ctx.plan)
         grads[0] = hidden if what.need_hidden else None
         grads[1] = weight if what.need_weight else None
         grads[4] = bias if what.need_bias else None
@@ -412,3 +387,15 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor |
 
 
 _forward_op.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """`_forward_op` without torch's dispatcher, for tensors that `is_plain` says so of."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        found = forward(*inputs)
+        _setup_context(ctx, inputs, found)
+        return found[:-4]
+
+    backward = staticmethod(_autograd_backward)

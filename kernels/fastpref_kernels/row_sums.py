@@ -5,7 +5,7 @@ Shapes: R rows, V vocab, N tiles, C tile width; tiles are (C, R). Formulas: kern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from .segment import add_rows_
 # float64 too, so the target's entry, -inf before the exponential, may as well stand there with it
 # instead of 0.
 FLOOR = -80.0
+# Reductions over as many rows as FEW or more go by PARTS.
+PARTS, FEW = 8, 1024
 ORDER_STATS = frozenset({"argmax", "top1", "argmax_logp", "log1m_pmax"})
 REST_STATS = frozenset({"argmax_logp", "log1m_pmax"})  # need `rest`
 SQUARE_STATS = frozenset({"sum_sq_prob", "log_sum_sq_prob", "residual_sq"})
@@ -83,6 +85,8 @@ class RowSums:
     comes near.
     A row that has seen no entry yet has the least finite number as its maximum, which makes every
     rescale factor 0 or 1 and never NaN.
+
+    A tile is met twice: `rise` to its maximum, then `add` it.
     """
 
     maximum: Tensor
@@ -95,18 +99,20 @@ class RowSums:
     rest: Tensor
     logit: Tensor
     argmax: Tensor
+    largest: Tensor  # (R,) place in the tile of what `rest` leaves out of it, -1: nothing
 
     def __init__(self, dtype: torch.dtype, stats: frozenset[str]) -> None:
         self.stats = stats
         self.lowest = torch.finfo(dtype).min
 
-    def add_tile(self, z: Tensor, tiles: Tiles, i: int) -> Tensor | None:
-        """z to E relative to the new running maximum, in place.
+    def rise(self, z: Tensor, tiles: Tiles, i: int) -> Tensor | None:
+        """Move to the running maximum with tile i, z (C, R), and take its targets out of it.
 
         Returns exp(old - new maximum), by which sums so far have shrunk; None at the first tile.
         """
         if "mean_logit" in self.stats:
-            self.logit = _fold(z.sum(0), None if i == 0 else self.logit)
+            sum_z = column_sums(z)
+            self.logit = sum_z if i == 0 else self.logit + sum_z
         value, inside = tiles.take_target_(i, z, -torch.inf), tiles.inside[i]
         if inside is None:
             self.target_logit = value
@@ -115,30 +121,31 @@ class RowSums:
             self.target_logit = value.masked_fill(~inside, torch.nan)
         else:
             self.target_logit = torch.where(inside, value, self.target_logit)
-        where = None
-        if self.stats & ORDER_STATS == {"top1"} and inside is None and z.device.type == "cpu":
-            # Which entry is the largest matters where the target ties with it, and there alone.
-            top = z.amax(0)
-            where = _first_largest(z, value == top)
-        elif self.stats & ORDER_STATS:
-            top, where = z.max(0)
-        else:
-            top = z.amax(0)
+        top, where = self._largest(z, value, inside)
+        shrink = None
         if i == 0:
-            maximum, shrink = top.clamp(min=self.lowest), None
+            self.maximum = top.clamp(min=self.lowest)
+            self.total = torch.zeros_like(top)
+            if self.stats:
+                self.square, self.plogp = torch.zeros_like(top), torch.zeros_like(top)
         else:
-            maximum = torch.maximum(self.maximum, top)
-            shrink = (self.maximum - maximum).exp_()
-        shift_(z, maximum)
-        logs = z.clone() if "entropy" in self.stats else None
-        total = z.exp_().sum(0)
+            shrink = self._shrink(torch.maximum(self.maximum, top))
         if where is not None:
-            self._add_order(z, total, top, where, tiles.bounds[i][0], shrink)
-        if self.stats:
-            self._add_moments(z, logs, maximum, shrink)
-        self.total = _fold(total, None if shrink is None else self.total, shrink)
-        self.maximum = self.top = maximum
+            self._order(top, where, tiles.bounds[i][0], shrink)
+        self.top = self.maximum
         return shrink
+
+    def add(self, z: Tensor) -> None:
+        """z of the tile to E relative to the running maximum, in place, and that to the sums."""
+        shift_(z, self.maximum)
+        logs = z.clone() if "entropy" in self.stats else None
+        self.total += column_sums(z.exp_())
+        if self.stats & REST_STATS:
+            self.rest += self._without_largest(z)
+        if self.stats & SQUARE_STATS:
+            self.square += column_sums(z * z)
+        if logs is not None:
+            self.plogp += column_sums(logs.mul_(z))
 
     def log_odds(self, may_be_certain: bool) -> Tensor:
         """log((1 - p) / p) = log S' + maximum - z_y; -inf where nothing but the target is there."""
@@ -147,46 +154,74 @@ class RowSums:
             self.odds.masked_fill_(self.maximum == self.lowest, -torch.inf)
         return self.odds
 
-    def _add_moments(
-        self, exp: Tensor, logs: Tensor | None, maximum: Tensor, shrink: Tensor | None
-    ) -> None:
-        if self.stats & SQUARE_STATS:
-            square = (exp * exp).sum(0)
-            self.square = (
-                square if shrink is None else torch.addcmul(square, self.square, shrink * shrink)
-            )
-        if logs is not None:
-            plogp = logs.mul_(exp).sum(0)
-            if shrink is not None:
-                shift = (self.maximum - maximum).clamp_(min=self.lowest)
-                before = torch.addcmul(self.plogp, self.total, shift)
-                plogp = torch.addcmul(plogp, before, shrink)
-            self.plogp = plogp
+    def _largest(
+        self, z: Tensor, value: Tensor, inside: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The largest entry of every column of z, and where it stands if a statistic asks."""
+        asked = self.stats & ORDER_STATS
+        if asked == {"top1"} and z.device.type == "cpu":
+            # Which entry is the largest matters where the target ties with it, and there alone.
+            top = column_maxima(z)
+            tied = value == top
+            return top, _first_largest(z, tied if inside is None else tied & inside)
+        if asked:
+            top, where = z.max(0)
+            return top, where
+        return column_maxima(z), None
 
-    def _add_order(
-        self,
-        exp: Tensor,
-        total: Tensor,
-        top: Tensor,
-        where: Tensor,
-        low: int,
-        shrink: Tensor | None,
-    ) -> None:
-        others = total
-        if self.stats & REST_STATS:
-            # Summed with the largest entry out: total - 1 would cancel.
-            index = where.unsqueeze(0)
-            largest = exp.gather(0, index)
-            others = exp.scatter_(0, index, 0.0).sum(0)
-            exp.scatter_(0, index, largest)
+    def _shrink(self, maximum: Tensor) -> Tensor:
+        """Everything summed so far, to be relative to a new maximum; returns by what it shrank."""
+        shift = self.maximum - maximum
+        shrink = shift.exp()
+        if "entropy" in self.stats:
+            self.plogp.addcmul_(self.total, shift.clamp_(min=self.lowest)).mul_(shrink)
+        if self.stats & SQUARE_STATS:
+            self.square.mul_(shrink).mul_(shrink)
+        self.total.mul_(shrink)
+        self.maximum = maximum
+        return shrink
+
+    def _order(self, top: Tensor, where: Tensor, low: int, shrink: Tensor | None) -> None:
+        """The largest entry so far, and which of the tile's `rest` will leave out."""
         if shrink is None:
-            self.argmax, self.rest = where, others
+            self.argmax, self.rest, self.largest = where, torch.zeros_like(top), where
             return
-        rises = top > self.maximum
+        rises = top > self.top
         self.argmax = torch.where(rises, where + low, self.argmax)
-        if self.stats & REST_STATS:
-            risen = torch.addcmul(others, self.total, shrink)
-            self.rest = torch.where(rises, risen, self.rest + total)
+        # What was the largest entry until now is one of the others from now on.
+        self.rest = torch.where(rises, self.total, self.rest * shrink)
+        self.largest = where.masked_fill(~rises, -1)
+
+    def _without_largest(self, exp: Tensor) -> Tensor:
+        # Summed with the largest entry out: total - 1 would cancel.
+        index = self.largest.clamp(min=0).unsqueeze(0)
+        value = exp.gather(0, index)
+        exp.scatter_(0, index, value.masked_fill(self.largest >= 0, 0.0))
+        others = column_sums(exp)
+        exp.scatter_(0, index, value)
+        return others
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """x.sum(0), see `_parts`."""
+    return x.sum(0) if x.shape[0] < FEW else _parts(x, lambda part: part.sum(1)).sum(0)
+
+
+def column_maxima(x: Tensor) -> Tensor:
+    """x.amax(0), see `_parts`."""
+    return x.amax(0) if x.shape[0] < FEW else _parts(x, lambda part: part.amax(1)).amax(0)
+
+
+def _parts(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """x (C, R) reduced to PARTS rows, and the few that do not divide.
+
+    torch shares out a reduction over rows by columns, everything else, products included, by rows:
+    then each of a CPU's cores reads what stands in the others' caches. Parts are shared out by
+    rows. There are always as many, so that the sum does not depend on the number of threads.
+    """
+    rows = x.shape[0] // PARTS
+    found = reduce(x[: PARTS * rows].unflatten(0, (PARTS, rows)))
+    return found if PARTS * rows == x.shape[0] else torch.cat((found, x[PARTS * rows :]))
 
 
 def _first_largest(z: Tensor, asked: Tensor) -> Tensor:
@@ -196,13 +231,6 @@ def _first_largest(z: Tensor, asked: Tensor) -> Tensor:
     if bool(asked.any()):
         found[asked] = z[:, asked].max(0).indices
     return found
-
-
-def _fold(new: Tensor, old: Tensor | None, shrink: Tensor | None = None) -> Tensor:
-    """new + old * shrink; no old, or no shrink, count as 0 and 1."""
-    if old is None:
-        return new
-    return new + old if shrink is None else torch.addcmul(new, old, shrink)
 
 
 def row_statistics(sums: RowSums, logp: Tensor, vocab: int, target: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .count_sketch import CountSketch
 from .gram import GroupGram, GroupRows, Groups, RowTerms, hidden_dots
-from .segment import add_rows_
 
 
 def sketched_gram(
@@ -41,9 +40,9 @@ def sketched_gram(
     groups, buckets = gram.groups, counted.buckets.count
     spread = 2.0 / buckets * max(0.0, 1.0 - buckets / vocab)
     squares, error = counted.squares.total(), torch.zeros_like(out)
+    sketches = (counted.sums / terms.total).t().contiguous()  # (R, K), read row by row from here on
     for j, batch in enumerate(gram.batches):
-        total, miss = batch.of(terms.total), batch.of(terms.miss)
-        rows = (batch.columns(counted.sums) / total).permute(1, 2, 0)  # (B, L, K)
+        total, miss, rows = batch.of(terms.total), batch.of(terms.miss), batch.of(sketches)
         products = torch.bmm(rows, rows.transpose(1, 2))
         products.diagonal(dim1=1, dim2=2).copy_(batch.of(squares) / total / total)
         dots = hidden_dots(batch, hidden, total.dtype)
@@ -80,13 +79,11 @@ def _sizes(groups: Groups, batch: GroupRows, scaled: Tensor, others: Tensor) -> 
 
 def _diagonals(groups: Groups, batch: GroupRows, rows: Tensor, others: Tensor) -> Tensor:
     """sum_j M_ab[j, j]^2, (B, g, g), of rows (B, L, K) m q as sketched."""
-    count, size = len(rows), groups.group_size
-    part = batch.of(groups.segment_id) % size
-    place = (torch.arange(count, device=part.device).unsqueeze(1) * size + part).flatten()
+    size = groups.group_size
+    part = (batch.of(groups.segment_id) % size).unsqueeze(1)
+    belongs = (part == torch.arange(size, device=part.device).unsqueeze(1)).to(rows.dtype)
     found = []
-    for b in range(size):
-        mixed = torch.bmm(others * (part == b).unsqueeze(1), rows).mul_(rows)  # (B, L, K)
-        by_part = rows.new_zeros(count * size, rows.shape[2])
-        add_rows_(by_part, place, mixed.flatten(0, 1))
-        found.append(by_part.square().sum(1).view(count, size))
+    for own in belongs.unbind(1):  # (B, L)
+        mixed = torch.bmm(others * own.unsqueeze(1), rows).mul_(rows)  # (B, L, K)
+        found.append(torch.bmm(belongs, mixed).square().sum(2))
     return torch.stack(found, 2).to(torch.float64)

@@ -6,6 +6,7 @@ so that a tile is one contiguous block of rows. Formulas, memory and numerics: k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,10 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .row_sums import RowSums, Tiles, exp_
+from .row_sums import FLOOR, RowSums, Tiles, exp_
 from .segment import add_rows_
-
-COLUMNS = 32  # of hidden, where a scaled copy of all of them has no place
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,24 @@ class Transform:
         """k = s / temperature: dz/da where the softcap does not bend."""
         return self.logit_scale / self.temperature
 
-    def apply_(self, logits: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Raw logits to z in place; returns the bend (dz/da) / k, None (= 1) without a softcap."""
+    def apply_(self, logits: Tensor, bias: Tensor | None) -> Tensor:
+        """Raw logits to z in place."""
         if bias is not None:
             logits.add_(bias)
+        if self.softcap is not None:
+            logits.mul_(self.logit_scale / self.softcap).tanh_()
+            logits.mul_(self.softcap / self.temperature)
+        elif self.slope != 1.0:
+            logits.mul_(self.slope)
+        return logits
+
+    def bend(self, z: Tensor) -> Tensor | None:
+        """phi = (dz/da) / k = 1 - tanh^2 from z (at an entry taken out, 0); None (= 1) without a
+        softcap."""
         if self.softcap is None:
-            if self.slope != 1.0:
-                logits.mul_(self.slope)
             return None
-        logits.mul_(self.logit_scale / self.softcap).tanh_()
-        bend = torch.addcmul(logits.new_ones(()), logits, logits, value=-1)
-        logits.mul_(self.softcap / self.temperature)
-        return bend
+        bent = (z * (self.temperature / self.softcap)).clamp_(min=-1.0)
+        return torch.addcmul(bent.new_ones(()), bent, bent, value=-1)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,7 +61,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a @ b into out, accumulated and stored in out's dtype (float32 for half operands)."""
     if a.is_cuda and a.dtype == b.dtype != out.dtype:
         return out.copy_(torch.mm(a, b, out_dtype=out.dtype))
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    return torch.mm(_as(a, out.dtype), _as(b, out.dtype), out=out)
 
 
 class Rider(Protocol):
@@ -75,11 +80,12 @@ class Saved:
 
     row_state    (3 | 4, R) the non-target maximum, the non-target sum S', a = log((1 - p) / p), and
                  with a softcap phi = (dz/da) / k at the target
-    hidden_grad  (R, D) d logp / d hidden over k (1 - p); (0, D) where the backward forms it
-    exps         (kept vocabulary, R) E, with a softcap F. One tile in the accumulation dtype: with
-                 -S' phi at the target, which spares the backward its scattered additions (several
-                 tiles cannot: relative to an earlier maximum that entry may overflow)
-    offsets      (kept tiles, R) the maximum that each kept tile is relative to
+    hidden_grad  (R, D) d logp / d hidden over k (1 - p); (0, D) where the backward forms it of E
+    exps         (kept vocabulary, R) E, with a softcap F. All of it in the accumulation dtype: with
+                 -S' phi at the target, so that both gradients are products with it (otherwise,
+                 relative to an earlier maximum, that entry may overflow)
+    offsets      (kept tiles, R) the maximum that each kept tile is relative to; none where that is
+                 the final one
     """
 
     row_state: Tensor
@@ -104,49 +110,70 @@ def forward(
     dtype = accumulate_dtype(hidden.dtype)
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     tiles = Tiles.make(target, vocab, width)
-    count = len(tiles.bounds)
     sums = RowSums(dtype, stats)
     exps = hidden.new_empty(min(kept * width, vocab), rows)
-    offsets = hidden.new_empty(offset_rows(kept, count), rows, dtype=dtype)
-    in_place = hidden.dtype == dtype
-    scratch = hidden.new_empty(0 if in_place and kept == count else width, rows, dtype=dtype)
-    mixed = hidden.new_empty(rows if need_hidden else 0, dim, dtype=dtype)
-    operand = _wide_on_cpu(hidden, dtype).t().contiguous()  # read by every tile
+    whole, in_place = holds_all(hidden.dtype, len(exps), vocab), hidden.dtype == dtype
+    scratch = hidden.new_empty(0 if whole else width, rows, dtype=dtype)
+    mixing = need_hidden and not whole
+    mixed = hidden.new_empty(rows if mixing else 0, dim, dtype=dtype)
+    operand = _wide_on_cpu(hidden, dtype).t()
+    maxima = []  # that the tiles are relative to
     for i, (lo, hi) in enumerate(tiles.bounds):
         weight_C = _wide_on_cpu(weight[lo:hi], dtype)
         z = exps[lo:hi] if in_place and i < kept else scratch[: hi - lo]
         product(weight_C, operand, z)
-        bend = transform.apply_(z, _column(transform.bias, lo, hi))
-        shrink = sums.add_tile(z, tiles, i)
+        shrink = sums.rise(transform.apply_(z, _column(transform.bias, lo, hi)), tiles, i)
+        maxima.append(sums.maximum)
+        bend = transform.bend(z)
+        sums.add(z)
         if bend is not None:
             z.mul_(bend)
-        if i < kept and count > 1:
-            offsets[i] = sums.maximum
         if i < kept and not in_place:
             exps[lo:hi].copy_(z)
-        if need_hidden:
+        if mixing:
             rounded = z if in_place or not z.is_cuda else z.to(hidden.dtype)
             _accumulate_(mixed, shrink, rounded.t(), weight_C)
         for rider in riders:
             rider.add_tile(z, shrink, tiles, i)
-    rows_out = [sums.maximum, sums.total, sums.log_odds(vocab == 1 or transform.bias is not None)]
-    if transform.softcap is not None:
-        bent = sums.target_logit * (transform.temperature / transform.softcap)
-        rows_out.append(1.0 - bent * bent)
-    if need_hidden:
+    odds = sums.log_odds(vocab == 1 or transform.bias is not None)
+    phi = transform.bend(sums.target_logit)
+    if mixing:
         target_rows = weight.index_select(0, target).to(dtype)
-        if transform.softcap is not None:
-            target_rows.mul_(rows_out[3].unsqueeze(1))
+        if phi is not None:
+            target_rows.mul_(phi.unsqueeze(1))
         mixed = target_rows.addcdiv_(mixed, sums.total.unsqueeze(1), value=-1)
-    if in_place and kept == count == 1:
-        own = sums.total if transform.softcap is None else sums.total * rows_out[3]
-        exps.scatter_(0, tiles.local[0], own.neg().unsqueeze(0))
-    return sums, Saved(torch.stack(rows_out), mixed, exps, offsets)
+    if whole:
+        _finish_exps(exps, maxima, tiles, target, sums.total if phi is None else sums.total * phi)
+    relative = offset_rows(hidden.dtype, len(exps), vocab, width)
+    offsets = torch.stack(maxima[:relative]) if relative else hidden.new_empty(0, rows, dtype=dtype)
+    state = [sums.maximum, sums.total, odds] + ([] if phi is None else [phi])
+    return sums, Saved(torch.stack(state), mixed, exps, offsets)
 
 
-def offset_rows(kept: int, count: int) -> int:
-    """Rows of `Saved.offsets`: a single tile is relative to the final maximum and needs none."""
-    return kept if count > 1 else 0
+def _finish_exps(
+    exps: Tensor, maxima: Sequence[Tensor], tiles: Tiles, target: Tensor, own: Tensor
+) -> None:
+    """All of E to what `holds_all` says, from tiles relative to the maxima so far; own: S' phi."""
+    for (lo, hi), maximum in zip(tiles.bounds, maxima, strict=True):
+        # On CUDA to look whether anything changed would wait for the device.
+        if exps.is_cuda or not torch.equal(maximum, maxima[-1]):
+            # The floor spares the products subnormal numbers, which are slow.
+            floor, shrink = exps.new_tensor(math.exp(FLOOR)), (maximum - maxima[-1]).exp_()
+            torch.addcmul(floor, exps[lo:hi], shrink, out=exps[lo:hi])
+    exps.scatter_(0, target.unsqueeze(0), own.neg().unsqueeze(0))
+
+
+def holds_all(dtype: torch.dtype, entries: int, vocab: int) -> bool:
+    """Whether all of E is kept, in the accumulation dtype: relative to the final maximum then, with
+    -S' phi at the targets, and the backward forms hidden's gradient of it too."""
+    return entries == vocab and dtype == accumulate_dtype(dtype)
+
+
+def offset_rows(dtype: torch.dtype, entries: int, vocab: int, width: int) -> int:
+    """Rows of `Saved.offsets`: none where what is kept is relative to the final maximum."""
+    if vocab <= width or holds_all(dtype, entries, vocab):
+        return 0
+    return -(-entries // width)
 
 
 def backward(
@@ -168,55 +195,40 @@ def backward(
     scale = row_grad.to(dtype) * log_odds.sigmoid()
     if transform.slope != 1.0:
         scale.mul_(transform.slope)
+    others = -scale / total  # what a row adds per unit of E
     vocab, dim = weight.shape
     bias_like = weight if transform.bias is None else transform.bias
     grad_weight = weight.new_empty(vocab if need_weight else 0, dim)
     grad_bias = bias_like.new_zeros(vocab if need_bias else 0, dtype=dtype)
-    grad_hidden = hidden.new_empty(0)
-    if need_hidden and saved.hidden_grad.shape[0] == hidden.shape[0]:
-        grad_hidden = (saved.hidden_grad * scale.unsqueeze(1)).to(hidden.dtype)
-    elif need_hidden:  # before any of dW is touched: what it borrows is given back by then
-        grad_hidden = _hidden_backward(scale, phi, weight, target, saved, width)
-    if need_weight or need_bias:
-        own = scale * phi[0] if phi else scale  # what a row adds at its target,
-        others = -scale / total  # and per unit of E elsewhere
-        _weight_backward_(
-            grad_weight,
-            grad_bias,
-            own,
-            others,
-            hidden,
-            weight,
-            target,
-            transform,
-            saved,
-            width,
-        )
+    # A scaled copy of hidden first, hidden's gradient last: (R, D) is there but once.
+    buffer = hidden.new_empty(hidden.shape if need_weight or need_hidden else (0,), dtype=dtype)
+    if holds_all(hidden.dtype, len(saved.exps), vocab):
+        if need_bias:
+            torch.mv(saved.exps, others, out=grad_bias)
+        if need_weight:
+            product(saved.exps, torch.mul(hidden, others.unsqueeze(1), out=buffer), grad_weight)
+        if need_hidden:
+            product(saved.exps.t(), weight, buffer).mul_(others.unsqueeze(1))
+    else:
+        if need_weight or need_bias:
+            own = scale * phi[0] if phi else scale  # and at its target
+            _weight_backward_(
+                grad_weight,
+                grad_bias,
+                own,
+                others,
+                hidden,
+                weight,
+                target,
+                transform,
+                saved,
+                width,
+                buffer,
+            )
+        if need_hidden:
+            torch.mul(saved.hidden_grad, scale.unsqueeze(1), out=buffer)
+    grad_hidden = buffer.to(hidden.dtype) if need_hidden else hidden.new_empty(0)
     return grad_hidden, grad_weight, grad_bias.to(bias_like.dtype)
-
-
-def _hidden_backward(
-    scale: Tensor,  # (R,) g k (1 - p)
-    phi: Sequence[Tensor],  # one (R,), or none: 1
-    weight: Tensor,
-    target: Tensor,
-    saved: Saved,
-    width: int,
-) -> Tensor:
-    """scale (phi_y W_y - U / S') from kept tiles, with U = sum_v F_v W_v; one (R, D) in all."""
-    rows, vocab = target.shape[0], weight.shape[0]
-    out = weight.new_empty(rows, weight.shape[1])
-    for i, lo in enumerate(range(0, vocab, width)):
-        shrink = (saved.offsets[i - 1] - saved.offsets[i]).exp_() if i else None
-        _accumulate_(out, shrink, saved.exps[lo : lo + width].t(), weight[lo : lo + width])
-    total = saved.row_state[1].unsqueeze(1)
-    for block in _blocks(rows):
-        own = weight.index_select(0, target[block])
-        if phi:
-            own.mul_(phi[0][block].unsqueeze(1))
-        own.addcdiv_(out[block], total[block], value=-1)
-        torch.mul(own, scale[block].unsqueeze(1), out=out[block])
-    return out
 
 
 def _blocks(rows: int) -> Iterator[slice]:
@@ -235,38 +247,26 @@ def _weight_backward_(
     transform: Transform,
     saved: Saved,
     width: int,
+    buffer: Tensor,  # (R, D) to be overwritten, where dW is needed
 ) -> None:
-    dtype, rows, vocab = own.dtype, hidden.shape[0], weight.shape[0]
+    dtype, rows = own.dtype, hidden.shape[0]
     need_weight, need_bias = bool(grad_weight.numel()), bool(grad_bias.numel())
     tiles = Tiles.make(target, weight.shape[0], width)
     count, kept = len(tiles.bounds), -(-saved.exps.shape[0] // width)
     maximum, hidden_w, own_1 = saved.row_state[0], hidden.to(dtype), own.unsqueeze(1)
     in_place = weight.dtype == dtype
-    add_own = count > 1 or not kept or not in_place
     scratch = hidden.new_empty(0 if in_place else width, hidden.shape[1], dtype=dtype)
     recomputed = hidden.new_empty(0 if kept == count else width, rows, dtype=dtype)
-    # Scaled copies of hidden stand in those rows of dW that are written last.
-    tail = vocab - rows if need_weight and in_place and count > 1 and 2 * rows <= vocab else vocab
-    buffer = grad_weight[tail:]
-    if need_weight and tail == vocab:
-        buffer = hidden.new_empty(hidden.shape, dtype=dtype)
     for i, (lo, hi) in enumerate(tiles.bounds):
         exps, per_row = saved.exps[lo:hi], others
         if i >= kept:
             exps = recomputed[: hi - lo]
             _recompute_(exps, hidden, weight, transform, tiles, i, maximum)
-        elif count > 1:
+        elif len(saved.offsets):
             per_row = (saved.offsets[i] - maximum).exp_().mul_(others)
         if need_bias:
             torch.mv(exps.to(dtype), per_row, out=grad_bias[lo:hi])
         if not need_weight:
-            continue
-        if hi > tail:  # this tile's rows are the buffer: a few columns of the copy at a time
-            parts = zip(
-                hidden_w.split(COLUMNS, 1), grad_weight[lo:hi].split(COLUMNS, 1), strict=True
-            )
-            for columns, out in parts:
-                product(exps, columns * per_row.unsqueeze(1), out)
             continue
         torch.mul(hidden_w, per_row.unsqueeze(1), out=buffer)
         if in_place:
@@ -277,10 +277,10 @@ def _weight_backward_(
             half_product(exps, buffer, weight.dtype, tile)
             tiles.add_target_rows_(i, tile, torch.mul(hidden_w, own_1, out=buffer))
             grad_weight[lo:hi].copy_(tile)
-    if need_weight and in_place and add_own:
+    if need_weight and in_place:
         for block in _blocks(rows):
             add_rows_(grad_weight, target[block], hidden_w[block] * own_1[block])
-    if need_bias and add_own:
+    if need_bias:
         add_rows_(grad_bias, target, own)
 
 
@@ -321,7 +321,7 @@ def tiles_again(
     scratch = hidden.new_empty(0 if kept == count else width, len(target[rows]), dtype=dtype)
     for i, (lo, hi) in enumerate(cut.bounds):
         if i < kept:
-            factor = (saved.offsets[i] - maximum).exp_()[rows] if count > 1 else None
+            factor = (saved.offsets[i] - maximum).exp_()[rows] if len(saved.offsets) else None
             yield lo, hi, saved.exps[lo:hi, rows], factor
         else:
             again = scratch[: hi - lo]
@@ -331,7 +331,7 @@ def tiles_again(
 
 def exps_at(raw: Tensor, transform: Transform, bias: Tensor | None, maximum: Tensor) -> Tensor:
     """F = E times the softcap's bend, from raw logits, relative to the given maximum; in place."""
-    bend = transform.apply_(raw, bias)
+    bend = transform.bend(transform.apply_(raw, bias))
     exp_(raw, maximum)
     return raw if bend is None else raw.mul_(bend)
 
@@ -363,7 +363,11 @@ def half_product(exps: Tensor, rows: Tensor, dtype: torch.dtype, out: Tensor) ->
 
 def _wide_on_cpu(x: Tensor, dtype: torch.dtype) -> Tensor:
     # CPUs have no half product with float32 output; CUDA has, and takes the operands as they are.
-    return x if x.is_cuda else x.to(dtype)
+    return x if x.is_cuda else _as(x, dtype)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # a call that does nothing costs a microsecond
 
 
 def _column(bias: Tensor | None, lo: int, hi: int) -> Tensor | None:

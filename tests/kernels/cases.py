@@ -9,13 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
+from fastpref_kernels import _launch, row_sums
 from torch import Tensor
 
 # Where the Triton backend is tested: on a GPU, or interpreted (tests/conftest.py).
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Orders of rounding that an fp32 sum of this kind may lose where plain torch happens to lose none.
 FEW = 8.0
+
+
+def set_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Tiles of `width` entries in the torch backend, of 10 or more summed by parts."""
+    monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: min(width, vocab))
+    monkeypatch.setattr(row_sums, "FEW", 10)
 
 
 @dataclass(frozen=True)

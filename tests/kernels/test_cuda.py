@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastpref_kernels import _launch, linear_logprob, reference
+from fastpref_kernels import linear_logprob, reference
 
-from tests.kernels.cases import Case, assert_no_worse, make_case, run
+from tests.kernels.cases import Case, assert_no_worse, make_case, run, set_width
 from tests.kernels.test_statistics import STATS
 from tests.kernels.test_triton import set_tile
 
@@ -34,7 +34,7 @@ def check(case: Case, dtype: torch.dtype, scale: float, **more: Any) -> None:
 def test_no_worse_than_plain_torch(
     dtype: torch.dtype, gap: float, cache: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: 512)
+    set_width(monkeypatch, 512)
     set_tile(monkeypatch, 512, 32)
     case = make_case(65, 48, 3001, dtype=dtype, gap=gap, segments=9).on("cuda")
     check(case, dtype, 3.0 + gap, cache=cache, backend=backend)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from fastpref_kernels import (
-    _launch,
     embedding_sketch,
     linear_logprob,
     linear_sketch,
@@ -19,7 +18,7 @@ from fastpref_kernels import (
 from fastpref_kernels.count_sketch import Buckets, vocabulary_signs
 from torch import Tensor
 
-from tests.kernels.cases import Case, call, make_case
+from tests.kernels.cases import Case, call, make_case, set_width
 
 SEEDS = 300
 
@@ -48,7 +47,7 @@ def test_sketch_is_the_one_of_the_gradient(
     width: int, options: dict[str, Any], group_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same numbers as from the whole (V, D) gradient, wherever tiles and blocks of ids end."""
-    monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: min(width, vocab))
+    set_width(monkeypatch, width)
     case = make_case(20, 6, 300, segments=6, gap=2.0, **options)
     at = {"seed": 7, "key": "w", "buckets": 64}
     ours = sketched(
@@ -66,7 +65,7 @@ def test_both_are_the_exact_gram_and_the_sketch(
     width: int, grad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit what each gives alone, beside log-probs of every row."""
-    monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: min(width, vocab))
+    set_width(monkeypatch, width)
     case = make_case(20, 6, 300, segments=6, gap=2.0, softcap=5.0)
     at: dict[str, Any] = {"sketch_dim": 5, "sketch_seed": 7, "sketch_buckets": 64}
     with torch.set_grad_enabled(grad):

@@ -11,7 +11,7 @@ from fastpref_kernels import _launch, linear_logprob, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import Case, assert_no_worse, make_case, run
+from tests.kernels.cases import Case, assert_no_worse, make_case, run, set_width
 
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -31,10 +31,6 @@ SHAPES = [
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-def set_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: min(width, vocab))
 
 
 def close(ours: dict[str, Any], truth: dict[str, Any], tolerance: float) -> None:
@@ -170,7 +166,11 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(
     some = run(linear_logprob, replace(case, train=train), cache=cache)
     assert some.keys() == {"logp", *train}
     for name, value in some.items():
-        assert torch.equal(value, every[name]), name
+        if name == "hidden" and dtype == torch.float64 and cache < 0 and "bias" not in train:
+            # With the head trained, a product with all of E; with it frozen, tile by tile.
+            torch.testing.assert_close(value, every[name], rtol=1e-13, atol=1e-13)
+        else:
+            assert torch.equal(value, every[name]), name
 
 
 def test_no_rows_empty_segments_and_one_entry_vocabulary() -> None:

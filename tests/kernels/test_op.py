@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from dataclasses import replace
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import torch
 from fastpref_kernels import _launch, linear_logprob
 from fastpref_kernels import linear_logprob as public
-from fastpref_kernels.linear_logprob import Plan, _backward_op, _forward_op
+from fastpref_kernels._plan import Plan
+from fastpref_kernels.linear_logprob import _backward_op, _forward_op
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.cases import make_case, run
+from tests.kernels.cases import make_case, run, set_width
 
 
 def plan(**changes: int) -> list[int]:
@@ -85,6 +88,79 @@ def test_compile_full_graph(norms: str | None) -> None:
         assert torch.equal(eager, compiled)
 
 
+class Onlooker(TorchDispatchMode):
+    """Names the ops that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("train", [("hidden", "weight", "bias"), ("hidden",), ()])
+@pytest.mark.parametrize("norms", [None, "exact", "sketch", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_op_and_its_body_called_directly_give_the_same_bits(
+    train: tuple[str, ...], norms: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mode that looks on sees one op a direction, and changes nothing."""
+    set_width(monkeypatch, 64)
+    case = make_case(20, 8, 300, dtype=dtype, segments=6, softcap=9.0, bias=True)
+    stats = () if norms is None else _launch.SEGMENT_STATS + _launch.ROW_STATS
+
+    def step() -> list[torch.Tensor]:
+        assert case.bias is not None
+        head = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
+        leaves = {k: x.detach().clone().requires_grad_(k in train) for k, x in head.items()}
+        out = linear_logprob(
+            leaves["hidden"],
+            leaves["weight"],
+            case.target,
+            case.segment_id,
+            bias=leaves["bias"],
+            num_segments=6,
+            group_size=3,
+            stats=stats,
+            norms=norms,
+            softcap=9.0,
+        )
+        found = [x for x in vars(out).values() if x is not None]
+        assert len(found) == 1 + len(stats) + {None: 0, "exact": 1, "sketch": 3, "both": 2}[norms]
+        assert all(not x.requires_grad for x in found[1:])
+        assert out.logp.requires_grad == bool(train)
+        if train:
+            trained = [leaves[k] for k in train]
+            found += torch.autograd.grad(out.logp, trained, case.grad.float())
+        return found
+
+    directly = step()
+    with Onlooker() as mode:
+        as_op = step()
+    ours = [name for name in mode.seen if name.startswith("fastpref::")]
+    forward, backward = "fastpref::linear_logprob_forward", "fastpref::linear_logprob_backward"
+    assert ours == [forward, backward][: 1 + bool(train)]
+    for one, other in zip(directly, as_op, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_call_that_nobody_looks_at_goes_past_the_dispatcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = importlib.import_module("fastpref_kernels.linear_logprob")
+    monkeypatch.setattr(module, "_forward_op", None)
+    monkeypatch.setattr(module, "_backward_op", None)
+    case = make_case(4, 3, 9, dtype=torch.float32)
+    assert run(linear_logprob, case)["logp"].shape == (4,)
+    weight = torch.nn.Parameter(case.weight)
+    linear_logprob(case.hidden, weight, case.target).logp.sum().backward()
+    for onlooker in (torch.device("cpu"), Onlooker(), torch.autograd.forward_ad.dual_level()):
+        with onlooker, pytest.raises(TypeError, match="'NoneType' object is not callable"):
+            linear_logprob(case.hidden, weight, case.target)
+
+
 def test_compile_returns_the_dataclass() -> None:
     case = make_case(6, 4, 30, dtype=torch.float32)
     compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
@@ -99,7 +175,7 @@ def test_compile_returns_the_dataclass() -> None:
 def test_second_backward_and_second_run_give_the_same_bits(
     dtype: torch.dtype, cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: 64)
+    set_width(monkeypatch, 64)
     case = make_case(50, 12, 333, dtype=dtype, segments=9)
     case = replace(case, target=case.target % 4)  # many rows add into one row of dW
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
@@ -158,7 +234,7 @@ def test_at_most_one_buffer_of_rows_by_vocabulary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows, dim, vocab = 256, 8, 8192
-    monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: 512)
+    set_width(monkeypatch, 512)
     case = make_case(rows, dim, vocab, dtype=dtype)
     hidden = case.hidden.requires_grad_("hidden" in train)
     weight = case.weight.requires_grad_("weight" in train)

@@ -7,7 +7,7 @@ import torch
 from fastpref_kernels import _launch, linear_logprob, reference
 from torch import Tensor
 
-from tests.kernels.cases import Case, make_case
+from tests.kernels.cases import Case, make_case, set_width
 
 STATS = _launch.SEGMENT_STATS + _launch.ROW_STATS
 
@@ -46,7 +46,7 @@ def test_equal_to_their_definition(
     softcap: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: min(width, vocab))
+    set_width(monkeypatch, width)
     case = make_case(
         40,
         12,
@@ -81,7 +81,7 @@ def test_one_statistic_alone_equals_the_same_among_all() -> None:
 def test_first_of_equal_entries_is_the_argmax(monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL's rule for top1: at least every entry, and above every entry before it."""
     for width in (1, 2, 3, 8):
-        monkeypatch.setattr(_launch, "tile_width", lambda d, v, t, width=width: min(width, v))
+        set_width(monkeypatch, width)
         weight = torch.zeros(8, 1)
         weight[[2, 5, 6]] = 1.0
         hidden, target = torch.ones(4, 1), torch.tensor([2, 5, 6, 0])

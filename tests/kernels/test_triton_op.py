@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from fastpref_kernels import _launch, linear_logprob, reference
-from fastpref_kernels.linear_logprob import Plan, _backward_op, _forward_op
+from fastpref_kernels._plan import Plan
+from fastpref_kernels.linear_logprob import _backward_op, _forward_op
 
 from tests.kernels.cases import TRITON_DEVICE, Case, make_case, run
 from tests.kernels.test_statistics import STATS
