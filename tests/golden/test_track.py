@@ -13,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fastpref.train
+from fastpref import transfer
 from fastpref.config import Config
 from fastpref.dynamics.recorder import read_records
+from fastpref.errors import NonFiniteError
 from fastpref.train import train
 
 
@@ -137,3 +140,45 @@ def test_micro_batches_are_invisible(base: Config, tmp_path: Path) -> None:
     both = one.merge(some, on=["step", "pair_id"])
     assert len(both) == 48
     np.testing.assert_allclose(both.gnorm_m_x, both.gnorm_m_y, rtol=2e-4)
+
+
+@pytest.mark.parametrize("track", ["none", "exact"])
+def test_a_recorded_step_is_one_copy_from_the_device(
+    base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, track: str
+) -> None:
+    """Pairs of all micro-batches, sums and scalars together; whatever is tracked."""
+    copies: list[int] = []
+    real = transfer._Copy
+
+    def counted(packed: torch.Tensor) -> transfer._Copy:
+        copies.append(packed.numel())
+        return real(packed)
+
+    monkeypatch.setattr(transfer, "_Copy", counted)
+    folder = run(base, tmp_path / "run", track=track, eval_steps=0)
+    steps = read_records(folder, "steps").to_pydict()
+    assert len(copies) == len(steps["step"]) == 6 and min(steps["micro_batches"]) > 1
+
+
+def test_a_run_that_fails_leaves_what_it_recorded(
+    base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last step too, whose copy was on the way; and goes on to the straight run's records."""
+    straight = run(base, tmp_path / "straight", save_steps=2)
+    real, calls = fastpref.train.train_step, []
+
+    def fails(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise NonFiniteError("made up")
+        return real(*arguments)
+
+    monkeypatch.setattr(fastpref.train, "train_step", fails)
+    with pytest.raises(NonFiniteError, match="step 6: made up"):
+        run(base, tmp_path / "run", save_steps=2)
+    assert read_records(tmp_path / "run", "steps")["step"].to_pylist() == [1, 2, 3, 4, 5]
+    monkeypatch.undo()
+    resumed = run(base, tmp_path / "run", save_steps=2)
+    for table in ("pairs", "steps"):
+        assert read_records(resumed, table).equals(read_records(straight, table))
+    assert same_bits(resumed, straight)
