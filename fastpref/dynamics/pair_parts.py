@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from fastpref_kernels import embedding_norms, embedding_sketch, linear_norms
-from fastpref_kernels._launch import resolve_backend
-from fastpref_kernels.column_sums import column_sums
+from fastpref_kernels import embedding_norms
 from fastpref_kernels.count_sketch import BUCKETS
-from fastpref_kernels.projection import Projection, project
-from fastpref_kernels.segment_products import multiply, segment_products, wide_dtype
+from fastpref_kernels.segment_products import multiply, wide_dtype
 from torch import Tensor, nn
 
 from fastpref.batch import PairBatch
+from fastpref.dynamics.pair_ops import BlockOps, FusedOps, PairOps, Signs
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +48,10 @@ class VocabularyPlace(Place):
 class PairParts:
     """The sums of one batch. Everything is added in the order of the backward."""
 
-    segment_id: Tensor  # (T,) the pair of every token
-    counts: list[int]  # (P,) its tokens
+    pair: Tensor  # (T,) the pair of every token
+    ops: PairOps
     exact: bool
     k: int
-    seed: int
     norm_sq: Tensor  # (G, P)
     sketch: Tensor  # (G, P, k, k)
     change: Tensor | None = None  # (G, P) inner products with `changes`
@@ -65,15 +61,15 @@ class PairParts:
     )
 
     @staticmethod
-    def of(batch: PairBatch, groups: int, exact: bool, k: int, seed: int) -> PairParts:
-        device = batch.pair_of_token.device
-        pairs = batch.num_pairs
+    def of(batch: PairBatch, groups: int, exact: bool, k: int, signs: Signs) -> PairParts:
+        pair, pairs = batch.pair_of_token, batch.num_pairs
+        device = pair.device
+        counts = [sum(lengths) for lengths in batch.lengths]
         return PairParts(
-            batch.pair_of_token,
-            [sum(lengths) for lengths in batch.lengths],
+            pair,
+            (BlockOps if device.type == "cpu" else FusedOps)(pair, counts, signs),
             exact,
             k,
-            seed,
             torch.zeros(groups, pairs, dtype=torch.float32, device=device),
             torch.zeros(groups, pairs, k, k, dtype=torch.float32, device=device),
         )
@@ -81,12 +77,12 @@ class PairParts:
     @property
     def tokens(self) -> int:
         """T."""
-        return len(self.segment_id)
+        return len(self.pair)
 
     @property
     def pairs(self) -> int:
         """P."""
-        return len(self.counts)
+        return self.norm_sq.shape[1]
 
     def linear(
         self,
@@ -98,19 +94,13 @@ class PairParts:
         if weights:
             group = weights[0][1].group
             if self.exact:
-                norms = linear_norms(
-                    x,
-                    [dy for dy, _ in weights],
-                    self.segment_id,
-                    num_segments=self.pairs,
-                    counts=self.counts,
-                )
-                self._add_norms(group, norms)
-            inputs = self._project(x, weights[0][1].key, "in")
+                self._add_norms(group, self.ops.norms(x, [dy for dy, _ in weights]))
+            project = self.ops.project
+            inputs = project(x, weights[0][1].key, "in", self.k)
             outputs = sum_of(
-                [self._project(dy, place.key, "out", place.first_output) for dy, place in weights]
+                [project(dy, place.key, "out", self.k, place.first_output) for dy, place in weights]
             )
-            self._add_sketch(group, self._products(outputs, inputs) / self.k)
+            self._add_sketch(group, self.ops.products(outputs, inputs))
         for dy, place in weights:
             moved = self._changed(place)
             if moved is not None:
@@ -119,7 +109,7 @@ class PairParts:
                 self._add_change(place.group, (dy.to(wide) * there).sum(1))
         for dy, _, bias in layers:
             if bias is not None:
-                self._vector(bias, column_sums(dy, self.segment_id, self.pairs))
+                self._vector(bias, self.ops.sums(dy))
 
     def norm(
         self,
@@ -132,46 +122,46 @@ class PairParts:
     ) -> None:
         """An RMSNorm or LayerNorm."""
         if weight is not None:
-            sums = column_sums(dy, self.segment_id, self.pairs, x=x, eps=eps, centred=centred)
-            self._vector(weight, sums)
+            self._vector(weight, self.ops.sums(dy, x, eps, centred))
         if bias is not None:
-            self._vector(bias, column_sums(dy, self.segment_id, self.pairs))
+            self._vector(bias, self.ops.sums(dy))
 
     def embedding(
         self, ids: Tensor, dy: Tensor, scale: float, padding_idx: int | None, place: Place
     ) -> None:
         """ids (T,), dy (T, D)."""
-        options: dict[str, Any] = {"num_segments": self.pairs, "scale": scale}
-        options["padding_idx"] = padding_idx
+        padding = None if padding_idx is None else (ids == padding_idx).unsqueeze(1)
         if self.exact:
-            norms = embedding_norms(ids, dy, self.segment_id, **options)
+            norms = embedding_norms(
+                ids,
+                dy,
+                self.pair,
+                num_segments=self.pairs,
+                scale=scale,
+                padding_idx=padding_idx,
+            )
             self._add_norms(place.group, norms)
-        sketch = embedding_sketch(
-            ids,
-            dy,
-            self.segment_id,
-            self.k,
-            seed=self.seed,
-            key=place.key,
-            counts=self.counts,
-            buckets=place.buckets,
-            **options,
-        )
-        self._add_sketch(place.group, sketch)
+        inputs = self.ops.project(dy, place.key, "in", self.k)
+        vocab = len(place.parameter)
+        outputs = self.ops.vocabulary(ids, place.key, vocab, self.k, place.buckets).to(inputs.dtype)
+        if padding is not None:
+            outputs = outputs.masked_fill(padding, 0.0)
+        if scale != 1.0:
+            inputs *= scale
+        self._add_sketch(place.group, self.ops.products(outputs, inputs))
         moved = self._changed(place)
         if moved is not None:
             wide = wide_dtype(dy)
             rows = moved.index_select(0, ids).to(wide) * scale
-            if padding_idx is not None:
-                rows = rows.masked_fill((ids == padding_idx).unsqueeze(1), 0.0)
+            if padding is not None:
+                rows = rows.masked_fill(padding, 0.0)
             self._add_change(place.group, (dy.to(wide) * rows).sum(1))
 
     def _vector(self, place: Place, sums: Tensor) -> None:
         """sums (P, D): the gradient itself, of a bias or a norm's weight."""
         self._add_norms(place.group, sums.square().sum(1))
-        side = Projection.of(self.seed, place.key, "vector")
-        flat = project(sums, side, self.k * self.k)
-        self._add_sketch(place.group, flat.view(-1, self.k, self.k) / self.k)
+        flat = self.ops.project(sums, place.key, "vector", self.k * self.k)
+        self._add_sketch(place.group, flat.view(-1, self.k, self.k))
         moved = self._changed(place)
         if moved is not None:
             self._widen(sums.dtype)
@@ -181,34 +171,20 @@ class PairParts:
     def _changed(self, place: Place) -> Tensor | None:
         return None if self.changes is None else self.changes.get(place.parameter)
 
-    def _project(self, x: Tensor, key: str, side: str, first: int = 0) -> Tensor:  # (T, k)
-        return project(x, Projection.of(self.seed, key, side), self.k, first_row=first)
-
-    def _products(self, outputs: Tensor, inputs: Tensor) -> Tensor:  # (P, k, k)
-        return segment_products(
-            outputs,
-            inputs,
-            self.segment_id,
-            self.pairs,
-            counts=self.counts,
-            backend=resolve_backend("auto", outputs.device, outputs.dtype, op="taps"),
-            name="taps",
-        )
-
     def _add_norms(self, group: int, norms: Tensor) -> None:
         self._widen(norms.dtype)
         self.norm_sq[group] += norms
 
     def _add_sketch(self, group: int, sketch: Tensor) -> None:
+        """sketch (P, k, k), its projections still without their factor 1 / sqrt(k) each."""
         self._widen(sketch.dtype)
-        self.sketch[group] += sketch
+        self.sketch[group].add_(sketch, alpha=1.0 / self.k)
 
     def _add_change(self, group: int, per_token: Tensor) -> None:
         """per_token (T,)."""
         self._widen(per_token.dtype)
         assert self.change is not None
-        sums = column_sums(per_token.unsqueeze(1), self.segment_id, self.pairs)
-        self.change[group] += sums.squeeze(1)
+        self.change[group] += self.ops.sums(per_token.unsqueeze(1)).squeeze(1)
 
     def _widen(self, dtype: torch.dtype) -> None:
         """float64 sums once anything is float64."""

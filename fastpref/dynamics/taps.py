@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from fastpref.batch import PairBatch
 from fastpref.dynamics import tap_layers
+from fastpref.dynamics.pair_ops import Signs
 from fastpref.dynamics.pair_parts import PairParts, Place, VocabularyPlace
 from fastpref.dynamics.tap_layers import Embedding, Kind, Linear, Norm
 
@@ -92,6 +93,7 @@ class Taps:
     def __init__(self, module: nn.Module, mode: str, sketch_dim: int, seed: int) -> None:
         self.module, self.mode = module, mode
         self.sketch_dim, self.seed = sketch_dim, seed
+        self.signs = Signs(seed)
         self.anchors: list[tuple[Tap, Tensor, Tensor]] | None = None
         self.head: Place | None = None  # of the head's weight; None: frozen
         self.head_weight: nn.Parameter | None = None
@@ -121,7 +123,7 @@ class Taps:
         stand in `anchors` (fastpref.gradients).
         """
         assert not self._watched, "a batch is watched already"
-        parts = PairParts.of(batch, len(self.groups), self.exact, self.sketch_dim, self.seed)
+        parts = PairParts.of(batch, len(self.groups), self.exact, self.sketch_dim, self.signs)
         parts.changes = change
         if change is not None:
             parts.change = parts.norm_sq.new_zeros(parts.norm_sq.shape)

@@ -1,0 +1,153 @@
+"""What pair parts are computed by: the fused operations of a GPU, or dense blocks on a CPU.
+
+Both give the same numbers but for rounding. On a CPU a step of a small model is a few hundred calls
+long, so the parts of its pairs must not take many calls either: signs of projections are made once
+and kept, segments are summed in dense blocks. Shapes: T tokens, P pairs, k sketch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from fastpref_kernels import linear_norms
+from fastpref_kernels._launch import resolve_backend
+from fastpref_kernels.column_sums import column_sums
+from fastpref_kernels.count_sketch import vocabulary_signs
+from fastpref_kernels.projection import Projection, project
+from fastpref_kernels.segment_products import segment_products, wide_dtype
+from fastpref_kernels.token_blocks import TokenBlocks
+from torch import Tensor
+
+KEPT = 1 << 30  # bytes of signs that stay in memory
+
+
+class Signs:
+    """Signs of projections, +-1 as int8, made when first needed and kept, up to KEPT bytes."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.kept, self.bytes = seed, {}, 0  # type: ignore[var-annotated]
+
+    def get(
+        self, key: str, side: str, first: int, rows: int, k: int, device: torch.device
+    ) -> Tensor:
+        """(N, k) of rows first .. first + N - 1."""
+        name = (key, side, first, rows, k)
+        found = self.kept.get(name)
+        if found is None:
+            ids = torch.arange(first, first + rows, device=device)
+            found = Projection.of(self.seed, key, side).signs(ids, k, torch.float32)
+            self._keep(name, found.to(torch.int8))
+        return found
+
+    def of_vocabulary(
+        self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None
+    ) -> Tensor:
+        """(N, k) of the outputs ``ids`` of an embedding or a head."""
+        name = (key, "vocabulary", vocab, k, buckets)
+        found = self.kept.get(name)
+        if found is None:
+            every = torch.arange(vocab, device=ids.device)
+            found = self._vocabulary(every, key, k, buckets).to(torch.int8)
+            if not self._keep(name, found):
+                return self._vocabulary(ids, key, k, buckets)
+        return found.index_select(0, ids)
+
+    def _vocabulary(self, ids: Tensor, key: str, k: int, buckets: int | None) -> Tensor:
+        if buckets is None:
+            return Projection.of(self.seed, key, "out").signs(ids, k, torch.float32)
+        return vocabulary_signs(ids, k, torch.float32, seed=self.seed, key=key, buckets=buckets)
+
+    def _keep(self, name: tuple[object, ...], signs: Tensor) -> bool:
+        if self.bytes + signs.numel() > KEPT:
+            return False
+        self.kept[name] = signs
+        self.bytes += signs.numel()
+        return True
+
+
+class PairOps(Protocol):
+    """Sums over the tokens of every pair."""
+
+    def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
+        """(T, k) x times the signs of a projection."""
+
+    def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
+        """(T, k) signs of the rows of an embedding."""
+
+    def products(self, y: Tensor, x: Tensor) -> Tensor:
+        """(P, a, b) sum of y_t x_t^T."""
+
+    def sums(
+        self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
+    ) -> Tensor:
+        """(P, D) as `column_sums`."""
+
+    def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
+        """(P,) as `linear_norms`."""
+
+
+class FusedOps:
+    """Of fastpref_kernels' operations."""
+
+    def __init__(self, pair_of_token: Tensor, counts: list[int], signs: Signs) -> None:
+        self.pair, self.counts, self.signs = pair_of_token, counts, signs
+
+    def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
+        return project(x, Projection.of(self.signs.seed, key, side), k, first_row=first)
+
+    def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
+        return self.signs.of_vocabulary(ids, key, vocab, k, buckets)
+
+    def products(self, y: Tensor, x: Tensor) -> Tensor:
+        backend = resolve_backend("auto", y.device, wide_dtype(y, x), op="taps")
+        return segment_products(
+            y, x, self.pair, len(self.counts), counts=self.counts, backend=backend, name="taps"
+        )
+
+    def sums(
+        self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
+    ) -> Tensor:
+        return column_sums(dy, self.pair, len(self.counts), x=x, eps=eps, centred=centred)
+
+    def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
+        return linear_norms(x, dy, self.pair, num_segments=len(self.counts), counts=self.counts)
+
+
+class BlockOps:
+    """Of dense blocks, for a CPU."""
+
+    def __init__(self, pair_of_token: Tensor, counts: list[int], signs: Signs) -> None:
+        self.pair, self.counts, self.signs = pair_of_token, counts, signs
+        self.blocks = TokenBlocks.make(counts, pair_of_token.device)
+
+    def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
+        x = x.to(wide_dtype(x))
+        signs = self.signs.get(key, side, first, x.shape[1], k, x.device)
+        return x @ signs.to(x.dtype)
+
+    def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
+        return self.signs.of_vocabulary(ids, key, vocab, k, buckets)
+
+    def products(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.blocks.products(y, x)
+
+    def sums(
+        self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
+    ) -> Tensor:
+        rows = dy.to(wide_dtype(dy) if x is None else wide_dtype(dy, x))
+        if x is not None:
+            x = x.to(rows.dtype)
+            if centred:
+                x = x - x.mean(-1, keepdim=True)
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            rows = rows * x
+            rows *= torch.rsqrt(length.square() / x.shape[-1] + eps)
+        if rows.dim() == 3:
+            rows = rows.sum(1)
+        out = rows.new_zeros(len(self.counts), rows.shape[1])
+        return out.index_add_(0, self.pair, rows)
+
+    def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
+        return self.blocks.norms(x, dy)

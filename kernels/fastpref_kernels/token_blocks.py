@@ -1,0 +1,153 @@
+"""Segments of similar length as dense blocks, for sums over their rows on a CPU.
+
+    blocks = TokenBlocks.make(counts, device)      # once a batch
+    blocks.products(y, x)                          # (S, a, b) sum of y_t x_t^T over each segment
+    blocks.norms(x, [dy])                          # (S,) squared norm of that, for wide y and x
+
+A batched product over a block costs one call where a loop costs one for every segment, and much of
+a small model's time goes to calls. Shapes: T rows, S segments, B segments of a block, L its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .pair_gram import longest_pair_gram, pair_product_gram
+from .segment_products import wide_dtype
+from .spans import starts
+
+MAX_PADDING = 1.25  # slots of a block over its rows, before another block is opened
+MIN_LENGTH = 8  # shorter segments share a block, whatever the padding
+ENTRIES = 1 << 22  # of a block's Gram matrices or gradients, which stand in memory at a time
+
+
+@dataclass(frozen=True)
+class Block:
+    """Segments of one dense (B, L) grid; slots beyond a segment's rows point at its last row."""
+
+    segments: Tensor  # (B,) int64
+    lengths: list[int]  # (B,)
+    length: int  # L
+    index: Tensor | None  # (B L,) row of every slot; None: the rows first .. first + B L - 1
+    first: int
+    padding: Tensor | None  # slots that hold no row
+
+    def dense(self, x: Tensor, zero: bool) -> Tensor:  # (B, L, ...)
+        """The block's rows; ``zero``: padding is 0."""
+        if self.index is None:
+            own = x[self.first : self.first + len(self.lengths) * self.length]
+        else:
+            own = x.index_select(0, self.index)
+            if zero and self.padding is not None:
+                own.index_fill_(0, self.padding, 0.0)
+        return own.unflatten(0, (len(self.lengths), self.length))
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """All segments that have rows, in blocks."""
+
+    counts: list[int]  # (S,)
+    blocks: list[Block]
+
+    @staticmethod
+    def make(counts: Sequence[int], device: torch.device) -> TokenBlocks:
+        """Of segments with ``counts`` rows each, one after another."""
+        first = starts(counts)
+        order = sorted((s for s, n in enumerate(counts) if n), key=lambda s: (counts[s], s))
+        runs: list[list[int]] = []
+        rows = 0
+        for segment in order:
+            count = counts[segment]
+            slots = (len(runs[-1]) + 1) * count if runs else 0
+            alike = slots <= MAX_PADDING * (rows + count) or count <= MIN_LENGTH
+            if runs and alike and slots * count <= ENTRIES:
+                runs[-1].append(segment)
+                rows += count
+            else:
+                runs.append([segment])
+                rows = count
+        return TokenBlocks(list(counts), [_block(run, counts, first, device) for run in runs])
+
+    def products(self, y: Tensor, x: Tensor) -> Tensor:
+        """(S, a, b) sum over each segment's rows of y_t x_t^T; y (T, a), x (T, b) narrow."""
+        out = y.new_zeros(len(self.counts), y.shape[1], x.shape[1])
+        for block in self.blocks:
+            left, right = block.dense(y, zero=True), block.dense(x, zero=False)
+            out[block.segments] = torch.bmm(left.transpose(1, 2), right)
+        return out
+
+    def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
+        """(S,) squared norms of sum_t dy_t x_t^T, summed over the dy, as `linear_norms`.
+
+        Numerics  products in float32 (float64), reduced in float64
+        """
+        dtype = wide_dtype(x, *dy)
+        x, dy = x.to(dtype), [y.to(dtype) for y in dy]
+        out = x.new_zeros(len(self.counts), dtype=torch.float64)
+        outputs = sum(y.shape[1] for y in dy)
+        longest = longest_pair_gram(x.shape[1], outputs)
+        first = starts(self.counts)
+        for block in self.blocks:
+            if block.length <= longest:
+                _gram_norms(out, block, x, dy)
+            elif x.shape[1] * outputs * len(block.lengths) <= ENTRIES:
+                _product_norms(out, block, x, dy)
+            else:
+                for segment in block.segments.tolist():
+                    bounds = [first[segment], first[segment + 1]]
+                    out[segment] = pair_product_gram(x, dy, bounds)[0, 0]
+        return out.clamp_(min=0.0).to(dtype)
+
+
+def _block(
+    run: Sequence[int], counts: Sequence[int], first: Sequence[int], device: torch.device
+) -> Block:
+    lengths = [counts[s] for s in run]
+    longest = lengths[-1]
+    segments = torch.tensor(run, device=device)
+    together = run[-1] - run[0] == len(run) - 1 and lengths[0] == longest
+    if together and all(b == a + 1 for a, b in zip(run, run[1:], strict=False)):
+        return Block(segments, lengths, longest, None, first[run[0]], None)
+    place = torch.arange(longest)
+    count = torch.tensor(lengths).unsqueeze(1)
+    begin = torch.tensor([first[s] for s in run]).unsqueeze(1)
+    index = begin + torch.minimum(place, count - 1)
+    padding = (place >= count).flatten().nonzero().squeeze(1)
+    return Block(
+        segments,
+        lengths,
+        longest,
+        index.flatten().to(device),
+        0,
+        padding.to(device) if len(padding) else None,
+    )
+
+
+def _gram_norms(out: Tensor, block: Block, x: Tensor, dy: Sequence[Tensor]) -> None:
+    """By the L x L Gram matrices of rows."""
+    inputs = block.dense(x, zero=True)
+    dots = torch.bmm(inputs, inputs.transpose(1, 2))
+    other: Tensor | None = None
+    for y in dy:
+        own = block.dense(y, zero=False)
+        if other is None:
+            other = torch.bmm(own, own.transpose(1, 2))
+        else:
+            other.baddbmm_(own, own.transpose(1, 2))
+    assert other is not None
+    out[block.segments] = dots.mul_(other).sum((1, 2), dtype=torch.float64)
+
+
+def _product_norms(out: Tensor, block: Block, x: Tensor, dy: Sequence[Tensor]) -> None:
+    """By the gradients themselves."""
+    inputs = block.dense(x, zero=True)
+    total = out.new_zeros(len(block.lengths))
+    for y in dy:
+        gradients = torch.bmm(block.dense(y, zero=False).transpose(1, 2), inputs)
+        total += gradients.flatten(1).square_().sum(1, dtype=torch.float64)
+    out[block.segments] = total
