@@ -8,7 +8,7 @@ and kept, segments are summed in dense blocks. Shapes: T tokens, P pairs, k sket
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from fastpref_kernels import linear_norms
@@ -76,8 +76,8 @@ class PairOps(Protocol):
     def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
         """(T, k) signs of the rows of an embedding."""
 
-    def products(self, y: Tensor, x: Tensor) -> Tensor:
-        """(P, a, b) sum of y_t x_t^T."""
+    def products(self, y: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
+        """(E, P, a, b) sums of y_t x_t^T, for E narrow matrices y (T, a), x (T, b)."""
 
     def sums(
         self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
@@ -100,10 +100,12 @@ class FusedOps:
     def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
         return self.signs.of_vocabulary(ids, key, vocab, k, buckets)
 
-    def products(self, y: Tensor, x: Tensor) -> Tensor:
-        backend = resolve_backend("auto", y.device, wide_dtype(y, x), op="taps")
-        return segment_products(
-            y, x, self.pair, len(self.counts), counts=self.counts, backend=backend, name="taps"
+    def products(self, y: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
+        pairs = len(self.counts)
+        backend = resolve_backend("auto", self.pair.device, wide_dtype(*y, *x), op="taps")
+        known: dict[str, Any] = {"counts": self.counts, "backend": backend, "name": "taps"}
+        return torch.stack(
+            [segment_products(a, b, self.pair, pairs, **known) for a, b in zip(y, x, strict=True)]
         )
 
     def sums(
@@ -130,8 +132,8 @@ class BlockOps:
     def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
         return self.signs.of_vocabulary(ids, key, vocab, k, buckets)
 
-    def products(self, y: Tensor, x: Tensor) -> Tensor:
-        return self.blocks.products(y, x)
+    def products(self, y: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
+        return self.blocks.products(torch.stack(list(y)), torch.stack(list(x)))
 
     def sums(
         self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False

@@ -6,16 +6,19 @@ Shapes: T tokens, P pairs, G layer groups, d inputs, p outputs, D features, k sk
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from fastpref_kernels import embedding_norms
 from fastpref_kernels.count_sketch import BUCKETS
+from fastpref_kernels.segment import add_rows_
 from fastpref_kernels.segment_products import multiply, wide_dtype
 from torch import Tensor, nn
 
 from fastpref.batch import PairBatch
 from fastpref.dynamics.pair_ops import BlockOps, FusedOps, PairOps, Signs
+
+WAITING = 1 << 22  # numbers that wait to be summed together
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +59,12 @@ class PairParts:
     sketch: Tensor  # (G, P, k, k)
     change: Tensor | None = None  # (G, P) inner products with `changes`
     changes: Mapping[nn.Parameter, Tensor] | None = None
+    # Few calls for many of them: narrow matrices whose products are still to be summed over each
+    # pair's tokens, (group, (T, k), (T, k)); gradients still to be projected, (P, D) each.
+    narrow: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    vectors: list[tuple[Place, Tensor]] = field(default_factory=list)
     tied: tuple[Tensor, Tensor] | None = (
-        None  # (T,) ids, (T, D) dy of an embedding that is the head
+        None  # ids (T,), dy (T, D) where embedding and head are one
     )
 
     @staticmethod
@@ -100,7 +107,7 @@ class PairParts:
             outputs = sum_of(
                 [project(dy, place.key, "out", self.k, place.first_output) for dy, place in weights]
             )
-            self._add_sketch(group, self.ops.products(outputs, inputs))
+            self._add_products(group, outputs, inputs)
         for dy, place in weights:
             moved = self._changed(place)
             if moved is not None:
@@ -148,7 +155,7 @@ class PairParts:
             outputs = outputs.masked_fill(padding, 0.0)
         if scale != 1.0:
             inputs *= scale
-        self._add_sketch(place.group, self.ops.products(outputs, inputs))
+        self._add_products(place.group, outputs, inputs)
         moved = self._changed(place)
         if moved is not None:
             wide = wide_dtype(dy)
@@ -160,8 +167,7 @@ class PairParts:
     def _vector(self, place: Place, sums: Tensor) -> None:
         """sums (P, D): the gradient itself, of a bias or a norm's weight."""
         self._add_norms(place.group, sums.square().sum(1))
-        flat = self.ops.project(sums, place.key, "vector", self.k * self.k)
-        self._add_sketch(place.group, flat.view(-1, self.k, self.k))
+        self.vectors.append((place, sums))
         moved = self._changed(place)
         if moved is not None:
             self._widen(sums.dtype)
@@ -175,10 +181,32 @@ class PairParts:
         self._widen(norms.dtype)
         self.norm_sq[group] += norms
 
-    def _add_sketch(self, group: int, sketch: Tensor) -> None:
-        """sketch (P, k, k), its projections still without their factor 1 / sqrt(k) each."""
-        self._widen(sketch.dtype)
-        self.sketch[group].add_(sketch, alpha=1.0 / self.k)
+    def finish(self) -> None:
+        """Sum what has waited."""
+        if self.narrow:
+            groups, outputs, inputs = zip(*self.narrow, strict=True)
+            self._add_sketches(groups, self.ops.products(outputs, inputs))
+        if self.vectors:
+            flat = torch.stack(
+                [
+                    self.ops.project(sums, place.key, "vector", self.k * self.k)
+                    for place, sums in self.vectors
+                ]
+            )
+            groups = tuple(place.group for place, _ in self.vectors)
+            self._add_sketches(groups, flat.unflatten(-1, (self.k, self.k)))
+        self.narrow, self.vectors = [], []
+
+    def _add_products(self, group: int, outputs: Tensor, inputs: Tensor) -> None:
+        self.narrow.append((group, outputs, inputs))
+        if len(self.narrow) * inputs.numel() > WAITING:
+            self.finish()
+
+    def _add_sketches(self, groups: Sequence[int], sketches: Tensor) -> None:
+        """sketches (E, P, k, k), their projections still without their factors 1 / sqrt(k)."""
+        self._widen(sketches.dtype)
+        at = torch.tensor(groups, device=sketches.device)
+        add_rows_(self.sketch.flatten(1), at, sketches.flatten(1) / self.k)
 
     def _add_change(self, group: int, per_token: Tensor) -> None:
         """per_token (T,)."""

@@ -148,6 +148,7 @@ class Taps:
         """What the taps saw since the last call: of the batch that was watched."""
         parts, self.parts = self.parts, None
         assert parts is not None, "nothing was watched since the last collect()"
+        parts.finish()
         exact = {
             name: parts.norm_sq[i]
             for i, name in enumerate(self.groups)

@@ -95,8 +95,12 @@ def _standard_error(terms: Tensor) -> Tensor:
     if k == 1:
         return torch.full_like(terms[..., 0, 0], torch.nan)
     rows, columns = terms.mean(-1), terms.mean(-2)
-    rest = terms - rows.unsqueeze(-1) - columns.unsqueeze(-2) + _over(terms.mean((-2, -1)))
-    mean_square = rest.square().sum((-2, -1)) / (k - 1) ** 2
+    # What rows and columns leave over, by sums of squares: one pass over the terms, not six.
+    whole = rows.mean(-1)
+    left = terms.square().sum((-2, -1)) - k * (
+        rows.square().sum(-1) + columns.square().sum(-1) - k * whole.square()
+    )
+    mean_square = left.clamp(min=0) / (k - 1) ** 2
     variance = (rows.var(-1) + columns.var(-1)) / k - mean_square / k**2
     # Its mean is right, single values may be negative: then no effect stands out, and what the
     # rest alone gives is the estimate.

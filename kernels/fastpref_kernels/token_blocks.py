@@ -1,7 +1,7 @@
 """Segments of similar length as dense blocks, for sums over their rows on a CPU.
 
     blocks = TokenBlocks.make(counts, device)      # once a batch
-    blocks.products(y, x)                          # (S, a, b) sum of y_t x_t^T over each segment
+    blocks.products(y, x)                          # (E, S, a, b) sums of y_t x_t^T over segments
     blocks.norms(x, [dy])                          # (S,) squared norm of that, for wide y and x
 
 A batched product over a block costs one call where a loop costs one for every segment, and much of
@@ -36,15 +36,15 @@ class Block:
     first: int
     padding: Tensor | None  # slots that hold no row
 
-    def dense(self, x: Tensor, zero: bool) -> Tensor:  # (B, L, ...)
+    def dense(self, x: Tensor, zero: bool) -> Tensor:  # (..., T, d) -> (..., B, L, d)
         """The block's rows; ``zero``: padding is 0."""
         if self.index is None:
-            own = x[self.first : self.first + len(self.lengths) * self.length]
+            own = x.narrow(-2, self.first, len(self.lengths) * self.length)
         else:
-            own = x.index_select(0, self.index)
+            own = x.index_select(-2, self.index)
             if zero and self.padding is not None:
-                own.index_fill_(0, self.padding, 0.0)
-        return own.unflatten(0, (len(self.lengths), self.length))
+                own.index_fill_(-2, self.padding, 0.0)
+        return own.unflatten(-2, (len(self.lengths), self.length))
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,12 @@ class TokenBlocks:
         return TokenBlocks(list(counts), [_block(run, counts, first, device) for run in runs])
 
     def products(self, y: Tensor, x: Tensor) -> Tensor:
-        """(S, a, b) sum over each segment's rows of y_t x_t^T; y (T, a), x (T, b) narrow."""
-        out = y.new_zeros(len(self.counts), y.shape[1], x.shape[1])
+        """(E, S, a, b) sums over each segment's rows of y_t x_t^T, for each of E matrices; y (E, T,
+        a), x (E, T, b), a and b small."""
+        out = y.new_zeros(len(y), len(self.counts), y.shape[2], x.shape[2])
         for block in self.blocks:
             left, right = block.dense(y, zero=True), block.dense(x, zero=False)
-            out[block.segments] = torch.bmm(left.transpose(1, 2), right)
+            out[:, block.segments] = torch.matmul(left.transpose(2, 3), right)
         return out
 
     def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:

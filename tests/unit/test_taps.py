@@ -1,0 +1,161 @@
+"""Taps: what they are attached to, what they refuse, and that they leave no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastpref.dynamics import tap_layers
+from fastpref.dynamics.taps import attach
+from tests.kernels.test_norms_models import build
+
+
+def llama(**changes: Any) -> Any:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**shape, **changes))
+
+
+class Wrapped(nn.Module):
+    """A causal LM of one odd layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(4, 8, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 4))
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Squared(nn.Module):
+    """No norm of those that are known: its output is not linear in the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight**2
+
+
+class Gated(nn.Module):
+    """A norm that wants a second input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(4)), 1e-6
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * self.weight * gate
+
+
+@pytest.mark.parametrize(
+    "layer,named",
+    [
+        (Stack(), r"layer \(Stack\) has the trained parameter gate_up_proj \(2, 8, 4\)"),
+        (Twice(4, 4), r"layer \(Twice\) has the trained parameter weight \(4, 4\), and 1 more"),
+        (Squared(), r"layer \(Squared\)"),
+        (Gated(), r"layer \(Gated\)"),
+        (nn.Embedding(8, 4, max_norm=1.0), r"layer \(Embedding\)"),
+        (nn.Embedding(8, 4, scale_grad_by_freq=True), r"layer \(Embedding\)"),
+        (nn.Conv1d(4, 4, 1), r"layer \(Conv1d\)"),
+    ],
+)
+def test_what_cannot_be_tapped_is_named(layer: nn.Module, named: str) -> None:
+    with pytest.raises(ValueError, match=named + ".*Set track: head, or freeze it"):
+        attach(Wrapped(layer), "sketch")
+    layer.requires_grad_(False)
+    assert attach(Wrapped(layer), "sketch").groups == ("head",)
+
+
+def test_a_bias_of_the_head_and_shared_weights_are_named() -> None:
+    model = Wrapped(nn.Identity())
+    model.head = nn.Linear(4, 8)
+    with pytest.raises(ValueError, match=r"head \(Linear\) has the trained parameter bias"):
+        attach(model, "exact")
+    model.head.bias.requires_grad_(False)
+    assert attach(model, "exact").groups == ("head",)
+    model.layer = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model.layer[1].weight = model.layer[0].weight
+    with pytest.raises(ValueError, match=r"layer.0.weight and layer.1.weight are one trained"):
+        attach(model, "exact")
+    model.layer = nn.Linear(4, 8, bias=False)
+    model.layer.weight = model.head.weight
+    with pytest.raises(ValueError, match="layer.weight and head.weight are one trained parameter"):
+        attach(model, "exact")
+
+
+@pytest.mark.parametrize(
+    "mode,sketch_dim,message", [("gram", 4, "sketch, exact, got 'gram'"), ("exact", 0, "got 0")]
+)
+def test_arguments(mode: str, sketch_dim: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attach(llama(), mode, sketch_dim=sketch_dim)
+
+
+def test_groups() -> None:
+    """In the order of the model; only those with trained weights; a tied head is `embedding`."""
+    blocks = ("block.0.attention", "block.0.mlp", "block.1.attention", "block.1.mlp")
+    model = llama()
+    assert attach(model, "sketch").groups == ("embedding", *blocks, "norms", "head")
+    assert attach(llama(tie_word_embeddings=True), "sketch").groups == (
+        "embedding",
+        *blocks,
+        "norms",
+    )
+    model.requires_grad_(False)
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    assert attach(model, "sketch").groups == ("block.1.mlp",)
+    assert attach(build("gpt2"), "sketch").groups == ("embedding", *blocks, "norms")
+
+
+def test_kinds_are_found_by_what_layers_do() -> None:
+    import transformers.models.gemma3.modeling_gemma3 as gemma
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.pytorch_utils import Conv1D
+
+    kind = tap_layers.kind_of
+    assert kind(nn.Linear(3, 4)) == tap_layers.Linear(False)
+    assert kind(Conv1D(4, 3)) == tap_layers.Linear(True)
+    assert kind(LlamaRMSNorm(6, eps=1e-4)) == tap_layers.Norm(1e-4, False)
+    assert kind(gemma.Gemma3RMSNorm(6, eps=1e-5)) == tap_layers.Norm(1e-5, False)
+    assert kind(nn.RMSNorm(6)) == tap_layers.Norm(torch.finfo(torch.float32).eps, False)
+    assert kind(nn.LayerNorm(6, eps=1e-3)) == tap_layers.Norm(1e-3, True)
+    assert kind(nn.LayerNorm(6, bias=False)) == tap_layers.Norm(1e-5, True)
+    assert kind(nn.Embedding(9, 6, padding_idx=8)) == tap_layers.Embedding(1.0, 8)
+    scaled = kind(gemma.Gemma3TextScaledWordEmbedding(9, 6, 0, embed_scale=6**0.5))
+    assert isinstance(scaled, tap_layers.Embedding)
+    assert scaled.scale == float(torch.tensor(6**0.5)) and scaled.padding_idx == 0
+    assert kind(nn.GELU()) is None
+
+
+def test_the_dimension_of_tokens() -> None:
+    """Of a norm of heads, also where there are as many heads as tokens."""
+    rows = tap_layers.TokenRows("q_norm")
+    base = torch.arange(3 * 3 * 2).view(1, 3, 3, 2)  # as a view of one row's product
+    assert torch.equal(rows(base, 3), base[0])
+    assert torch.equal(rows(base.transpose(1, 2), 3), base[0])
+    seen = tap_layers.TokenRows("q_norm")
+    seen(torch.zeros(1, 2, 5, 4), 5)
+    copied = base.transpose(1, 2).contiguous()
+    assert torch.equal(seen(copied, 3), base[0])
+    with pytest.raises(ValueError, match=r"q_norm: sees \(4, 2\) where the batch has 3 tokens"):
+        seen(torch.zeros(4, 2), 3)
