@@ -45,7 +45,8 @@ from fastpref.observe import Window
 from fastpref.optim import build_optimizer
 from fastpref.refcache import PLAN_TOKENS, reference_logp
 from fastpref.schedule import Schedule
-from fastpref.train import State, run_loop
+from fastpref.state import State
+from fastpref.train import run_loop
 
 COMPARED = ("loss", "logps/chosen", "logps/rejected", "num_tokens")
 

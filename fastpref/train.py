@@ -10,21 +10,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastpref import dist, lora, require_matching_kernels, runfolder
 from fastpref.answers import initial_probes
-from fastpref.balance import Balancer, demand_shares, find_balancer
+from fastpref.balance import demand_shares, find_balancer
 from fastpref.batch import PairBatch
 from fastpref.best import Best
 from fastpref.checkpoint import (
-    TrainState,
-    load_checkpoint,
     load_weights,
     remove_checkpoints_after,
     save_checkpoint,
@@ -38,7 +33,6 @@ from fastpref.drift import Boundaries
 from fastpref.dynamics.parts import write_layer_groups
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
-from fastpref.dynamics.taps import Taps
 from fastpref.errors import NonFiniteError, Preempted
 from fastpref.evaluate import Evaluator, evaluation_names
 from fastpref.features import with_states
@@ -46,8 +40,7 @@ from fastpref.head import freeze_body
 from fastpref.journal import Journal
 from fastpref.loggers import demand_packages
 from fastpref.losses import Loss, get_loss
-from fastpref.masters import Masters
-from fastpref.model import PairModel, load_model, load_tokenizer, resolve_device
+from fastpref.model import load_model, load_tokenizer, resolve_device
 from fastpref.observe import StepView, Trail, Window, record_step
 from fastpref.prepare import (
     data_key,
@@ -59,102 +52,15 @@ from fastpref.prepare import (
 )
 from fastpref.probes import Probing
 from fastpref.progress import Bar, Clock
-from fastpref.reference import copy_reference, is_live, sync_reference
+from fastpref.reference import copy_reference, sync_reference
 from fastpref.schedule import Schedule, rate_factor
 from fastpref.selfcheck import check_model, check_probes
+from fastpref.state import State
 from fastpref.step import StepResult, train_step
 from fastpref.tapcheck import find_taps
-from fastpref.track import RateTracker, find_tracker, record_rates
+from fastpref.track import find_tracker, record_rates
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class State:
-    """What changes while a run runs; a checkpoint holds all of it."""
-
-    model: PairModel
-    optimizer: torch.optim.Optimizer
-    scheduler: Schedule
-    window: Window  # sums since the last line of metrics.jsonl
-    best: Best  # what the evaluations said so far
-    key: str  # names the initial weights, the data and the reference: a resumed run shares them
-    reference: PairModel | None = None  # the one that follows the policy (sync_ref_model)
-    taps: Taps | None = None  # what sees every pair's gradient (track)
-    balancer: Balancer | None = None  # what weighs the behaviors' losses (balance)
-    masters: Masters | None = None  # float32 copies of bfloat16 weights, which the optimizer moves
-    head_start: Tensor | None = None  # (V, D) initial head weight, where the head alone learns
-    probing: Probing | None = None  # what scores fixed responses (probe_every)
-    tracker: RateTracker | None = None  # what measures update rates (rate_every)
-    boundaries: Boundaries = field(default_factory=Boundaries)  # as the run began
-    step: int = 0  # finished optimizer steps
-    num_tokens: int = 0  # of both sequences of every pair so far, as TRL counts
-    loss_sum: float = 0.0  # of every step's loss so far
-
-    def observe(self, view: StepView) -> None:
-        """Count a finished step."""
-        self.window.add(view, self.model.router)
-        self.num_tokens += view.plan.num_tokens
-        self.loss_sum += view.scalar("loss")
-
-    def head_update(self) -> dict[str, Tensor]:
-        """Frobenius norm of the head's weight minus its start; empty where the body learns too."""
-        if self.head_start is None:
-            return {}
-        moved = torch.dist(self.model.head.weight.detach(), self.head_start)
-        return {"head_update_norm": moved}
-
-    def saved(self, log_history: list[dict[str, Any]]) -> TrainState:
-        """The form in which checkpoints hold it."""
-        counters = {
-            "step": self.step,
-            "key": self.key,
-            "num_tokens": self.num_tokens,
-            "loss_sum": self.loss_sum,
-            "window": self.window.sums,
-            "best": self.best.state_dict(),
-        }
-        if self.balancer:
-            counters["balance"] = self.balancer.state_dict()
-        if self.probing:
-            counters["probes"] = self.probing.state_dict()
-        module, tokenizer = self.model.module, self.model.tokenizer
-        reference = self.reference.module if self.reference else None
-        return TrainState(
-            module,
-            tokenizer,
-            self.optimizer,
-            self.scheduler,
-            counters,
-            reference,
-            self.masters,
-            log_history,
-        )
-
-    def loss_weights(self) -> dict[str, float]:
-        """Behavior -> weight of its pairs' losses; empty without `balance`."""
-        return self.balancer.weights() if self.balancer else {}
-
-    def live_reference(self, config: Config) -> PairModel | None:
-        """The reference that scores the coming pairs; None: the one whose log-probs are cached."""
-        return self.reference if is_live(config, self.step) else None
-
-    def restore(self, checkpoint: Path) -> None:
-        """Continue from ``checkpoint``, bit for bit; ValueError if data or models changed."""
-        counters = load_checkpoint(checkpoint, self.saved([]), verify=False)
-        if counters["key"] != self.key:
-            raise ValueError(
-                f"{checkpoint}: the data, the tokenizer, the reference or the model that training "
-                "began from changed since this run began. Restore them, or choose another "
-                "output_dir."
-            )
-        self.step, self.num_tokens = counters["step"], counters["num_tokens"]
-        self.loss_sum, self.window.sums = counters["loss_sum"], counters["window"]
-        self.best.load_state_dict(counters["best"])
-        if self.balancer:
-            self.balancer.load_state_dict(counters["balance"])
-        if self.probing:
-            self.probing.load_state_dict(counters["probes"])
 
 
 def train(config: Config, progress: bool = True) -> Path:
@@ -298,7 +204,6 @@ def run_loop(
                     state.probing.before()
             began, rate = time.perf_counter(), state.scheduler.learning_rate
             result = _step(config, loss, dataset, state, plan)
-
             seconds, rates = time.perf_counter() - began, None
 
             # What it showed. The step before it is known by now, this one is on its way.
