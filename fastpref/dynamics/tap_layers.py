@@ -82,7 +82,8 @@ def _embedding(module: nn.Embedding) -> Embedding | None:
     if not isinstance(ones, Tensor) or ones.shape != (len(ids), len(row)):
         return None
     scale = float(ones[0, 0])
-    known = bool((ones == scale).all()) and torch.allclose(other, row * scale, rtol=1e-5)
+    close = torch.finfo(row.dtype).eps
+    known = bool((ones == scale).all()) and torch.allclose(other, row * scale, rtol=4 * close)
     return Embedding(scale, module.padding_idx) if known else None
 
 
@@ -96,11 +97,11 @@ def _norm(module: nn.Module) -> Norm | None:
     eps = torch.finfo(weight.dtype).eps if eps is None else float(eps)
     x = torch.arange(3 * len(weight), device=weight.device, dtype=torch.float64)
     x = (x * 1.7).sin().view(1, 3, -1) + 0.3
+    # Not in bfloat16, whose rounding would hide the difference.
+    wide = torch.promote_types(weight.dtype, torch.float32)
     for centred in (False, True):
-        if all(
-            _is_norm(module, own, (x * size).to(weight.dtype), eps, centred)
-            for size in (1.0, eps**0.5)
-        ):
+        at = [(x * size).to(wide) for size in (1.0, eps**0.5)]
+        if all(_is_norm(module, own, rows, eps, centred) for rows in at):
             return Norm(eps, centred)
     return None
 
@@ -110,7 +111,8 @@ def _is_norm(
 ) -> bool:
     def at(value: float) -> Tensor:
         given = {
-            name: torch.full_like(p, value if name == "weight" else 0.0) for name, p in own.items()
+            name: torch.full_like(p, value if name == "weight" else 0.0, dtype=x.dtype)
+            for name, p in own.items()
         }
         return functional_call(module, given, (x,))
 

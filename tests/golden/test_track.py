@@ -62,7 +62,16 @@ def trained(folder: Path) -> dict[str, np.ndarray]:
     return table[table.split == "train"].reset_index(drop=True)
 
 
-@pytest.mark.parametrize("changes", [{}, LORA, {"dtype": "bfloat16"}], ids=["all", "lora", "bf16"])
+HALF = {"dtype": "bfloat16", "weights_dtype": "bfloat16"}
+AGAIN = {"gradient_checkpointing": "full"}
+SOME = {"gradient_checkpointing": "selective"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, LORA, {"dtype": "bfloat16"}, HALF, AGAIN, SOME],
+    ids=["all", "lora", "autocast", "half", "checkpointed", "selective"],
+)
 def test_tracking_changes_no_bit(base: Config, tmp_path: Path, changes: dict[str, Any]) -> None:
     plain = run(base, tmp_path / "none", **changes)
     for track in ("sketch", "exact"):

@@ -147,6 +147,21 @@ def test_kinds_are_found_by_what_layers_do() -> None:
     assert kind(nn.GELU()) is None
 
 
+def test_kinds_of_layers_in_half_precision() -> None:
+    """Gemma's scale is what its dtype makes of it."""
+    import transformers.models.gemma3.modeling_gemma3 as gemma
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    kind = tap_layers.kind_of
+    for norm in (LlamaRMSNorm(6, eps=1e-4), gemma.Gemma3RMSNorm(6, eps=1e-4)):
+        assert kind(norm.bfloat16()) == tap_layers.Norm(1e-4, False)
+    assert kind(nn.LayerNorm(6, eps=1e-3).bfloat16()) == tap_layers.Norm(1e-3, True)
+    scaled = gemma.Gemma3TextScaledWordEmbedding(9, 6, 0, embed_scale=6**0.5).bfloat16()
+    found = kind(scaled)
+    assert isinstance(found, tap_layers.Embedding)
+    assert found.scale == float(torch.tensor(6**0.5).bfloat16()) != float(torch.tensor(6**0.5))
+
+
 def test_the_dimension_of_tokens() -> None:
     """Of a norm of heads, also where there are as many heads as tokens."""
     rows = tap_layers.TokenRows("q_norm")
