@@ -118,6 +118,8 @@ class StepView:
             **({} if result.aux_loss is None else {"aux_loss": result.aux_loss}),
             **(others or {}),
         }
+        # The norm of bfloat16 gradients is one, and NumPy has none.
+        scalars = {n: x.float() if x.itemsize < 4 else x for n, x in scalars.items()}
         sizes = [(r.batch.num_tokens, r.batch.rows.numel(), 1) for r in result.pairs]
         own = torch.tensor(sizes or [(0, 0, 0)], dtype=torch.float64).sum(dim=0)
         sums = torch.cat([metric_sums(result.pairs, device), own.to(device, non_blocking=True)])
