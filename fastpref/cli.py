@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("fastpref.commands.report", "write a run's report.html"),
     "inspect": ("fastpref.commands.inspect", "look at a data set before training on it"),
     "theory": ("fastpref.commands.theory", "predict what pairs teach a model, before training"),
+    "profile": ("fastpref.commands.profile", "a model's gradients on pairs, without training"),
     "reproduce": ("fastpref.commands.reproduce", "the paper's experiments, prediction beside run"),
     "refcache": ("fastpref.commands.refcache", "compute reference log-probs ahead of training"),
     "env": ("fastpref.commands.env", "versions and hardware, for bug reports"),

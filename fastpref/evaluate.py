@@ -106,7 +106,7 @@ class Evaluator:
             of_sets = [results[own] for own in self.sets.values()] if split == HELD_OUT else []
             columns, more, metrics = _to_host(results, of_sets, model.head_is_all)
             journal.perf(_clocks(step, split, batches, time.perf_counter() - began))
-            rows = behavior_rows(self.behaviors, columns["behavior"], **_measured(columns))
+            rows = behavior_rows(self.behaviors, columns["behavior"], **measured_columns(columns))
             if loss_weights:
                 rows = [row | {"loss_weight": loss_weights.get(row["behavior"])} for row in rows]
             if recorder:
@@ -174,7 +174,8 @@ def _clocks(
     }
 
 
-def _measured(columns: Columns) -> Columns:
+def measured_columns(columns: Columns) -> Columns:
+    """The columns of pairs that `behavior_rows` makes columns of behaviors of."""
     names = (
         "margin",
         "weight",
@@ -201,7 +202,7 @@ def _to_host(
     groups = [results, *of_sets]
     sums = torch.stack([metric_sums(own, results[0].loss.device) for own in groups])
     columns = [pair_columns(result, head_is_all) for result in results]
-    head, *host = to_host([{"sums": sums}, *columns, *map(_beside, results)])
+    head, *host = to_host([{"sums": sums}, *columns, *map(side_columns, results)])
     more = host[len(results) :]
     together = {name: np.concatenate([own[name] for own in more], axis=-1) for name in SIDE_BY_SIDE}
     return (
@@ -214,7 +215,8 @@ def _to_host(
 SIDE_BY_SIDE = ("first_tokens", "reward_margin")  # pairs are their last dimension
 
 
-def _beside(result: PairResult) -> dict[str, torch.Tensor]:
+def side_columns(result: PairResult) -> dict[str, torch.Tensor]:
+    """On the device: features (P, D), first_tokens (2, P), reward_margin (P,), see `_to_host`."""
     rows = result.batch.first_own_rows()
     assert result.features is not None
     features = result.features  # half precision is NumPy's only as float32

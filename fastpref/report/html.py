@@ -45,7 +45,7 @@ _MAIN_CONFIG = (
     "seed",
 )
 
-_CSS = """
+CSS = """
 :root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto,
   "Helvetica Neue", "DejaVu Sans", sans-serif;
   --page: #f6f7f9; --card: #fff; --text: #1c2127; --soft: #5c6670; --line: #dfe3e8;
@@ -119,7 +119,7 @@ def page(run: RunFiles) -> str:
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}: fastpref report</title>",
-        f"<style>{_CSS}{_series_css(len(set(run.pairs) | {row.behavior for row in rows}))}</style>",
+        f"<style>{CSS}{_series_css(len(set(run.pairs) | {row.behavior for row in rows}))}</style>",
         "</head><body><main>",
         f"<header><h1>{title}</h1><p>{escape(_state(run, rows))}</p></header>",
         _tiles(run, rows),

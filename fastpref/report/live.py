@@ -36,6 +36,8 @@ _METRICS = {c.name: c.name for c in schema.TABLES["behaviors"].columns} | {
     "logps/chosen": "logp_chosen",
     "grad_norm": "head_gnorm_m",
     "update_rate": "rate_obs",
+    "update_rate_predicted": "rate_pred_opt",
+    "squeezing": "squeezing",  # of probes
 }
 
 
@@ -148,7 +150,8 @@ Curves = dict[str, dict[str, Series]]  # [behavior][column]
 class LiveRun:
     """What is known of a run. `look` brings it up to date.
 
-    curves[split][behavior][column]: columns of the `behaviors` table, and reward_margin; train: the
+    curves[split][behavior][column]: columns of the `behaviors` table, and reward_margin; squeezed:
+    behaviors that the last line of probes tells of, and whether they are; train: the
     curves of metrics.jsonl's split of that name. Raises ValueError where ``path`` is no run, and,
     in `look`, where a file is not what it should be or another schema version wrote it.
     """
@@ -156,6 +159,7 @@ class LiveRun:
     path: Path
     config: dict[str, Any] = field(init=False, default_factory=dict)
     curves: dict[str, Curves] = field(init=False)
+    squeezed: dict[str, bool] = field(init=False)
     train: dict[str, Series] = field(init=False)
     perf: dict[str, Any] = field(init=False)  # the last line about steps
     step: int = field(init=False)
@@ -172,7 +176,7 @@ class LiveRun:
         self._forget()
 
     def _forget(self) -> None:
-        self.curves, self.train, self.perf = {}, {}, {}
+        self.curves, self.squeezed, self.train, self.perf = {}, {}, {}, {}
         self.step, self.epoch, self.ended = 0, 0.0, False
         self._windows, self._read = deque(maxlen=_WINDOWS), {}
 
@@ -217,9 +221,11 @@ class LiveRun:
                 continue
             if split == schema.TRAIN:
                 self.train.setdefault(key, Series()).add(step, value)
-            elif key.startswith("behavior/") and split != schema.PROBES:
+            elif key.startswith("behavior/"):
                 name, column = _split_metric(key)
-                if column:
+                if split == schema.PROBES:
+                    self.squeezed[name] = column == "squeezing" and value > 0
+                elif column:
                     self._add(split, name, column, step, value)
 
     def _add(self, split: str, behavior: str, column: str, step: int, value: float) -> None:

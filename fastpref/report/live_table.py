@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.cells import cell_len
@@ -134,10 +134,16 @@ def demand_behaviors(names: Sequence[str], known: Sequence[str]) -> tuple[str, .
 
 def splits_of(run: LiveRun) -> list[str]:
     """The splits that a table can be of, the training sample first."""
-    known = [
-        s for s in (schema.TRAIN_SAMPLE, schema.HELD_OUT, schema.RATE_SAMPLE) if run.curves.get(s)
+    first = (schema.TRAIN_SAMPLE, schema.HELD_OUT, schema.RATE_SAMPLE)
+    shown = [
+        split
+        for split, behaviors in run.curves.items()
+        if any(_TABLED & own.keys() for own in behaviors.values())
     ]
-    return known + [s for s in run.curves if s not in known]
+    return [s for s in first if s in shown] + [s for s in shown if s not in first]
+
+
+_TABLED = {"margin", "reward_margin", "rate_obs"}  # of which probes, say, have none
 
 
 def demand_split(run: LiveRun, split: str | None) -> str | None:
@@ -181,7 +187,7 @@ def rows_of(run: LiveRun, split: str, view: View) -> list[Row]:
         step_values = measured.get(name, {})
         if "rate_pred_opt" in step_values:
             curves = curves | {c: s for c, s in step_values.items() if c in _OF_STEP}
-        values = {column: series.last for column, series in curves.items()}
+        values = {c: series.last for c, series in curves.items() if _belongs(c, curves)}
         margin = curves.get("margin") or curves.get("reward_margin") or Series()
         rows.append(Row(name, values, margin, curves.get("logp_chosen", Series())))
     return _sorted(rows, view)
@@ -192,6 +198,13 @@ _OF_STEP = {
     for name in ("rate_obs", "rate_pred_opt", "rate_pred_sgd", "share", "coherence", "gnorm_m")
     for end in ("", "_error")
 }
+
+
+def _belongs(column: str, curves: Mapping[str, Series]) -> bool:
+    """Whether a column is not the error of an older value: errors come with the records alone,
+    values with every line of metrics."""
+    value = curves.get(column.removesuffix("_error"))
+    return value is None or curves[column].steps[-1] == value.steps[-1]
 
 
 def sortable(rows: Sequence[Row]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.text import Text
 
@@ -34,7 +34,7 @@ def screen(run: LiveRun, view: View, width: int, height: int | None, unicode: bo
     split = demand_split(run, view.split)
     lines = header(run, width, unicode)
     rows = rows_of(run, split, view) if split else []
-    lines += [clip(Text(f"! {text}", "bold red"), width) for text in alarms(rows, width - 2)]
+    lines += [clip(Text(f"! {text}", "bold red"), width) for text in alarms(run, rows, width - 2)]
     lines.append(Text())
     if not rows:
         return lines + [clip(Text(text), width) for text in _why_empty(run)] + _foot(height, width)
@@ -115,9 +115,13 @@ def fit_plain(text: str, unicode: bool) -> str:
     return fit(text, len(text) * 2, unicode).rstrip()
 
 
-def alarms(rows: Sequence[Row], width: int = 120) -> list[str]:
+def alarms(run: LiveRun, rows: Sequence[Row], width: int = 120) -> list[str]:
     """What should be looked at, a line each; nothing where all is well."""
-    kinds = (
+    kinds: tuple[tuple[str, Callable[[Row], bool]], ...] = (
+        (
+            "squeezing: chosen and rejected fall, the argmax rises",
+            lambda row: run.squeezed.get(row.name, False),
+        ),
         ("margin falls, three evaluations in a row", _falls),
         ("logp chosen fell by more than the margin rose", _displaced),
     )

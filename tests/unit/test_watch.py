@@ -28,7 +28,7 @@ from fastpref.dynamics.recorder import MetricsLog, Recorder, read_jsonl
 from fastpref.report import live
 from fastpref.report.characters import Canvas, axis_range, sparkline
 from fastpref.report.live import MAX_POINTS, LiveRun, Series, Tail, span
-from fastpref.report.live_table import SORT_KEYS, View, demand_behaviors, fit
+from fastpref.report.live_table import SORT_KEYS, View, demand_behaviors, fit, splits_of
 from fastpref.report.live_view import screen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +125,8 @@ def write_run(
         perf.append({"split": "train", "step": steps, "train_runtime": 1.0})
         if recorder:
             recorder.close(steps)
+    if recorder:
+        recorder._writer.join()  # parts are written in a thread of their own
     metrics.flush()
     perf.flush()
     return folder
@@ -312,6 +314,17 @@ def test_eighty_columns_hold_what_matters(tmp_path: Path) -> None:
     assert cells[-1] == "▁▂▃▄▅▆▇█"
 
 
+def test_no_error_of_an_older_step(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 40, rates=True)
+    assert "±" in text(LiveRun(folder))
+    log = MetricsLog(folder / "metrics.jsonl", resume_step=40)
+    line = {"behavior/slow/update_rate": 0.2, "behavior/slow/update_rate_predicted": 0.25}
+    log.append({"step": 41, "epoch": 2.0, "split": "rate_sample", **line})
+    log.flush()
+    rows = [row for row in body(text(LiveRun(folder))) if "slow" in row]
+    assert "250" in rows[0] and "200" in rows[0] and "±" not in rows[0]
+
+
 def test_order_and_choice(tmp_path: Path) -> None:
     run = LiveRun(write_run(tmp_path / "run", 40, rates=True))
 
@@ -354,7 +367,16 @@ def test_alarms(tmp_path: Path) -> None:
         line = {"behavior/fast/margin": 1.0 - k, "behavior/slow/margin": 9.0 + k}
         log.append({"step": step, "epoch": 2.0, "split": "train_sample", **line})
     log.flush()
-    assert "! margin falls, three evaluations in a row: 1 of 2 (fast)" in text(LiveRun(folder))
+    shown = text(LiveRun(folder))
+    assert "! margin falls, three evaluations in a row: 1 of 2 (fast)" in shown
+    assert "squeezing" not in shown
+    for step, alarm in ((52, 1), (56, 0)):
+        log.append({"step": step, "split": schema.PROBES, "behavior/fast/squeezing": alarm})
+        log.flush()
+        run = LiveRun(folder)
+        shown = text(run, width=120)
+        assert ("the argmax rises: 1 of 2 (fast)" in shown) == bool(alarm)
+        assert splits_of(run) == ["train_sample", "eval"]
 
 
 def test_canvas_and_sparkline() -> None:
