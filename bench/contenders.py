@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from bench.flops import Shape, Work
-from fastpref.attention import build_layout
+from fastpref.attention_dense import build_dense
 from fastpref.best import Best
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset
@@ -229,7 +229,7 @@ class Fastpref:
     def _sum(self, micro_batches: Any) -> Work:
         tokens = scores = rows = gram = 0
         for batch in map(pack_pairs, micro_batches):
-            layout = build_layout(batch.lengths, "cpu")
+            layout = build_dense(batch.lengths, "cpu")
             tokens += batch.num_tokens
             scores += sum(block.pairs * block.length**2 for block in layout.blocks)
             rows += batch.rows.numel()

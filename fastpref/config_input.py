@@ -54,7 +54,11 @@ class InputOptions:
         ("none", "selective", "full"),
     )
     attn_implementation: str = option(
-        "auto", "model", "Attention backend by name; auto: the fastest one that fits the device."
+        "auto",
+        "model",
+        "Attention backend (docs/attention.md). auto: on CUDA in half precision flash-attn if "
+        "installed, else torch's varlen; sdpa elsewhere and for what these lack.",
+        ("auto", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen"),
     )
     device: str = option("auto", "model", "auto (CUDA if there is one), cpu, cuda or cuda:N.")
     trainable: str = option(

@@ -101,7 +101,7 @@ def _as_packed(
     positions: Tensor | None = None,
 ) -> tuple[Tensor, bool]:
     """(T, D) hidden states of one packed pair; whether attention was asked at all."""
-    layout = attention.build_layout([lengths], model.device)
+    layout = attention.build_dense([lengths], model.device)
     if positions is None:
         prefix, chosen, rejected = lengths
         starts = ((0, prefix), (prefix, chosen), (prefix, rejected))

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fastpref import attention, lora
 from fastpref.architecture import NO_INTERFACE, logit_transform
+from fastpref.attention import Layout
+from fastpref.attention_backends import SDPA, Backend, choose_backend, demand_backend
 from fastpref.batch import PairBatch, ProbeBatch
 from fastpref.config import Config
 from fastpref.recompute import checkpoint_layers
@@ -74,6 +76,7 @@ class PairModel:
     router: Router | None = None  # of a mixture of experts whose balance is part of the loss
     reference_off: bool = False  # the reference is `module` without its adapter
     frozen_body: bool = False  # nothing but the head learns (`fastpref.head`)
+    attention: Backend = SDPA
 
     @property
     def head(self) -> Head:
@@ -111,15 +114,32 @@ class PairModel:
         return self._body(batch).last_hidden_state[0]
 
     def _body(self, batch: PairBatch | ProbeBatch, **asked: bool) -> Any:
-        layout = attention.build_layout(batch.lengths, self.device)
+        layout = attention.build_layout(batch.lengths, self.device, self.attention)
+        return self._run(batch.tokens, batch.positions, layout, **asked)
+
+    def _run(self, tokens: Tensor, positions: Tensor, layout: Layout, **asked: bool) -> Any:
         with self.autocast(), attention.ambient(layout):
             return self.module.base_model(  # type: ignore[operator]
-                input_ids=batch.tokens[None],
-                position_ids=batch.positions[None],
+                input_ids=tokens[None],
+                position_ids=positions[None],
                 pair_layout=layout,
                 use_cache=False,
                 **asked,
             )
+
+    @torch.no_grad()
+    def lacks(self, backends: Sequence[Backend]) -> dict[str, str]:
+        """Backend of attention -> what it does not compute of what the layers ask for.
+
+        From a forward of a few tokens. Where that fails it says nothing: the self-check will.
+        """
+        layout = attention.NotingLayout(attention.build_dense([(2, 1, 1)], self.device), backends)
+        tokens, positions = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 2]], device=self.device)
+        try:
+            self._run(tokens, positions, layout)
+        except Exception as error:
+            log.debug("no forward of four tokens: %s", error)
+        return layout.lacks
 
     def logp(
         self,
@@ -232,7 +252,8 @@ def load_model(config: Config, tokenizer: Any = None) -> PairModel:
     Raises ValueError as `read_weights` does: for what packing would get wrong, for weights that are
     not safetensors or not all there.
     """
-    resolve_attention(config.attn_implementation)
+    device = resolve_device(config.device)
+    demand_backend(config.attn_implementation, device, resolve_dtype(config.dtype, device))
     if config.trainable == "lora":
         lora.check_available()
     tokenizer = tokenizer or load_tokenizer(config)
@@ -240,7 +261,7 @@ def load_model(config: Config, tokenizer: Any = None) -> PairModel:
     model = replace(model, router=_router(model, config))
     if config.trainable == "lora":
         model = _adapted(model, config)
-    return _placed(model)
+    return _with_attention(_placed(model), config.attn_implementation)
 
 
 def load_reference(config: Config) -> PairModel:
@@ -254,7 +275,7 @@ def load_reference(config: Config) -> PairModel:
     )
     reference = _load(config, source, read_tokenizer(source))
     reference.module.requires_grad_(False)
-    return _placed(reference)
+    return _with_attention(_placed(reference), "auto")
 
 
 def _policy(config: Config) -> Source:
@@ -313,6 +334,13 @@ def _placed(model: PairModel) -> PairModel:
     return model
 
 
+def _with_attention(model: PairModel, name: str) -> PairModel:
+    backend, others = choose_backend(name, model.device, model.dtype, model.lacks)
+    why = "".join(f"; not {other}: {reason}" for other, reason in others.items())
+    log.info("attention: %s%s", backend.name, why if model.device.type == "cuda" else "")
+    return replace(model, attention=backend)
+
+
 def prepare(module: nn.Module) -> None:
     """Put `pair_attention` into a causal LM and switch its dropout off, in place."""
     attention.register()
@@ -356,12 +384,3 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
-
-
-def resolve_attention(name: str) -> str:
-    """The attention backend; ValueError for one that this version lacks."""
-    if name not in ("auto", "sdpa"):
-        raise ValueError(
-            f"attn_implementation={name!r} is not in this version: set it to auto or sdpa."
-        )
-    return "sdpa"

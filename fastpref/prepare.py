@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from fastpref import dist, runfolder
-from fastpref.config import Config
+from fastpref.attention_backends import demand_backend, find_backend
+from fastpref.config import Config, load_config
 from fastpref.data.dataset import Dataset
 from fastpref.data.loader import Loader
 from fastpref.masters import Masters
-from fastpref.model import PairModel, resolve_attention, resolve_device, resolve_dtype
+from fastpref.model import PairModel, resolve_device, resolve_dtype
 from fastpref.optim import build_optimizer
 from fastpref.refcache import cache_key
 from fastpref.refmodel import find_reference
@@ -22,18 +23,40 @@ from fastpref.schedule import WARMUP_RATIO
 
 
 def resolved(config: Config) -> Config:
-    """With what is chosen automatically in the place of `auto`: what config.yaml keeps."""
+    """With what is chosen automatically in the place of `auto`: what config.yaml keeps.
+
+    All but the attention backend, which depends on what the model asks for: `with_attention`.
+    """
     device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    demand_backend(config.attn_implementation, device, dtype)
     no_warmup = config.warmup_ratio is None and config.warmup_steps is None
     config = dataclasses.replace(config, output_dir=str(Path(config.output_dir).expanduser()))
     return dataclasses.replace(
         config,
         template_date=runfolder.template_date(config),
         device=device.type if config.device == "auto" else config.device,
-        dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
-        attn_implementation=resolve_attention(config.attn_implementation),
+        dtype=str(dtype).removeprefix("torch."),
+        attn_implementation=_attention_before(config, device, dtype),
         warmup_ratio=WARMUP_RATIO if no_warmup else config.warmup_ratio,
     )
+
+
+def _attention_before(config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """As configured; `auto` is what the run to go on with had, where that is to be had here."""
+    before = Path(config.output_dir) / "config.yaml"
+    if config.attn_implementation == "auto" and before.exists():
+        name = load_config(before).attn_implementation
+        if not config.overwrite_output_dir and not isinstance(
+            find_backend(name, device, dtype), str
+        ):
+            return name
+    return config.attn_implementation
+
+
+def with_attention(config: Config, model: PairModel) -> Config:
+    """With the attention backend that the model got."""
+    return dataclasses.replace(config, attn_implementation=model.attention.name)
 
 
 def make_optimizer(

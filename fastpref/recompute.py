@@ -26,7 +26,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from fastpref import attention
+from fastpref import attention, attention_torch
 
 MODES = ("none", "selective", "full")
 
@@ -42,8 +42,11 @@ KEPT_OPS = frozenset(
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
         _aten._scaled_dot_product_attention_math.default,
+        attention_torch.OP,
     }
 )
+# Of flash-attn's own libraries, whose names differ from version to version.
+KEPT_LIBRARIES = ("flash_attn", "flash_attn_2", "flash_attn_3")
 
 
 def checkpoint_layers(module: nn.Module, mode: str) -> int:
@@ -92,4 +95,5 @@ def _recomputed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = op in KEPT_OPS or op.namespace in KEPT_LIBRARIES
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

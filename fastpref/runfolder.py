@@ -28,6 +28,7 @@ MAY_CHANGE = {
     "overwrite_output_dir",
     "resume_from_checkpoint",
     "device",
+    "attn_implementation",  # the same numbers to rounding, as on another device
     "gradient_checkpointing",
     "max_steps",
     "num_train_epochs",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpref.attention_backends import SDPA
 from fastpref.data.branches import Probe, fed_lengths, pack_probes, plan_probes
 from fastpref.data.pack import fed_tokens, pack_pairs
 from fastpref.data.tokenize import TokenPair
@@ -44,7 +45,7 @@ def check_model(
     what differs and the cause where it is known.
     """
     exact = _exact(model)
-    if max_tokens is not None and exact is not model:
+    if max_tokens is not None and exact.dtype is not model.dtype:
         max_tokens //= 2
     compared = _compared_pairs(pairs, max_tokens)
     name = f"{type(model.module).__name__} (model_type {model.module.config.model_type})"  # type: ignore[union-attr]
@@ -71,8 +72,10 @@ def check_model(
             f"{worst:.2g} of its size, where rounding in {exact.dtype} explains {accepted:g}. "
             f"Cause: {find_cause(exact, compared[0])}."
         )
-    if model is not exact:
+    if model.dtype is not exact.dtype:
         _demand_finite(model, compared, name)
+    if model.attention != SDPA:
+        _demand_attention(model, compared, name)
     if exact.router:
         _demand_balance(exact, exact.router, compared, name)
     return worst
@@ -119,7 +122,8 @@ def _compared_pairs(pairs: Sequence[TokenPair], max_tokens: int | None) -> list[
 
 
 def _exact(model: PairModel) -> PairModel:
-    """``model`` in the highest precision that its weights have."""
+    """``model`` in the highest precision that its weights have, with attention that takes it."""
+    model = dataclasses.replace(model, attention=SDPA)
     lowest = min((p.dtype for p in model.module.parameters()), key=lambda d: torch.finfo(d).bits)
     if model.dtype is lowest or torch.finfo(lowest).bits < torch.finfo(torch.float32).bits:
         return model
@@ -246,6 +250,27 @@ def _demand_finite(model: PairModel, pairs: Sequence[TokenPair], name: str) -> N
             f"{name}: its log-probabilities are not finite in {model.dtype}, though they are in "
             "float32. Set dtype: float32."
         )
+
+
+def _demand_attention(model: PairModel, pairs: Sequence[TokenPair], name: str) -> None:
+    """The run's attention backend gives what dense blocks give, in the run's own precision."""
+    backend = model.attention.name
+    refusal = f"{name}: attn_implementation: {backend}, unlike sdpa, cannot compute a packed batch"
+    logp, grads = _computing(model, _packed, pairs, refusal)
+    dense = dataclasses.replace(model, attention=SDPA)
+    dense_logp, dense_grads = _packed(dense, pairs)
+    floor = 1e-3 * max(map(_size, dense_grads.values()), default=0.0)
+    found = {"log-probabilities": _difference(logp, dense_logp)} | {
+        f"the gradient of {parameter}": _difference(grads[parameter], dense_grad, floor)
+        for parameter, dense_grad in dense_grads.items()
+    }
+    for what, difference in found.items():
+        if not difference <= _accepted(model):
+            raise ValueError(
+                f"{name}: attn_implementation: {backend} and sdpa differ in {what} by "
+                f"{difference:.2g} of its size, where rounding in {model.dtype} explains "
+                f"{_accepted(model):g}. Set attn_implementation: sdpa."
+            )
 
 
 def _difference(ours: Tensor, plain: Tensor, floor: float = 0.0) -> float:

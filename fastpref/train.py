@@ -48,6 +48,7 @@ from fastpref.prepare import (
     make_optimizer,
     resolved,
     total_steps,
+    with_attention,
     with_reference,
 )
 from fastpref.probes import Probing
@@ -92,6 +93,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     probes = build_probes(config, tokenizer, dataset) if config.probe_every else []
     torch.manual_seed(config.seed)
     model = load_model(config, tokenizer)
+    config = with_attention(config, model)
     key = data_key(model, dataset)
     dist.check_same("data", key, model.device)
     demand_vocabulary(dataset.train + dataset.held_out, len(model.head.weight))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpref.attention import build_layout
+from fastpref.attention_dense import build_dense
 from fastpref.data.branches import MAX_TOKENS_PER_PROMPT, Probe, pack_probes, plan_probes
 from fastpref.model import PairModel
 from tests.architectures import WINDOW, InFloat64, V, packed, tiny_model
@@ -112,7 +112,7 @@ def test_responses_do_not_see_each_other() -> None:
 def test_layout_of_mixed_numbers_of_branches() -> None:
     """Who sees whom, by plain loops over tokens."""
     lengths = [(5, 2, 1, 3), (4, 1), (6, 0, 3, 0, 2), (0, 2, 1)]
-    layout = build_layout(lengths, "cpu")
+    layout = build_dense(lengths, "cpu")
     slot = layout.slot if layout.slot is not None else torch.arange(sum(map(sum, lengths)))
     tokens = [
         (p, part, position)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastpref import attention, selfcheck
+from fastpref import attention_dense, selfcheck
 from fastpref.config import Config
 from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel, load_model, prepare
@@ -49,7 +49,9 @@ def test_a_right_model_passes(dtype: torch.dtype) -> None:
 
 def test_a_wrong_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the rule that the rejected rest does not see the chosen one."""
-    monkeypatch.setattr(attention, "_related", lambda query, key: torch.ones_like(key, dtype=bool))
+    monkeypatch.setattr(
+        attention_dense, "_related", lambda query, key: torch.ones_like(key, dtype=bool)
+    )
     with pytest.raises(ValueError, match="LlamaForCausalLM.*differ in"):
         check_model(wrap(llama()), some_pairs())
 
