@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
-from fastpref import attention
+from fastpref import attention_dense
 from fastpref.model import PairModel
 from fastpref.selfcheck import check_model
 from tests.architectures import PAIRS, packed, tiny_model
@@ -61,13 +62,13 @@ def test_no_attention_function() -> None:
 
 def test_a_term_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale of the scores that packing would not honour."""
-    attend = attention._attend
+    attend = attention_dense._attend
 
     def unscaled(*given: Any) -> torch.Tensor:
-        q, k, v, mask, _, *rest = given
-        return attend(q, k, v, mask, 1.0, *rest)
+        *qkv_and_mask, terms = given
+        return attend(*qkv_and_mask, dataclasses.replace(terms, scale=1.0))
 
-    monkeypatch.setattr(attention, "_attend", unscaled)
+    monkeypatch.setattr(attention_dense, "_attend", unscaled)
     refused(packed(tiny_model("llama")), "attention has a term that packing does not know")
 
 
