@@ -24,7 +24,7 @@ _CAPTIONS = {
     "(column), what the other one's pairs add to the step of plain gradient descent. Red: the "
     "column teaches the row; blue: it unteaches it. A dot: within two standard errors of 0.",
     "norms": "Root mean square over a behavior's pairs of the norm of grad m within each layer "
-    "group, as part of the largest of that behavior.",
+    "group, as part of the largest of that behavior; everything below a hundredth looks alike.",
 }
 
 
@@ -126,18 +126,24 @@ def _norms(plt: Any, view: ProfileView) -> Any:
     part = view.group_norm / np.where(largest > 0, largest, np.nan)
     rows, columns = part.shape
     figure, axes, bar_axes = _matrix(plt, rows, columns, 0.22)
-    image = axes.imshow(part, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(part, cmap="viridis", norm=_log_scale(plt), aspect="auto")
     labels = [group.removeprefix("block.") for group in view.groups]
     axes.set(yticks=range(rows), yticklabels=_names(view), xticks=range(columns))
     axes.set_xticklabels(labels, rotation=90)
-    axes.set_title("Norm of grad m by layer group, part of the behavior's largest")
+    axes.set_title("Norm of grad m by layer group", loc="left")
     axes.xaxis.tick_bottom()
     longest = max(map(len, labels))
     bar = figure.colorbar(image, cax=bar_axes)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7)
+    bar.set_ticks([0.01, 0.1, 1.0], labels=["0.01", "0.1", "1"])  # powers would need mathtext
     _make_room_below(figure, (axes, bar_axes), 0.065 * longest)
     return figure
+
+
+def _log_scale(plt: Any) -> Any:
+    """From a hundredth to the whole: groups differ by powers of ten."""
+    return plt.matplotlib.colors.LogNorm(vmin=0.01, vmax=1.0, clip=True)
 
 
 def _make_room_below(figure: Any, all_axes: tuple[Any, ...], inches: float) -> None:

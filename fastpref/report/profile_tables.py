@@ -103,7 +103,7 @@ def _cells(view: ProfileView, name: str, kind: str) -> list[str]:
     cells = []
     for i, value in enumerate(values * scale):
         error = math.nan if errors is None else errors[i] * scale
-        if math.isnan(value):
+        if math.isnan(value) or (name == "gradient_noise_scale" and error >= value):
             cells.append("-")
             continue
         if error > 0:
@@ -132,7 +132,10 @@ def _behaviors(view: ProfileView) -> str:
     shown = [
         (first, second, _cells(view, name, kind))
         for first, second, name, kind in _COLUMNS
-        if name in view.columns and not np.isnan(view.columns[name]).all()
+        if name in view.columns
+        and not np.isnan(view.columns[name]).all()
+        # Of a model that is its own reference there are no margins to show.
+        and not (name == "margin" and np.abs(view.columns[name]).max() < 1e-3)
     ]
     return _table(_numbered(view), shown)
 
@@ -157,7 +160,7 @@ def _table(names: Sequence[str], columns: Sequence[tuple[str, str, list[str]]]) 
 
 
 def _noise(noise: tuple[float, float]) -> str:
-    if math.isnan(noise[0]):
+    if math.isnan(noise[0]) or noise[1] >= noise[0]:
         return (
             "gradient noise scale of the data: not known; these pairs do not tell the mean from 0"
         )
@@ -206,10 +209,14 @@ def _extremes(view: ProfileView) -> list[str]:
     size = len(view.behaviors)
     sure = np.abs(view.cos) > 2 * view.cos_error
     others = [(i, j) for i in range(size) for j in range(size) if i != j and sure[i, j]]
+    # Where M_l is along G_l, as at the start of a run, both directions have one cosine: told once.
+    both = np.isclose(view.cos, view.cos.T, atol=1e-3)
+    others = [(i, j) for i, j in others if i < j or not (both[i, j] and sure[j, i])]
     others.sort(key=lambda at: -view.cos[at])
+    every, beyond = size * (size - 1), int(sure.sum() - sure.trace())
     lines = [
-        f"{len(others)} of {size * (size - 1)} pairs of behaviors act on one another beyond two "
-        "standard errors; the strongest (all in profile.json):"
+        f"{beyond} of {every} ordered pairs of behaviors act on one another beyond two standard "
+        f"errors,\n{0.046 * every:.0f} would by chance alone; the strongest (all in profile.json):"
     ]
     helping = [at for at in others if view.cos[at] > 0][:EXTREMES]
     hindering = [at for at in others[::-1] if view.cos[at] < 0][:EXTREMES]
@@ -217,7 +224,10 @@ def _extremes(view: ProfileView) -> list[str]:
         for i, j in found:
             number = with_error(float(view.cos[i, j]), float(view.cos_error[i, j]))
             teacher, learner = (shorten(view.behaviors[at], 40) for at in (j, i))
-            lines.append(f"  {number:>12}  {teacher} {title} {learner}")
+            how = f"and {learner}: each {title} the other"
+            if not (both[i, j] and sure[j, i]):
+                how = f"{title} {learner}"
+            lines.append(f"  {number:>12}  {teacher} {how}")
     if not hindering:
         lines.append("  none unteaches another one")
     return lines
