@@ -304,14 +304,16 @@ def _trains(layer: nn.Module) -> bool:
 
 
 def _refusal(missing: Sequence[tuple[str, nn.Module, str]]) -> str:
-    name, layer, own = missing[0]
-    parameter = dict(layer.named_parameters(recurse=False))[own]
-    more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+    shown: dict[tuple[type, str], str] = {}  # one of every kind
+    for name, layer, own in missing:
+        shape = tuple(dict(layer.named_parameters(recurse=False))[own].shape)
+        shown.setdefault((type(layer), own), f"{name} ({type(layer).__name__}): {own} {shape}")
+    more = f" and {len(missing) - len(shown)} more" if len(missing) > len(shown) else ""
     return (
-        f"{name} ({type(layer).__name__}) has the trained parameter {own} "
-        f"{tuple(parameter.shape)}{more}: gradients of a pair are known of linear layers, "
-        "embeddings, RMSNorm, LayerNorm and the head's weight (not of fused experts, quantised "
-        "weights, DoRA, a head's bias). Set track: head, or freeze it."
+        f"no tap knows the trained {', '.join(shown.values())}{more}. "
+        "Gradients of a pair are known of linear layers, embeddings, RMSNorm, LayerNorm and the "
+        "head's weight (not of fused experts, quantised weights, DoRA, a head's bias). Set track: "
+        "head, or freeze them."
     )
 
 

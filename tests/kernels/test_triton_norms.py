@@ -213,7 +213,21 @@ def test_sketch(
         close(getattr(ours, name), getattr(truth, name).detach(), bound)
 
 
-@pytest.mark.parametrize("norms", ["exact", "sketch"])
+def test_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact Gram matrices and the sketches, as each alone."""
+    set_tile(monkeypatch, 64, 16)
+    case = make_case(14, 8, 100, dtype=torch.float32, segments=6)
+    case.weight.requires_grad_()
+    at: dict[str, Any] = {"sketch_buckets": 64, "sketch_dim": 5, "stats": ("row_logp",)}
+    ours, exact = triton(case, 3, norms="both", **at), triton(case, 3, norms="exact")
+    sketched = triton(case, 3, norms="sketch", **at)
+    assert torch.equal(ours.gram, exact.gram) and torch.equal(ours.sketch, sketched.sketch)
+    assert torch.equal(ours.logp, exact.logp) and ours.gram_error is None
+    truth = call(reference.linear_logprob, case.to(torch.float64), stats=("row_logp",)).row_logp
+    close(ours.row_logp, truth, 1e-6)
+
+
+@pytest.mark.parametrize("norms", ["exact", "sketch", "both"])
 def test_same_bits_with_and_without(norms: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_tile(monkeypatch, 64, 16)
     case = make_case(10, 8, 100, dtype=torch.float32, segments=6, bias=True)

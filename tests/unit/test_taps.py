@@ -70,8 +70,8 @@ class Gated(nn.Module):
 @pytest.mark.parametrize(
     "layer,named",
     [
-        (Stack(), r"layer \(Stack\) has the trained parameter gate_up_proj \(2, 8, 4\)"),
-        (Twice(4, 4), r"layer \(Twice\) has the trained parameter weight \(4, 4\), and 1 more"),
+        (Stack(), r"layer \(Stack\): gate_up_proj \(2, 8, 4\)"),
+        (Twice(4, 4), r"layer \(Twice\): weight \(4, 4\), layer \(Twice\): bias \(4,\)"),
         (Squared(), r"layer \(Squared\)"),
         (Gated(), r"layer \(Gated\)"),
         (nn.Embedding(8, 4, max_norm=1.0), r"layer \(Embedding\)"),
@@ -80,7 +80,7 @@ class Gated(nn.Module):
     ],
 )
 def test_what_cannot_be_tapped_is_named(layer: nn.Module, named: str) -> None:
-    with pytest.raises(ValueError, match=named + ".*Set track: head, or freeze it"):
+    with pytest.raises(ValueError, match=named + ".*Set track: head, or freeze them"):
         attach(Wrapped(layer), "sketch")
     layer.requires_grad_(False)
     assert attach(Wrapped(layer), "sketch").groups == ("head",)
@@ -89,7 +89,7 @@ def test_what_cannot_be_tapped_is_named(layer: nn.Module, named: str) -> None:
 def test_a_bias_of_the_head_and_shared_weights_are_named() -> None:
     model = Wrapped(nn.Identity())
     model.head = nn.Linear(4, 8)
-    with pytest.raises(ValueError, match=r"head \(Linear\) has the trained parameter bias"):
+    with pytest.raises(ValueError, match=r"head \(Linear\): bias \(8,\)"):
         attach(model, "exact")
     model.head.bias.requires_grad_(False)
     assert attach(model, "exact").groups == ("head",)
@@ -174,3 +174,50 @@ def test_the_dimension_of_tokens() -> None:
     assert torch.equal(seen(copied, 3), base[0])
     with pytest.raises(ValueError, match=r"q_norm: sees \(4, 2\) where the batch has 3 tokens"):
         seen(torch.zeros(4, 2), 3)
+
+
+def test_experts_and_dora_are_named() -> None:
+    """Fused experts are one parameter of three dimensions; DoRA trains a magnitude beside A, B."""
+    import peft
+    import transformers as hf
+
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    mixtral = hf.MixtralForCausalLM(hf.MixtralConfig(**shape))
+    with pytest.raises(ValueError, match=r"experts \(MixtralExperts\): gate_up_proj \(2, "):
+        attach(mixtral, "sketch")
+    peft.get_peft_model(mixtral, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert attach(mixtral, "sketch").groups == ("block.0.attention",)
+    dora = llama()
+    peft.get_peft_model(dora, peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match=r"q_proj.lora_magnitude_vector.default \(Dora"):
+        attach(dora, "sketch")
+
+
+class Crossed(nn.Module):
+    """A layer whose weight another one reads past its forward: no look at layers tells."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Any:
+        own = self.inner(x, *more, **named)
+        return own + 0.1 * nn.functional.linear(x, self.inner.down_proj.weight.t()[: x.shape[-1]])
+
+
+@pytest.mark.parametrize("mode", ["sketch", "exact"])
+def test_what_no_layer_tells_a_first_batch_shows(mode: str) -> None:
+    from fastpref import model as pair_model
+    from fastpref.model import PairModel
+    from fastpref.tapcheck import check_taps
+    from tests.kernels.test_norms_models import PAIRS
+
+    module = build("llama")
+    pair_model.prepare(module)
+    model = PairModel(module, None, torch.device("cpu"), torch.float64, "")
+    assert check_taps(model, attach(module, mode), PAIRS) < 1e-6
+    assert all(p.grad is None for p in module.parameters())
+    module.model.layers[1].mlp = Crossed(module.model.layers[1].mlp)
+    with pytest.raises(ValueError, match="see in block.1.mlp of LlamaForCausalLM differ.*head"):
+        check_taps(model, attach(module, mode), PAIRS)
