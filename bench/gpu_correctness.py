@@ -23,7 +23,7 @@ from fastpref_kernels import (
 )
 from torch import Tensor
 
-from bench import head_ops, norm_checks
+from bench import attention_checks, head_ops, norm_checks
 from bench.gpu import Session
 from bench.gpu_op import released
 
@@ -37,7 +37,8 @@ GRADIENT = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 3e-5}
 def run(session: Session) -> dict[str, dict[str, float] | None]:
     """Every check there is time for; returns how many held and failed."""
     held = 0
-    for name, check in itertools.chain(checks(), norm_checks.checks()):
+    every = (checks(), norm_checks.checks(), attention_checks.checks(session))
+    for name, check in itertools.chain(*every):
         if not session.has_time(name):
             continue
         line: dict[str, Any] = {"check": name}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import head_norms, head_ops, measure, norm_cases
+from bench import attention_cases, head_norms, head_ops, measure, norm_cases
 from bench.gpu import Session
 from bench.head_ops import HeadOp, Problem
 from bench.measure import Quantiles
@@ -95,9 +95,12 @@ def run(session: Session) -> dict[str, dict[str, float] | None]:
     print(f"copy {ceilings['copy_gb_s']:.0f} GB/s, products {ceilings['tflop_s']:.1f} TFLOP/s")
     lines: list[dict[str, Any]] = []
     norms: dict[str, dict[str, float] | None] = {}
+    attention: dict[str, dict[str, float] | None] = {}
     for i, (case, mode) in enumerate(cases(session.dry)):
         if i == len(MODES):  # after the headline's modes
             norms = _norm_values(session)
+            with released(session.device):
+                attention = attention_cases.run(session, seconds_of)
         label = f"{case.name} {mode}"
         if not session.has_time(label):
             continue
@@ -107,7 +110,7 @@ def run(session: Session) -> dict[str, dict[str, float] | None]:
         lines.append(line)
         print(table_of(line))
     session.notes["cases"] = {f"{line['case']} {line['mode']}": line["ops"] for line in lines}
-    return headline_values(lines) | norms
+    return headline_values(lines) | norms | attention
 
 
 def _norm_values(session: Session) -> dict[str, dict[str, float] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from fastpref.attention_backends import (
     find_backend,
 )
 from fastpref.attention_layout import Terms
+from fastpref.data.pack import pack_pairs
+from fastpref.recompute import checkpoint_layers
+from tests.architectures import PAIRS, packed, tiny_model
 
 CUDA = torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -386,3 +390,27 @@ def test_calls_that_a_backend_does_not_compute(packages: Packages, gpu: Any) -> 
     newest = find_backend("flash_attention_4", CUDA, BF16)
     assert isinstance(newest, Backend)
     assert [d for d in (64, 128, 192, 256) if newest.head_dims(d)] == [64, 128, 256]
+
+
+@pytest.mark.parametrize("mode,forwards", [("none", 4), ("selective", 4), ("full", 8)])
+def test_activation_checkpointing_keeps_results_of_torchs_varlen(
+    mode: str, forwards: int, kernels_on_the_cpu: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two layers with two calls each; the gradients have the same bits."""
+    count: list[int] = []
+    newest = attention_torch.varlen_attn
+
+    def counting(*given: Any, **options: Any) -> Any:
+        count.append(1)
+        return newest(*given, **options)
+
+    batch = pack_pairs(PAIRS)
+    module = tiny_model("llama")
+    model = dataclasses.replace(packed(module), attention=Backend("varlen", attention_torch.varlen))
+    plain = torch.autograd.grad(model.logp(batch).logp.sum(), model.trained)
+    checkpoint_layers(module, mode)
+    monkeypatch.setattr(attention_torch, "varlen_attn", counting)
+    monkeypatch.setattr(attention_torch, "_knows_groups", lambda function: True)
+    ours = torch.autograd.grad(model.logp(batch).logp.sum(), model.trained)
+    assert len(count) == forwards
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))

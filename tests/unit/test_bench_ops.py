@@ -146,6 +146,15 @@ def test_dry_run_of_the_op_part_goes_through_every_case(
     assert main([*call, "--only", "eager", "linear_ce"]) == 0
     head, *lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert head["part"] == "op" and "torch" in head["versions"]
+    attention = [line for line in lines if "attention" in line["case"]]
+    assert [line.pop("case") for line in attention] == [
+        f"attention, {name}" for name in ("512/256", "HH-like", "persona-like")
+    ]
+    for line in attention:
+        assert set(line["ops"]) == {"sdpa", "stand-in"}
+        assert all(facts["seconds"]["count"] == 1 for facts in line["ops"].values())
+        assert max(line["ops"]["stand-in"]["errors"].values()) < 1e-5
+    lines = [line for line in lines if "case" in line]
     norms = [line.pop("case") for line in lines if "norms" in line["case"]]
     assert norms == ["norms of the head", "norms, fastpref-tiny T=256 pairs of 64"]
     steps = [line for line in lines if "case" in line]
@@ -198,4 +207,4 @@ def test_dry_run_of_the_correctness_part_holds(tmp_path: Path) -> None:
     output = tmp_path / "correctness.jsonl"
     assert main(["gpu", "--part", "correctness", "--dry_run", "--output", str(output)]) == 0
     lines = [json.loads(line) for line in output.read_text().splitlines()][1:]
-    assert len(lines) == 36 and all(line["ok"] for line in lines)
+    assert len(lines) == 47 and all(line["ok"] for line in lines)
