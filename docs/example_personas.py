@@ -17,7 +17,7 @@ import numpy as np
 from fastpref.dynamics.groups import MARGIN_THRESHOLD, time_to_threshold
 from fastpref.dynamics.inequality import atkinson, gini, restricted_times
 from fastpref.dynamics.recorder import read_records
-from fastpref.dynamics.schema import HELD_OUT, RATE_SAMPLE, TRAIN_SAMPLE
+from fastpref.dynamics.schema import HELD_OUT, RATE_SAMPLE, TRAIN, TRAIN_SAMPLE
 from fastpref.report.pictures import INK, SOFT, picture_style, write_picture
 from fastpref.report.tables import shorten
 
@@ -42,6 +42,18 @@ def read_curves(run: Path, names: list[str]) -> dict[tuple[str, str], np.ndarray
             values = [[np.nan if r[column] is None else r[column] for r in mine] for mine in own]
             found[split, column] = np.array(values, np.float64)
     return found
+
+
+def read_fresh(run: Path, names: list[str], last: int) -> tuple[np.ndarray, np.ndarray]:
+    """(K,) mean margins of the pairs of the steps up to ``last``, each before its step, and their
+    standard errors. In the first epoch the model has not seen them before."""
+    table = read_records(run, "pairs", ["step", "split", "behavior", "margin"])
+    split, behavior = (table[c].cast("string").to_numpy() for c in ("split", "behavior"))
+    step, margin = table["step"].to_numpy(), table["margin"].to_numpy().astype(np.float64)
+    kept = (split == TRAIN) & (step <= last)
+    own = [margin[kept & (behavior == name)] for name in names]
+    error = [values.std(ddof=1) / np.sqrt(len(values)) for values in own]
+    return np.array([values.mean() for values in own]), np.array(error)
 
 
 def read_gram(run: Path, names: list[str], last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,13 +116,13 @@ def measure(run: Path, theory: Path) -> tuple[list[str], Columns, dict[str, np.n
         at = curve[split, "step"]
         margin = curve[split, "margin"]
         own[f"{split}_margin"] = margin[:, -1]
-        first = at.tolist().index(EARLY)
-        own[f"{split}_rate_early"] = (margin[:, first] - margin[:, 0]) / EARLY
-        spread = curve[split, "margin_std"][:, first] / np.sqrt(curve[split, "n"][:, first])
-        own[f"{split}_rate_early_error"] = spread / EARLY
+        spread = curve[split, "margin_std"][:, -1] / np.sqrt(curve[split, "n"][:, -1])
+        own[f"{split}_margin_error"] = spread
         times = [time_to_threshold(at, line, MARGIN_THRESHOLD) for line in margin]
         own[f"{split}_time"] = np.array([np.nan if t is None else t for t in times])
         own[f"{split}_accuracy"] = curve[split, "output_accuracy"][:, -1]
+    for name, last in (("early", EARLY), ("epoch", int(curve[TRAIN_SAMPLE, "step"][-1]))):
+        own[f"fresh_{name}"], own[f"fresh_{name}_error"] = read_fresh(run, names, last)
     own["horizon"] = np.full(len(names), float(curve[TRAIN_SAMPLE, "step"][-1]))
     dot, dot_error = read_gram(run, names, EARLY)
     own["taught"] = dot.sum(axis=1)  # <M_k, G>
@@ -120,8 +132,8 @@ def measure(run: Path, theory: Path) -> tuple[list[str], Columns, dict[str, np.n
 
 
 EXPLAINED = {
-    "train_sample_rate_early": f"rate over the first {EARLY} steps, training sample",
-    "eval_rate_early": f"rate over the first {EARLY} steps, held-out",
+    "fresh_early": f"mean margin of new pairs, first {EARLY} steps",
+    "fresh_epoch": "mean margin of new pairs, whole epoch",
     "train_sample_margin": "margin at the end, training sample",
     "eval_margin": "margin at the end, held-out",
 }
@@ -137,8 +149,8 @@ EXPLAINING = {
 def tables(names: list[str], own: Columns, more: dict[str, np.ndarray]) -> str:
     """The generated part of the page."""
     head = (
-        "| | behavior | delta | predicted share | observed share | rate, milli-nats a step | "
-        "margin at the end, train | held-out | steps to 1 nat | coherence at the start |\n"
+        f"| | behavior | delta | predicted share | observed share | new pairs, first {EARLY} steps "
+        "| new pairs, whole epoch | at the end, held-out | steps to 1 nat | coherence |\n"
         + "|---" * 10
         + "|\n"
     )
@@ -148,9 +160,9 @@ def tables(names: list[str], own: Columns, more: dict[str, np.ndarray]) -> str:
         lines.append(
             f"| {k + 1} | {shorten(name, 40)} | {own['delta'][k]:.2f} | {own['share'][k]:.3f} "
             f"| {own['share_early'][k]:.3f} ± {own['share_early_error'][k]:.3f} "
-            f"| {1000 * own['train_sample_rate_early'][k]:.1f} ± "
-            f"{1000 * own['train_sample_rate_early_error'][k]:.1f} "
-            f"| {own['train_sample_margin'][k]:.2f} | {own['eval_margin'][k]:.2f} "
+            f"| {own['fresh_early'][k]:.2f} ± {own['fresh_early_error'][k]:.2f} "
+            f"| {own['fresh_epoch'][k]:.2f} ± {own['fresh_epoch_error'][k]:.2f} "
+            f"| {own['eval_margin'][k]:.2f} ± {own['eval_margin_error'][k]:.2f} "
             f"| {'never' if np.isnan(time) else int(time)} "
             f"| {own['coherence_start'][k]:.3f} ± {own['coherence_start_error'][k]:.3f} |"
         )
@@ -205,22 +217,20 @@ def draw(names: list[str], own: Columns, more: dict[str, np.ndarray], folder: Pa
         )
         rates.errorbar(
             own["delta"],
-            1000 * own["train_sample_rate_early"],
-            1000 * own["train_sample_rate_early_error"],
+            own["fresh_epoch"],
+            own["fresh_epoch_error"],
             fmt="none",
             ecolor=SOFT,
             elinewidth=0.8,
         )
-        rates.scatter(
-            own["delta"], 1000 * own["train_sample_rate_early"], c=shades(depth), s=26, zorder=3
-        )
+        rates.scatter(own["delta"], own["fresh_epoch"], c=shades(depth), s=26, zorder=3)
         for k in range(len(names)):
-            place = own["delta"][k], 1000 * own["train_sample_rate_early"][k]
+            place = own["delta"][k], own["fresh_epoch"][k]
             rates.annotate(str(k + 1), place, (3, 3), textcoords="offset points", fontsize=6.5)
         rates.set(
-            title=f"Rate over the first {EARLY} steps",
+            title="Margin of new pairs, mean over the epoch",
             xlabel="delta before training",
-            ylabel="milli-nats per step",
+            ylabel="nats",
         )
         shares.errorbar(
             own["share"], own["share_early"], own["share_early_error"], fmt="none",

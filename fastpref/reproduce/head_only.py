@@ -133,12 +133,12 @@ def behavior_files(settings: Settings, official: Official) -> tuple[dict[str, st
         files,
         official.behaviors,
         settings.behaviors,
-        lambda others: sampled_delta(settings, official, files, others),
+        lambda others: _sampled_delta(settings, official, files, others),
     )
     return {name: files[name] for name in names}, notes
 
 
-def sampled_delta(
+def _sampled_delta(
     settings: Settings, official: Official, files: Mapping[str, str], names: Sequence[str]
 ) -> np.ndarray:
     """(K,) distinguishability of the files of ``names`` on `SAMPLED` pairs of each, by a pass that
