@@ -30,8 +30,9 @@ from fastpref.theory.distinguish import behavior_statistics
 
 log = logging.getLogger(__name__)
 
-# One and a half epochs of four personas on fastpref-tiny. At the learning rate of examples/persona.yaml
-# margins pass the threshold after five updates of the weights, which is too early for them to tell.
+# One and a half epochs of four personas on fastpref-tiny. At the learning rate of
+# examples/persona.yaml margins pass the threshold after five updates of the weights, which is too
+# early for them to tell (docs/lab-log.md).
 OWN = Official(
     behaviors=(),
     trainable="all",
