@@ -1,16 +1,19 @@
-"""Writes the numbers and the picture of docs/example-personas.md from a run and a theory folder.
+"""Writes the numbers and the picture of docs/example-personas.md from what its commands left.
 
-    python docs/example_personas.py RUN THEORY
+    python docs/example_personas.py RUN THEORY PROFILE
 
-RUN: a run folder whose records hold update rates; THEORY: what `fastpref theory` wrote on the same
-pairs. Tables go between the marks of docs/example-personas.md, the picture to example-personas.png.
+RUN: a run whose records hold update rates; THEORY, PROFILE: what `fastpref theory` and `fastpref
+profile` wrote on the same pairs. Tables go between the marks of docs/example-personas.md, the
+picture to docs/example-personas.png.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +21,12 @@ from fastpref.dynamics.groups import MARGIN_THRESHOLD, time_to_threshold
 from fastpref.dynamics.inequality import atkinson, gini, restricted_times
 from fastpref.dynamics.recorder import read_records
 from fastpref.dynamics.schema import HELD_OUT, RATE_SAMPLE, TRAIN, TRAIN_SAMPLE
-from fastpref.report.pictures import INK, SOFT, picture_style, write_picture
+from fastpref.report.pictures import INK, SOFT, picture_style
 from fastpref.report.tables import shorten
 
 PAGE = Path(__file__).with_name("example-personas.md")
 BEGIN, END = "<!-- numbers: begin (generated) -->", "<!-- numbers: end -->"
-NUMBERS = (  # columns of `behaviors`
-    *("n", "margin", "margin_std", "output_accuracy", "gnorm_m", "share", "coherence"),
-    *("coherence_error", "rate_obs", "rate_pred_opt"),
-)
+NUMBERS = ("n", "margin", "margin_std", "share", "rate_obs", "rate_pred_opt")  # of `behaviors`
 EARLY = 100  # steps: while most margins are below the threshold
 Columns = dict[str, np.ndarray]  # (K,) each, in the order of `names`
 
@@ -44,7 +44,7 @@ def read_curves(run: Path, names: list[str]) -> dict[tuple[str, str], np.ndarray
     return found
 
 
-def read_fresh(run: Path, names: list[str], last: int) -> tuple[np.ndarray, np.ndarray]:
+def read_new(run: Path, names: list[str], last: int) -> tuple[np.ndarray, np.ndarray]:
     """(K,) mean margins of the pairs of the steps up to ``last``, each before its step, and their
     standard errors. In the first epoch the model has not seen them before."""
     table = read_records(run, "pairs", ["step", "split", "behavior", "margin"])
@@ -56,18 +56,26 @@ def read_fresh(run: Path, names: list[str], last: int) -> tuple[np.ndarray, np.n
     return np.array([values.mean() for values in own]), np.array(error)
 
 
-def read_gram(run: Path, names: list[str], last: int) -> tuple[np.ndarray, np.ndarray]:
-    """(K, K) mean <M_k, G_l> over the measured steps up to ``last``, and its standard error over
-    them; a step without pairs of l adds 0."""
+def read_gram(run: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(K, K) mean <M_k, G_l> over the measured steps, and its standard error over them; a step
+    without pairs of l adds 0."""
     rows = read_records(run, "gram").to_pylist()
-    steps = sorted({r["step"] for r in rows if r["step"] <= last})
+    steps = sorted({r["step"] for r in rows})
     place = {name: k for k, name in enumerate(names)}
     dots = np.zeros((len(steps), len(names), len(names)))
     for r in rows:
-        if r["step"] <= last:
-            at = steps.index(r["step"]), place[r["behavior"]], place[r["other"]]
-            dots[at] = r["dot"]
+        dots[steps.index(r["step"]), place[r["behavior"]], place[r["other"]]] = r["dot"]
     return dots.mean(0), dots.std(0, ddof=1) / np.sqrt(len(steps))
+
+
+def read_profile(folder: Path, names: list[str]) -> tuple[Columns, Columns]:
+    """(K,) columns and (K, K) matrices of profile.json, in the order of ``names``."""
+    found = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
+    place = [[row["behavior"] for row in found["behaviors"]].index(name) for name in names]
+    keys = ("share", "share_error", "rate", "rate_error", "coherence", "gnorm_m")
+    columns = {key: np.array([found["behaviors"][k][key] for k in place]) for key in keys}
+    matrices = {key: np.array(v)[np.ix_(place, place)] for key, v in found["gamma"].items()}
+    return columns, matrices
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -83,189 +91,180 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]
     return r, float(np.tanh(middle - half)), float(np.tanh(middle + half))
 
 
-def measure(run: Path, theory: Path) -> tuple[list[str], Columns, dict[str, np.ndarray]]:
-    """Names in the predicted order; (K,) columns; and what the picture needs besides."""
+def measure(run: Path, theory: Path, profile: Path) -> tuple[list[str], Columns, Columns]:
+    """Names in the predicted order, (K,) columns, and what is not one number per behavior."""
     with (theory / "behaviors.csv").open() as file:
         predicted = list(csv.DictReader(file))  # by predicted rate in the mixture
     names = [row["behavior"] for row in predicted]
-    own: Columns = {
-        key: np.array([float(row[key]) for row in predicted])
-        for key in ("delta", "level", "share", "mixture_rate", "pairs", "coherence")
-    }
+    keys = ("delta", "level", "share", "pairs")
+    own = {key: np.array([float(row[key]) for row in predicted]) for key in keys}
+    before, gamma = read_profile(profile, names)
+    own |= {f"profile_{key}": values for key, values in before.items()}
     curve = read_curves(run, names)
-    steps = curve[RATE_SAMPLE, "step"]
-    early = steps <= EARLY
-    start = curve[RATE_SAMPLE, "step"] == steps[0]
-
-    def mean(column: str, where: np.ndarray) -> np.ndarray:
-        return np.nanmean(curve[RATE_SAMPLE, column][:, where], axis=1)
-
-    def error(column: str, where: np.ndarray) -> np.ndarray:
-        values = curve[RATE_SAMPLE, column][:, where]
-        return np.nanstd(values, axis=1, ddof=1) / np.sqrt((~np.isnan(values)).sum(axis=1))
-
-    everywhere = np.ones(len(steps), bool)
-    for name, where in (("early", early), ("all", everywhere)):
-        for column in ("rate_obs", "rate_pred_opt", "share"):
-            own[f"{column}_{name}"] = mean(column, where)
-            own[f"{column}_{name}_error"] = error(column, where)
-    own["coherence_start"] = mean("coherence", start)
-    own["coherence_start_error"] = mean("coherence_error", start)
-    own["gnorm_start"] = mean("gnorm_m", start)
+    last = int(curve[TRAIN_SAMPLE, "step"][-1])
+    for name, until in (("early", EARLY), ("epoch", last)):
+        own[f"new_{name}"], own[f"new_{name}_error"] = read_new(run, names, until)
     for split in (TRAIN_SAMPLE, HELD_OUT):
-        at = curve[split, "step"]
-        margin = curve[split, "margin"]
+        margin, count = curve[split, "margin"], curve[split, "n"][:, -1]
         own[f"{split}_margin"] = margin[:, -1]
-        spread = curve[split, "margin_std"][:, -1] / np.sqrt(curve[split, "n"][:, -1])
-        own[f"{split}_margin_error"] = spread
-        times = [time_to_threshold(at, line, MARGIN_THRESHOLD) for line in margin]
+        own[f"{split}_margin_error"] = curve[split, "margin_std"][:, -1] / np.sqrt(count)
+        times = [time_to_threshold(curve[split, "step"], m, MARGIN_THRESHOLD) for m in margin]
         own[f"{split}_time"] = np.array([np.nan if t is None else t for t in times])
-        own[f"{split}_accuracy"] = curve[split, "output_accuracy"][:, -1]
-    for name, last in (("early", EARLY), ("epoch", int(curve[TRAIN_SAMPLE, "step"][-1]))):
-        own[f"fresh_{name}"], own[f"fresh_{name}_error"] = read_fresh(run, names, last)
-    own["horizon"] = np.full(len(names), float(curve[TRAIN_SAMPLE, "step"][-1]))
-    dot, dot_error = read_gram(run, names, EARLY)
-    own["taught"] = dot.sum(axis=1)  # <M_k, G>
-    more = {"dot": dot, "dot_error": dot_error}
+    share = curve[RATE_SAMPLE, "share"]
+    own["run_share"] = share.mean(axis=1)
+    own["run_share_error"] = share.std(axis=1, ddof=1) / np.sqrt(share.shape[1])
+    dot, dot_error = read_gram(run, names)
+    more = {f"gamma_{key}": values for key, values in gamma.items()}
+    more |= {"dot": dot, "dot_error": dot_error, "last": np.array(last)}
     more |= {"step": curve[TRAIN_SAMPLE, "step"], "margin": curve[TRAIN_SAMPLE, "margin"]}
+    more |= {key: curve[RATE_SAMPLE, key] for key in ("rate_obs", "rate_pred_opt")}
     return names, own, more
 
 
 EXPLAINED = {
-    "fresh_early": f"mean margin of new pairs, first {EARLY} steps",
-    "fresh_epoch": "mean margin of new pairs, whole epoch",
-    "train_sample_margin": "margin at the end, training sample",
-    "eval_margin": "margin at the end, held-out",
+    "new_early": f"new pairs, first {EARLY} steps",
+    "new_epoch": "new pairs, whole epoch",
+    "train_sample_margin": "at the end, training sample",
+    "eval_margin": "at the end, held-out",
 }
 EXPLAINING = {
-    "delta": "delta, head's features before training",
-    "level": "<dbar, d_k>/|dbar|, predicted priority (E15)",
-    "coherence_start": "coherence of grad m, whole network, step 1",
-    "gnorm_start": "mean |grad m|, whole network, step 1",
-    "taught": f"<M_k, G>, whole network, mean of the first {EARLY} steps",
+    "delta": "delta of the features (theory)",
+    "level": "alignment dbar.d_k/\\|dbar\\|, the head alone (theory, E15)",
+    "profile_rate": "alignment <M_k, G>, all weights (profile)",
+    "profile_coherence": "coherence of grad m, all weights (profile)",
+    "profile_gnorm_m": "mean \\|grad m\\|, all weights (profile)",
+    "run_share": "share of the steps' gradients, mean over the run",
 }
 
 
-def tables(names: list[str], own: Columns, more: dict[str, np.ndarray]) -> str:
+def tables(names: list[str], own: Columns, more: Columns) -> str:
     """The generated part of the page."""
-    head = (
-        f"| | behavior | delta | predicted share | observed share | new pairs, first {EARLY} steps "
-        "| new pairs, whole epoch | at the end, held-out | steps to 1 nat | coherence |\n"
-        + "|---" * 10
-        + "|\n"
-    )
-    lines = []
+
+    def pm(key: str, k: int, digits: int = 2) -> str:
+        return f"{own[key][k]:.{digits}f} ± {own[f'{key}_error'][k]:.{digits}f}"
+
+    lines = [
+        f"| | behavior | delta | share, predicted | share before training | new pairs, first "
+        f"{EARLY} steps | new pairs, whole epoch | at the end, held-out | steps to 1 nat |",
+        "|---" * 9 + "|",
+    ]
     for k, name in enumerate(names):
         time = own["train_sample_time"][k]
-        lines.append(
-            f"| {k + 1} | {shorten(name, 40)} | {own['delta'][k]:.2f} | {own['share'][k]:.3f} "
-            f"| {own['share_early'][k]:.3f} ± {own['share_early_error'][k]:.3f} "
-            f"| {own['fresh_early'][k]:.2f} ± {own['fresh_early_error'][k]:.2f} "
-            f"| {own['fresh_epoch'][k]:.2f} ± {own['fresh_epoch_error'][k]:.2f} "
-            f"| {own['eval_margin'][k]:.2f} ± {own['eval_margin_error'][k]:.2f} "
-            f"| {'never' if np.isnan(time) else int(time)} "
-            f"| {own['coherence_start'][k]:.3f} ± {own['coherence_start_error'][k]:.3f} |"
-        )
-    correlations = ["| rank correlation with | " + " | ".join(EXPLAINED.values()) + " |"]
-    correlations.append("|---" * (len(EXPLAINED) + 1) + "|")
+        cells = [
+            str(k + 1),
+            shorten(name, 40),
+            f"{own['delta'][k]:.2f}",
+            f"{own['share'][k]:.3f}",
+            pm("profile_share", k, 3),
+            pm("new_early", k),
+            pm("new_epoch", k),
+            pm("eval_margin", k),
+            "never" if np.isnan(time) else f"{time:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| rank correlation of | " + " | ".join(EXPLAINED.values()) + " |"]
+    lines.append("|---" * (len(EXPLAINED) + 1) + "|")
     for key, words in EXPLAINING.items():
-        cells = []
-        for target in EXPLAINED:
-            r, low, high = rank_correlation(own[key], own[target])
-            cells.append(f"{r:.2f} [{low:.2f}, {high:.2f}]")
-        correlations.append(f"| {words} | " + " | ".join(cells) + " |")
-    horizon = own["horizon"][0]
-    times = restricted_times(own["train_sample_time"], horizon)
-    ratio = own["rate_pred_opt_all"] / own["rate_obs_all"]
+        found = [rank_correlation(own[key], own[target]) for target in EXPLAINED]
+        cells = [f"{r:.2f} [{low:.2f}, {high:.2f}]" for r, low, high in found]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *facts(names, own, more)])
+
+
+def facts(names: list[str], own: Columns, more: Columns) -> list[str]:
+    """Sentences of numbers below the tables."""
+    last = int(more["last"])
+    times = own["train_sample_time"]
     off = ~np.eye(len(names), dtype=bool)
-    dot, error = more["dot"], more["dot_error"]
-    sure = np.abs(dot) > 2 * error
-    own_part = np.diag(dot) / own["taught"]
-    facts = [
-        f"- Behaviors that come to {MARGIN_THRESHOLD:g} nat within {horizon:.0f} steps (training "
-        f"sample): {np.isfinite(own['train_sample_time']).sum()} of {len(names)}; Gini index of "
-        f"the times {gini(times):.3f}, of the margins at the end "
-        f"{gini(own['train_sample_margin']):.3f} (Atkinson, epsilon 0.5: "
-        f"{atkinson(own['train_sample_margin']):.3f}), held-out {gini(own['eval_margin']):.3f}.",
-        f"- Mean shares sum to {own['share_all'].sum():.6f}; below 0 in the first {EARLY} steps: "
-        f"{(own['share_early'] < 0).sum()} behaviors.",
-        f"- Optimizer-true over observed rate, means over all measured steps: median "
-        f"{np.median(ratio):.3f}, from {ratio.min():.2f} to {ratio.max():.2f}.",
-        f"- Interaction in the first {EARLY} steps: {(dot[off] > 0).mean():.0%} of the "
-        f"{off.sum()} entries off the diagonal are positive, {(sure & off & (dot > 0)).sum()} by "
-        f"more than two standard errors; {(sure & off & (dot < 0)).sum()} are negative by as much. "
-        f"Of a behavior's <M_k, G> its own pairs give {np.median(own_part):.0%} (median).",
+    cos, error = more["gamma_cos"], more["gamma_cos_error"]
+    sure = (np.abs(cos) > 2 * error) & off
+    dot, sem = more["dot"], more["dot_error"]
+    seen = (np.abs(dot) > 2 * sem) & off
+    rate, expected = more["rate_obs"].ravel(), more["rate_pred_opt"].ravel()
+    known = np.isfinite(rate) & np.isfinite(expected)
+    fit = np.corrcoef(rate[known], expected[known])[0, 1]
+    slope = (rate[known] @ expected[known]) / (expected[known] @ expected[known])
+    both = rank_correlation(own["level"], own["profile_rate"])
+    r = np.corrcoef(own["share"], own["profile_share"])[0, 1]
+    pairs = own["pairs"].astype(int)
+    return [
+        f"- Training pairs per behavior: {pairs.min()} to {pairs.max()}.",
+        f"- Behaviors that come to {MARGIN_THRESHOLD:g} nat within {last} steps (training sample, "
+        f"evaluated every 50): {np.isfinite(times).sum()} of {len(names)}. Gini index of the times "
+        f"{gini(restricted_times(times, last)):.3f}; of the margins of new pairs over the epoch "
+        f"{gini(own['new_epoch']):.3f}, at the end {gini(own['train_sample_margin']):.3f} "
+        f"(Atkinson, epsilon 0.5: {atkinson(own['train_sample_margin']):.3f}) and held-out "
+        f"{gini(own['eval_margin']):.3f}.",
+        f"- The head's predicted shares against those of all weights before training (profile): "
+        f"correlation {r:.2f}; ranks {both[0]:.2f} [{both[1]:.2f}, {both[2]:.2f}].",
+        f"- Rates in the run, {known.sum()} (24 behaviors, measured steps): observed = {slope:.3f} "
+        f"x optimizer-true (least squares), correlation {fit:.3f}.",
+        f"- Shares in a step sum to one; their means over the run to {own['run_share'].sum():.4f}. "
+        f"Their standard errors over the measured steps are {own['run_share_error'].min():.3f} to "
+        f"{own['run_share_error'].max():.3f}.",
+        f"- Interaction before training (profile): of {off.sum()} cosines of M_k and G_l, k not l, "
+        f"{(sure & (cos > 0)).sum()} are above 0 by more than two standard errors and "
+        f"{(sure & (cos < 0)).sum()} below; by chance {0.0228 * off.sum():.0f} each. In the "
+        f"run, means over the measured steps: {(seen & (dot > 0)).sum()} above and "
+        f"{(seen & (dot < 0)).sum()} below.",
     ]
-    return "\n".join([head + "\n".join(lines), "", *correlations, "", *facts])
 
 
-def draw(names: list[str], own: Columns, more: dict[str, np.ndarray], folder: Path) -> None:
+def draw(names: list[str], own: Columns, more: Columns, folder: Path) -> None:
     """example-personas.png."""
     with picture_style() as plt:
         figure, axes = plt.subplots(2, 2, figsize=(9.6, 8.2))
         figure.subplots_adjust(0.07, 0.07, 0.97, 0.96, wspace=0.26, hspace=0.32)
-        shades = plt.get_cmap("viridis")
-        depth = own["delta"] / own["delta"].max()
+        shades = plt.get_cmap("viridis")(own["delta"] / own["delta"].max())
         curves, rates, shares, heat = axes.flat
-        for line, shade in zip(more["margin"], depth, strict=True):
-            curves.plot(more["step"], line, color=shades(shade), linewidth=1.2)
+        for line, shade in zip(more["margin"], shades, strict=True):
+            curves.plot(more["step"], line, color=shade, linewidth=1.2)
         curves.axhline(MARGIN_THRESHOLD, color=SOFT, linewidth=0.8)
         curves.set(
             title="Margins of the training sample, coloured by delta",
             xlabel="optimizer step",
             ylabel="mean margin, nats",
         )
-        rates.errorbar(
-            own["delta"],
-            own["fresh_epoch"],
-            own["fresh_epoch_error"],
-            fmt="none",
-            ecolor=SOFT,
-            elinewidth=0.8,
-        )
-        rates.scatter(own["delta"], own["fresh_epoch"], c=shades(depth), s=26, zorder=3)
-        for k in range(len(names)):
-            place = own["delta"][k], own["fresh_epoch"][k]
-            rates.annotate(str(k + 1), place, (3, 3), textcoords="offset points", fontsize=6.5)
+        _scatter(rates, own, "delta", "new_epoch", shades)
         rates.set(
             title="Margin of new pairs, mean over the epoch",
             xlabel="delta before training",
             ylabel="nats",
         )
-        shares.errorbar(
-            own["share"], own["share_early"], own["share_early_error"], fmt="none",
-            ecolor=SOFT, elinewidth=0.8,
-        )  # fmt: skip
-        shares.scatter(own["share"], own["share_early"], c=shades(depth), s=26, zorder=3)
+        _scatter(shares, own, "share", "profile_share", shades)
         ends = np.array([min(0, own["share"].min()), own["share"].max()])
         shares.plot(ends, ends, color=SOFT, linestyle=":")
         shares.set(
-            title=f"Share of the step's gradient, first {EARLY} steps",
-            xlabel="predicted, head alone (E17)",
-            ylabel="observed, all weights",
+            title="Share of the gradient before training",
+            xlabel="predicted for the head alone (E17)",
+            ylabel="all weights (profile)",
         )
-        top = np.quantile(np.abs(more["dot"]), 0.98)
-        image = heat.imshow(more["dot"], cmap="RdBu", vmin=-top, vmax=top)
+        image = heat.imshow(more["gamma_cos"], cmap="RdBu", vmin=-1, vmax=1)
         heat.grid(False)
         ticks = np.arange(0, len(names), 2)
         heat.set_xticks(ticks, ticks + 1, fontsize=6.5)
         heat.set_yticks(ticks, ticks + 1, fontsize=6.5)
         heat.set(
-            title=f"Who teaches whom: <M_k, G_l>, first {EARLY} steps",
+            title="Who teaches whom: cosine of M_k and G_l before training",
             xlabel="l, which teaches",
             ylabel="k, which learns",
         )
         bar = figure.colorbar(image, ax=heat, shrink=0.8)
         bar.ax.tick_params(labelsize=6.5, labelcolor=INK)
-        for path in write_picture(figure, folder, PAGE.stem):
-            if path.suffix == ".svg":
-                path.unlink()
+        figure.savefig(folder / f"{PAGE.stem}.png", dpi=100)
+
+
+def _scatter(axes: Any, own: Columns, x: str, y: str, shades: np.ndarray) -> None:
+    look = {"fmt": "none", "ecolor": SOFT, "elinewidth": 0.8}
+    axes.errorbar(own[x], own[y], own[f"{y}_error"], **look)
+    axes.scatter(own[x], own[y], c=shades, s=26, zorder=3)
+    for k, place in enumerate(zip(own[x], own[y], strict=True)):
+        axes.annotate(str(k + 1), place, (3, 3), textcoords="offset points", fontsize=6.5)
 
 
 def main() -> None:
     """Fill the page."""
-    run, theory = map(Path, sys.argv[1:])
-    names, own, more = measure(run, theory)
+    names, own, more = measure(*map(Path, sys.argv[1:]))
     draw(names, own, more, PAGE.parent)
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
