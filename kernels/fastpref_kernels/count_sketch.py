@@ -136,6 +136,11 @@ class CountSketch:
                 some = exps[start - low : end - low] * signs[start:end]
                 add_rows_(self.sums, self.buckets.place(ids), some)
 
+    def rows(self, total: Tensor) -> Tensor:  # (R, K)
+        """Of q = F / S', with total (R,) S' relative to the same maximum; row by row in memory, as
+        everything that follows reads it."""
+        return (self.sums / total).t().contiguous()
+
     def _add_eights(self, exps: Tensor, signs: Tensor, first: int, last: int) -> None:
         count, turns = self.buckets.count, _turns(self.buckets, self.vocab)
         low = first

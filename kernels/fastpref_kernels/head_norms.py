@@ -124,10 +124,11 @@ class HeadNorms:
         if self.gram is not None and self.estimated:
             self.gram.look_up_targets(*head, sums.maximum)
             assert self.counted is not None
+            squares, counted = self.counted.squares.total(), self.counted.rows(terms.total)
             error = sketched_gram(
-                gram, self.gram, self.counted, hidden, target, terms, weight.shape[0]
+                gram, self.gram, counted, squares, hidden, target, terms, weight.shape[0]
             )
-            return NormResults(gram, error, self._sketches(hidden, target, terms))
+            return NormResults(gram, error, self._sketches(counted, hidden, target, terms))
         if self.gram is None:
             from .triton_norms import triton_gram  # here: machines without triton need not have it
 
@@ -137,7 +138,9 @@ class HeadNorms:
             for group, length in enumerate(self.groups.lengths):
                 if length > self.longest:
                     gram[group] = self._long_group(group, head, terms, saved, cut)
-        sketch = none[2] if self.sketch is None else self._sketches(hidden, target, terms)
+        sketch = none[2]
+        if self.counted is not None:
+            sketch = self._sketches(self.counted.rows(terms.total), hidden, target, terms)
         return NormResults(gram, none[1], sketch)
 
     def _long_group(
@@ -167,13 +170,16 @@ class HeadNorms:
             self.like.dtype,
         )
 
-    def _sketches(self, hidden: Tensor, target: Tensor, terms: RowTerms) -> Tensor:  # (S, k, k)
-        """Sum over the rows of each segment of (R_out^T d_t) (R_in^T h_t)^T / k."""
-        assert self.groups and self.sketch and self.counted
+    def _sketches(
+        self, counted: Tensor, hidden: Tensor, target: Tensor, terms: RowTerms
+    ) -> Tensor:  # (S, k, k)
+        """Sum over the rows of each segment of (R_out^T d_t) (R_in^T h_t)^T / k, from q in its
+        buckets (R, K)."""
+        assert self.groups and self.sketch
         plan, dtype = self.sketch, terms.total.dtype
         side = Projection.of(plan.seed, plan.key, "out")
-        outputs = torch_project(self.counted.sums.t(), side, plan.size, 0)
-        outputs *= (-terms.miss / terms.total).unsqueeze(1)
+        outputs = torch_project(counted, side, plan.size, 0)
+        outputs *= -terms.miss.unsqueeze(1)
         own = vocabulary_signs(
             target, plan.size, dtype, seed=plan.seed, key=plan.key, buckets=plan.buckets
         )

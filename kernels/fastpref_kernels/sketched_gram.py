@@ -19,14 +19,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .count_sketch import CountSketch
 from .gram import GroupGram, GroupRows, Groups, RowTerms, hidden_dots
 
 
 def sketched_gram(
     out: Tensor,  # (S / g, g, g) written for the groups that have rows
     gram: GroupGram,
-    counted: CountSketch,
+    sketches: Tensor,  # (R, K) of q
+    squares: Tensor,  # (R,) sum F^2
     hidden: Tensor,
     target: Tensor,
     terms: RowTerms,
@@ -37,10 +37,9 @@ def sketched_gram(
     Cost    2 R L (K + D) operations for groups of L rows, and (1 + g) 2 R L K for the errors
     Memory  some (L, L) matrices for every group
     """
-    groups, buckets = gram.groups, counted.buckets.count
+    groups, buckets = gram.groups, sketches.shape[1]
     spread = 2.0 / buckets * max(0.0, 1.0 - buckets / vocab)
-    squares, error = counted.squares.total(), torch.zeros_like(out)
-    sketches = (counted.sums / terms.total).t().contiguous()  # (R, K), read row by row from here on
+    error = torch.zeros_like(out)
     for j, batch in enumerate(gram.batches):
         total, miss, rows = batch.of(terms.total), batch.of(terms.miss), batch.of(sketches)
         products = torch.bmm(rows, rows.transpose(1, 2))
