@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import gram_few
 from ._aot import AotCase, case_of
 from ._launch import Launch, launch, recorded
 from .segment import add_rows_
@@ -29,7 +30,7 @@ STAGES = 3
 # of TensorFloat32, which keeps its digits. Other shapes spill: kernels/README.md.
 HALF_BLOCKS = {64: (128, 4), 32: (128, 4), 16: (256, 1)}
 FLOAT_BLOCKS = {64: (32, 8), 32: (32, 4), 16: (32, 2)}
-PROGRAMS = 512  # at least, where there are enough tiles to share out
+PROGRAMS = 128  # at least, where there are enough tiles to share out
 
 
 class Tiles(NamedTuple):
@@ -144,16 +145,19 @@ def gram_tile_kernel(
 
 
 class Blocks(NamedTuple):
-    """Pairs of blocks of one size."""
+    """Pairs of blocks of one size; or, for a size of at most gram_few.MOST, groups of so many."""
 
-    rows: int  # B
-    pairs: Tensor  # (P, 4) int32, as the kernel takes them
+    rows: int  # B, or L
+    pairs: Tensor  # (P, 4) int32, as the kernel takes them; (P, 1) first rows of groups
     alone: bool  # blocks meet none but themselves
 
 
 def block_rows(length: int, dtype: torch.dtype) -> int:
     """Rows of the blocks that a group of `length` rows is cut into: the most with which its block
-    pairs are no more than length^2 entries, or, where no size does that, the fewest entries."""
+    pairs are no more than length^2 entries, or, where no size does that, the fewest entries. A
+    group of a few rows is met row by row."""
+    if length <= gram_few.MOST:
+        return length
     sizes = sorted(_blocks(dtype), reverse=True)
     entries = {size: _pairs(length, size) * size * size for size in sizes}
     within = [size for size in sizes if entries[size] <= length * length]
@@ -164,6 +168,11 @@ def rows_loaded(length: int, columns: int, dtype: torch.dtype) -> int:
     """Numbers that programs load for a group of `length` rows; `columns` is V + D."""
     size = block_rows(length, dtype)
     return _pairs(length, size) * 2 * size * columns
+
+
+def _entries(size: int) -> int:
+    """Of a row of a plan's table."""
+    return 1 if size <= gram_few.MOST else 4
 
 
 def _pairs(length: int, size: int) -> int:
@@ -181,7 +190,7 @@ def plan_blocks(
     """Blocks of rows that begin where a group does; groups that fit into one block together share
     it."""
     return [
-        Blocks(size, table.view(-1, 4), alone)
+        Blocks(size, table.view(-1, _entries(size)), alone)
         for size, alone, table in _plan(counts, group_size, groups, dtype, device)
     ]
 
@@ -200,7 +209,11 @@ def _plan(
     first = 0
     for size, same in groupby(size_of):
         last = first + len(list(same))
-        for span in cut(lengths, first, last, size) if size else ():
+        few = size <= gram_few.MOST
+        for span in cut(lengths, first, last, 0 if few else size) if size else ():
+            if few:
+                found.setdefault(size, []).append(span.lo)
+                continue
             ends = [(lo, min(lo + size, span.hi)) for lo in range(span.lo, span.hi, size)]
             for i, block in enumerate(ends):
                 for other in ends[i:]:
@@ -209,7 +222,7 @@ def _plan(
     plan = []
     for size in sorted(found):
         table = found[size]
-        alone = table[0::4] == table[2::4]
+        alone = size <= gram_few.MOST or table[0::4] == table[2::4]
         plan.append((size, alone, to_device(table, device)))
     return plan
 
@@ -226,7 +239,8 @@ def add_gram(
     """What these tiles give to the Gram matrices: row s of `out` holds <G_s, G_b> for all parts b
     of the group of segment s."""
     for blocks in plan:
-        _add_blocks(out, tiles, rows, hidden, blocks, correct)
+        add = _add_few if blocks.rows <= gram_few.MOST else _add_blocks
+        add(out, tiles, rows, hidden, blocks, correct)
 
 
 def _add_blocks(
@@ -262,9 +276,47 @@ def _add_blocks(
     )
     row = pairs[:, ::2].unsqueeze(2) + torch.arange(size, device=pairs.device)
     # Rows beyond a block have sums of 0.
-    segment = rows.segment[row.clamp(max=max(hidden.shape[0] - 1, 0))]
-    by_row = sums.to(torch.float64).sum(1).flatten(0, 2)
-    add_rows_(out, segment.to(torch.int64).flatten(), by_row)
+    _add_sums(out, rows, row.clamp(max=max(hidden.shape[0] - 1, 0)), sums)
+
+
+def _add_few(
+    out: Tensor, tiles: Tiles, rows: Rows, hidden: Tensor, groups: Blocks, correct: bool
+) -> None:
+    length, first = groups.rows, groups.pairs
+    half = tiles.exps.dtype != torch.float32
+    count, splits, each = len(first), *_split(len(tiles.offsets), len(first))
+    sums = hidden.new_empty(count, splits, length, out.shape[1], dtype=torch.float32)
+    launch(
+        gram_few.gram_few_kernel,
+        (count, splits),
+        {
+            "exps": tiles.exps,
+            "offsets": tiles.offsets,
+            "hidden": hidden,
+            **rows._asdict(),
+            "first": first,
+            "sums": sums,
+            "rows": hidden.shape[0],
+            "columns": tiles.exps.shape[0],
+            "tile_width": tiles.width,
+            "tiles_each": each,
+            "correct": int(correct),
+            "DIM": hidden.shape[1],
+            "GROUP": out.shape[1],
+            "PARTS": triton.next_power_of_2(out.shape[1]),
+            "L": length,
+            "C": gram_few.HALF_COLUMNS if half else gram_few.FLOAT_COLUMNS,
+        },
+        warps=gram_few.WARPS,
+        stages=STAGES,
+    )
+    _add_sums(out, rows, first + torch.arange(length, device=first.device), sums)
+
+
+def _add_sums(out: Tensor, rows: Rows, row: Tensor, sums: Tensor) -> None:
+    """out[s] += what `sums` (P, splits, ..., g) hold for the rows of segment s."""
+    segment = rows.segment[row].to(torch.int64).flatten()
+    add_rows_(out, segment, sums.to(torch.float64).sum(1).flatten(0, -2))
 
 
 def _blocks(dtype: torch.dtype) -> dict[int, tuple[int, int]]:
@@ -283,10 +335,14 @@ def aot_cases() -> list[AotCase]:
     cases = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         archs = (80, 90, 100) if dtype == torch.bfloat16 else (90,)
-        for size, alone in product(_blocks(dtype), (False, True)):
-            name = f"gram_tile {str(dtype).removeprefix('torch.')} {size}"
+        few = [(length, True) for length in range(1, gram_few.MOST + 1)]
+        for size, alone in [*product(_blocks(dtype), (False, True)), *few]:
+            kind = "gram_few" if size <= gram_few.MOST else "gram_tile"
+            name = f"{kind} {str(dtype).removeprefix('torch.')} {size}"
             for one in _launches(dtype, size, alone):
-                case = case_of(f"{name}, alone" if alone else name, one, archs)
+                case = case_of(
+                    f"{name}, alone" if alone and size > gram_few.MOST else name, one, archs
+                )
                 cases.append(replace(case, wide_loads=True))
     return cases
 
@@ -307,7 +363,7 @@ def _launches(dtype: torch.dtype, size: int, alone: bool) -> list[Launch]:
                 *(numbers(rows) for _ in range(3)),
             ),
             numbers(rows, dim, kind=dtype),
-            [Blocks(size, numbers(8, 4, kind=torch.int32), alone)],
+            [Blocks(size, numbers(8, _entries(size), kind=torch.int32), alone)],
             correct=True,
         )
     return seen
