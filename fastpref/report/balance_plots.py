@@ -16,6 +16,7 @@ from fastpref.report.tables import shorten
 from fastpref.report.training_plots import Rows, points
 
 MARKERS = ("o", "s", "D", "^")
+WEIGHTS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 def draw_balance(
@@ -46,11 +47,15 @@ def draw_balance(
             above.set(title=f"{arm}: margin", xlabel="optimizer step", ylabel="mean margin, nats")
             below.set(title=f"{arm}: weight of the loss", xlabel="optimizer step", yscale="log")
             below.axhline(1, color=SOFT, linewidth=0.8)
+            below.set_xlim(above.get_xlim())  # of a run without weights too
         top = max(above.get_ylim()[1] for above in axes[0, :-1])
         for above in axes[0, :-1]:
             above.set_ylim(top=top)
-        low, high = zip(*(below.get_ylim() for below in axes[1, :-1]), strict=True)
+        weighted = [below for below in axes[1, :-1] if len(below.lines) > 1]
+        low, high = zip(*(below.get_ylim() for below in weighted), strict=True)
         for below in axes[1, :-1]:
+            below.minorticks_off()
+            below.set_yticks(WEIGHTS, [f"{w:g}" for w in WEIGHTS])
             below.set_ylim(min(*low, 0.5), max(*high, 2.0))
         _times(axes[0, -1], found, order, colors)
         _trade(axes[1, -1], found)
