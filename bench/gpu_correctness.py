@@ -23,7 +23,8 @@ from fastpref_kernels import (
 )
 from torch import Tensor
 
-from bench import attention_checks, head_ops, norm_checks
+from bench import attention_checks, head_norm_checks, head_ops, norm_checks
+from bench.capture import captured, waiting_is_an_error
 from bench.gpu import Session
 from bench.gpu_op import released
 
@@ -37,7 +38,12 @@ GRADIENT = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 3e-5}
 def run(session: Session) -> dict[str, dict[str, float] | None]:
     """Every check there is time for; returns how many held and failed."""
     held = 0
-    every = (checks(), norm_checks.checks(), attention_checks.checks(session))
+    every = (
+        checks(),
+        head_norm_checks.checks(),
+        norm_checks.checks(),
+        attention_checks.checks(session),
+    )
     for name, check in itertools.chain(*every):
         if not session.has_time(name):
             continue
@@ -76,7 +82,6 @@ def checks() -> Iterator[tuple[str, Check]]:
     for dtype in (torch.bfloat16, torch.float32):
         yield f"transforms, ragged, {str(dtype)[6:]}", functools.partial(_transforms, dtype=dtype)
     yield "statistics", _statistics
-    yield "Gram matrices of head gradients", _gram
     yield "a policy that is its own reference", _own_reference
     yield "torch backend on the device", _torch_backend
     yield "torch.compile, full graph", _compiled
@@ -149,34 +154,21 @@ def _cuda_graph(session: Session) -> Found:
     if session.device.type != "cuda":
         return {"tensors that differ": (_unequal(_gradients(problem), expected), 0.0)}
     leaves = problem.leaves("full")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm-up, as torch's notes on capture ask for
-        for _ in range(3):
-            torch.autograd.grad(_dpo(problem, leaves).loss.mean(), leaves)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def call() -> list[Tensor]:
         out = _dpo(problem, leaves)
-        captured = [out.loss, *torch.autograd.grad(out.loss.mean(), leaves)]
-    for _ in range(2):
-        graph.replay()
-    torch.cuda.synchronize()
-    return {"tensors that differ": (_unequal([x.detach() for x in captured], expected), 0.0)}
+        return [out.loss, *torch.autograd.grad(out.loss.mean(), leaves)]
+
+    return {"tensors that differ": (_unequal(captured(call), expected), 0.0)}
 
 
 def _no_wait(session: Session) -> Found:
     """Forward and backward with every implicit synchronisation made an error."""
     problem = _problem(session, torch.bfloat16)
     _gradients(problem)
-    if session.device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error(session.device):
         for cache in (-1, 0):
             _gradients(problem, cache=cache)
-    finally:
-        if session.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
     return {}
 
 
@@ -291,29 +283,6 @@ def _statistics(session: Session) -> Found:
         ours, true = (getattr(out, name).double() for out in results)
         found[name] = (float((ours - true).norm() / true.norm().clamp(min=1)), 1e-4)
     return found
-
-
-def _gram(session: Session) -> Found:
-    problem = _problem(session, torch.float32, rows=96, dim=24, vocab=900)
-    segment_id = (torch.arange(96, device=session.device) // 8).int()
-    results: list[Tensor] = []
-    for function, to in (
-        (linear_logprob, torch.float32),
-        (reference.linear_logprob, torch.float64),
-    ):
-        out: LinearLogprob = function(
-            problem.hidden.to(to),
-            problem.weight.to(to),
-            problem.target,
-            segment_id,
-            num_segments=12,
-            group_size=3,
-            norms="exact",
-        )
-        assert out.gram is not None
-        results.append(out.gram.double())
-    gap = (results[0] - results[1]).abs().max() / results[1].abs().max()
-    return {"relative": (float(gap), 1e-4)}
 
 
 def _own_reference(session: Session) -> Found:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Rows, hidden, vocabulary, rows of a segment.
 CPU_SIZES, GPU_SIZES = (512, 1024, 32000, 16), (8192, 4096, 128256, 512)
 DRY_SIZES = (64, 16, 300, 8)
+# Rows of other segments: on a GPU those that go by plain products, in small blocks, by gradients.
+GPU_LENGTHS, DRY_LENGTHS = (2, 16, 8192), (2, 64)
 PLAIN = "plain"
 # name -> norms, group_size: segments each for itself, and in groups, as pairs have them.
 CPU_CONTENDERS: dict[str, tuple[str | None, int]] = {
@@ -44,6 +46,7 @@ GPU_CONTENDERS: dict[str, tuple[str | None, int]] = {
     "sketch": ("sketch", 1),
     "sketch_pairs": ("sketch", 2),
 }
+OTHER_CONTENDERS: dict[str, tuple[str | None, int]] = {PLAIN: (None, 1), "exact": ("exact", 1)}
 # Relative error of a squared norm, by dtype, before anything is timed.
 WITHIN = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 WARM_UP = 2
@@ -78,24 +81,39 @@ def run(arguments: argparse.Namespace) -> int:
 
 def run_on(session: Session, seconds_of: Clock) -> dict[str, dict[str, float] | None]:
     """The same on a GPU: time with norms over time without, less 1; None where time was up."""
+    sizes = DRY_SIZES if session.dry else GPU_SIZES
+    values = _run_case(session, seconds_of, "", GPU_CONTENDERS, sizes)
+    for length in DRY_LENGTHS if session.dry else GPU_LENGTHS:
+        other = (*sizes[:3], length)
+        values |= _run_case(session, seconds_of, f"_{length}", OTHER_CONTENDERS, other)
+    return values
+
+
+def _run_case(
+    session: Session,
+    seconds_of: Clock,
+    suffix: str,
+    contenders: Mapping[str, tuple[str | None, int]],
+    sizes: tuple[int, int, int, int],
+) -> dict[str, dict[str, float] | None]:
     values: dict[str, dict[str, float] | None] = {
-        f"head_{name}_extra": None for name in GPU_CONTENDERS if name != PLAIN
+        f"head_{name}_extra{suffix}": None for name in contenders if name != PLAIN
     }
-    label = "norms of the head"
+    label = f"norms of the head, segments of {sizes[3]} rows"
     if not session.has_time(label):
         return values
-    case = Case(session.device, DRY_SIZES if session.dry else GPU_SIZES)
+    case = Case(session.device, sizes)
     wrong = case.wrong()
     if wrong:
         session.failed.append(f"{label}: {wrong}")
         return values
     clock = lambda call: seconds_of(call, session.device)  # noqa: E731
-    seconds = case.times(GPU_CONTENDERS, session.repeats, clock)
+    seconds = case.times(contenders, session.repeats, clock)
     session.write({"case": label, "error": case.error, "seconds": _spreads(seconds)})
     print(f"{label}, {case.name}")
     for name, share in _shown(seconds).items():
         if name != PLAIN:
-            values[f"head_{name}_extra"] = {q: value - 1 for q, value in share.items()}
+            values[f"head_{name}_extra{suffix}"] = {q: value - 1 for q, value in share.items()}
     return values
 
 
@@ -118,12 +136,14 @@ class Case:
         self.target = torch.randint(0, vocab, (rows,), generator=g, device=device)
         ids = torch.arange(self.segments, dtype=torch.int32, device=device)
         self.segment_id = ids.repeat_interleave(self.length)[:rows]
+        self.counts = [min(self.length, rows - i) for i in range(0, rows, self.length)]
 
     def step(self, norms: str | None, group_size: int) -> Callable[[], None]:
         """Forward and backward of hidden and weight; empty segments fill up the last group."""
         segments = -(-self.segments // group_size) * group_size
         inputs = (self.hidden, self.weight, self.target, self.segment_id)
-        same: dict[str, Any] = {"num_segments": segments, "group_size": group_size}
+        counts = self.counts + [0] * (segments - self.segments)
+        same: dict[str, Any] = {"counts": counts, "group_size": group_size}
 
         def call() -> None:
             self.hidden.grad = self.weight.grad = None

@@ -60,7 +60,7 @@ class Case:
         return f"{self.layer.name} T={self.tokens} pairs of {self.length}"
 
 
-GPU_CASES = [Case(LLAMA_8B, 8192, length) for length in (512, 128, 2048)]
+GPU_CASES = [Case(LLAMA_8B, 8192, length) for length in (512, 128, 2048, 4096)]
 DRY_CASES = [Case(TINY, 256, 64)]
 
 

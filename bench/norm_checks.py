@@ -6,7 +6,6 @@ backend.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,6 +21,8 @@ from fastpref_kernels import (
     rmsnorm_norms,
 )
 from torch import Tensor
+
+from bench.capture import waiting_is_an_error
 
 Found = Mapping[str, tuple[float, float]]  # what -> (measured, bound)
 Check = Callable[[Any], Found]  # takes a session, of which the device alone is read
@@ -116,18 +117,6 @@ def _same_bits(session: Any) -> Found:
         return linear_norms(x, dy, ids, num_segments=len(COUNTS), counts=COUNTS)
 
     first = call()
-    with _waiting_is_an_error(session.device):
+    with waiting_is_an_error(session.device):
         second = call()
     return {"differing": (float((first != second).sum()), 0.0)}
-
-
-@contextlib.contextmanager
-def _waiting_is_an_error(device: Any) -> Iterator[None]:
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -48,6 +48,7 @@ class PairBatch:
     ref_chosen: Tensor  # (P,) float64, reference log-prob in nats; nan = not known
     ref_rejected: Tensor  # (P,) float64
     lengths: tuple[tuple[int, int, int], ...]  # host copy of (prefix, chosen, rejected) lengths
+    segment_rows: tuple[tuple[int, ...], ...]  # host copy of the rows of each segment, by pair
     group: int = GROUP  # segments of a pair
     hidden: Tensor | None = None  # (T, D) final hidden states, in place of tokens
     whole: bool = False  # every token is fed, a completion's last one too
@@ -67,6 +68,11 @@ class PairBatch:
     def num_segments(self) -> int:
         """S = 3 P (5 P with tails)."""
         return self.group * self.num_pairs
+
+    @property
+    def counts(self) -> list[int]:
+        """(S,) rows of every segment, on the host."""
+        return [rows for own in self.segment_rows for rows in own]
 
     @property
     def shared_scored(self) -> Tensor:
@@ -106,9 +112,15 @@ class PairBatch:
         place += torch.where(part > 0, count[GROUP * pair], 0)  # within the completion, from 0
         shorter = torch.minimum(self.chosen_scored, self.rejected_scored)
         own = torch.tensor([0, 1, 3], device=segment.device)[part] + (place >= shorter[pair])
+        scored = []
+        for common, *rests in self.segment_rows:
+            own_rows = [min(rest, min(rests)) for rest in rests]  # the rest of the rest is its tail
+            tails = [rest - rows for rest, rows in zip(rests, own_rows, strict=True)]
+            scored.append((common, own_rows[0], tails[0], own_rows[1], tails[1]))
         return replace(
             self,
             segment_id=(GROUP_WITH_TAILS * pair + own).to(self.segment_id.dtype),
+            segment_rows=tuple(scored),
             group=GROUP_WITH_TAILS,
         )
 
@@ -150,6 +162,8 @@ class PairBatch:
             "a row points at a token of another pair",
         )
         counts = torch.bincount(segment, minlength=self.num_segments).view(-1, self.group)
+        on_host = [list(own) for own in self.segment_rows]
+        _demand(counts.tolist() == on_host, "`segment_rows` disagrees with segment_id")
         shared, rests = counts[:, 0], counts[:, 1:].view(self.num_pairs, 2, -1).sum(dim=2)
         scored = torch.stack([shared + rests[:, 0], shared + rests[:, 1]])
         declared = torch.stack([self.chosen_scored, self.rejected_scored])
@@ -200,6 +214,11 @@ class ProbeBatch:
     def group(self) -> int:
         """Segments whose head gradients are held against each other: each by itself."""
         return 1
+
+    @property
+    def counts(self) -> None:
+        """The host does not know the rows of responses."""
+        return None
 
     def to(self, device: torch.device | str) -> ProbeBatch:
         """The same batch on ``device``."""

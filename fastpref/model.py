@@ -212,6 +212,7 @@ class PairModel:
             batch.target,
             None if by_row else batch.segment_id,
             num_segments=batch.rows.numel() if by_row else batch.num_segments,
+            counts=None if by_row else batch.counts,
             group_size=1 if by_row else batch.group,
             bias=None if head.bias is None else head.bias.to(self.dtype),
             softcap=head.softcap,

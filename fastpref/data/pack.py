@@ -129,6 +129,7 @@ def segments(
         "chosen_scored": _int64(counts[:, 0] + counts[:, 1]),
         "rejected_scored": _int64(counts[:, 0] + counts[:, 2]),
         "lengths": tuple(map(tuple, lengths.tolist())),
+        "segment_rows": tuple(map(tuple, counts.tolist())),
     }
 
 

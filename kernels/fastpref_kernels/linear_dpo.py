@@ -5,9 +5,12 @@ Shapes: R rows, D hidden, V vocab, S segments, P pairs, g group_size (S = g P).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ._launch import check_counts, check_rows_of_segments
 from .linear_logprob import linear_logprob
 from .pair_checks import check_options
 from .pair_loss import PairLoss, pair_loss
@@ -26,6 +29,7 @@ def linear_dpo(
     label_smoothing: float = 0.0,
     group_size: int = 2,
     num_segments: int | None = None,
+    counts: Sequence[int] | None = None,  # (S,) rows of every segment, as `row_counts` gives them
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -37,8 +41,9 @@ def linear_dpo(
 
     The row log-probs of `linear_logprob` go straight into `pair_loss`; see there for what each
     argument means. Segments of pair p: 2p chosen, 2p + 1 rejected; with ``group_size=3`` 3p rows
-    that both share, 3p + 1 and 3p + 2 the rests. `loss` is differentiable in hidden, weight, bias:
-    ``linear_dpo(...).loss.mean().backward()``.
+    that both share, 3p + 1 and 3p + 2 the rests. `counts` say how many segments there are where
+    `num_segments` does not, and are held against `segment_id` on the CPU. `loss` is differentiable
+    in hidden, weight, bias: ``linear_dpo(...).loss.mean().backward()``.
 
     Memory    that of `linear_logprob`, and 12 numbers a pair.
     Errors    ValueError with the offending value: of `pair_loss` names and numbers before any work,
@@ -46,6 +51,11 @@ def linear_dpo(
     Oracle    reference.linear_logprob into reference.pair_loss
     """
     check_options(beta, loss_type, label_smoothing, group_size)
+    if counts is not None:
+        num_segments = len(counts) if num_segments is None else num_segments
+        check_counts("linear_dpo", hidden.shape[0], num_segments, counts)
+        if not torch.compiler.is_compiling():
+            check_rows_of_segments("linear_dpo", segment_id, counts)
     rows = _row_logp(
         hidden, weight, target, bias, softcap, logit_scale, temperature, cache, backend
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastpref_kernels import linear_logprob, reference
+from fastpref_kernels import linear_logprob, reference, row_counts
 
 from tests.kernels.cases import Case, assert_no_worse, make_case, run, set_width
 from tests.kernels.test_statistics import STATS
@@ -128,3 +128,77 @@ def test_gram_equals_reference() -> None:
         for f in (linear_logprob, reference.linear_logprob)
     ]
     torch.testing.assert_close(out[0], out[1], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("norms", ["exact", "sketch", "both"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("longest", [None, 0])
+def test_norms_with_counts_wait_for_nothing_and_are_captured(
+    norms: str,
+    backend: str,
+    longest: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Groups by rows, and all of them by gradients. What a graph replays are the call's bits."""
+    case = make_case(300, 64, 20000, dtype=torch.bfloat16, segments=12).on("cuda")
+    if longest is not None:
+        by_gradients(monkeypatch)
+    assert case.segment_id is not None
+    counts = row_counts(case.segment_id, 12)
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
+
+    def call() -> list[torch.Tensor]:
+        out = linear_logprob(
+            hidden,
+            weight,
+            case.target,
+            case.segment_id,
+            num_segments=12,
+            counts=counts,
+            group_size=3,
+            norms=norms,
+            backend=backend,
+        )
+        grads = torch.autograd.grad(out.logp.sum(), (hidden, weight))
+        return [x for x in (*grads, out.gram, out.gram_error, out.sketch) if x is not None]
+
+    expected = call()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, theirs in zip(captured, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    request.getfixturevalue("no_waiting")
+    call()
+
+
+def test_a_capture_with_new_counts_is_refused() -> None:
+    case = make_case(30, 64, 2000, dtype=torch.bfloat16, segments=3).on("cuda")
+    inputs = (case.hidden, case.weight, case.target, case.segment_id)
+    counts = row_counts(case.segment_id, 3)
+    linear_logprob(*inputs, counts=counts)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(ValueError, match="Call once with the same counts before"):  # noqa: SIM117
+        with torch.cuda.graph(graph):
+            linear_logprob(*inputs, counts=counts, norms="exact")
+
+
+def by_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every group goes by its segments' gradients."""
+    from fastpref_kernels.spans import group_counts
+
+    def sort_groups(counts: Any, group_size: int, *_: Any) -> tuple[tuple[int, ...], ...]:
+        lengths = group_counts(counts, group_size)
+        return (), tuple(i for i, n in enumerate(lengths) if n)
+
+    monkeypatch.setattr("fastpref_kernels.triton_norms.sort_groups", sort_groups)
+    monkeypatch.setattr("fastpref_kernels.head_norms.longest_head_gram", lambda *_: 0)

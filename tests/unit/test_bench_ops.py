@@ -156,7 +156,8 @@ def test_dry_run_of_the_op_part_goes_through_every_case(
         assert max(line["ops"]["stand-in"]["errors"].values()) < 1e-5
     lines = [line for line in lines if "case" in line]
     norms = [line.pop("case") for line in lines if "norms" in line["case"]]
-    assert norms == ["norms of the head", "norms, fastpref-tiny T=256 pairs of 64"]
+    heads = [f"norms of the head, segments of {rows} rows" for rows in (8, 2, 64)]
+    assert norms == [*heads, "norms, fastpref-tiny T=256 pairs of 64"]
     steps = [line for line in lines if "case" in line]
     assert len(steps) == 6 and {line["mode"] for line in steps} == set(gpu_op.MODES)
     for line in steps:
@@ -207,4 +208,4 @@ def test_dry_run_of_the_correctness_part_holds(tmp_path: Path) -> None:
     output = tmp_path / "correctness.jsonl"
     assert main(["gpu", "--part", "correctness", "--dry_run", "--output", str(output)]) == 0
     lines = [json.loads(line) for line in output.read_text().splitlines()][1:]
-    assert len(lines) == 47 and all(line["ok"] for line in lines)
+    assert len(lines) == 55 and all(line["ok"] for line in lines)
