@@ -155,10 +155,10 @@ def _finish_exps(
 ) -> None:
     """All of E to what `holds_all` says, from tiles relative to the maxima so far; own: S' phi."""
     for (lo, hi), maximum in zip(tiles.bounds, maxima, strict=True):
-        # On CUDA to look whether anything changed would wait for the device.
-        if exps.is_cuda or not torch.equal(maximum, maxima[-1]):
+        # On a GPU to look whether anything changed would wait for the device.
+        if exps.device.type != "cpu" or not torch.equal(maximum, maxima[-1]):
             # The floor spares the products subnormal numbers, which are slow.
-            floor, shrink = exps.new_tensor(math.exp(FLOOR)), (maximum - maxima[-1]).exp_()
+            floor, shrink = exps.new_full((), math.exp(FLOOR)), (maximum - maxima[-1]).exp_()
             torch.addcmul(floor, exps[lo:hi], shrink, out=exps[lo:hi])
     exps.scatter_(0, target.unsqueeze(0), own.neg().unsqueeze(0))
 
