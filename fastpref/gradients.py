@@ -15,7 +15,7 @@ from fastpref_kernels.segment import segment_sum
 from torch import Tensor, nn
 
 from fastpref.batch import GROUP_WITH_TAILS, PairBatch
-from fastpref.dynamics.tap_layers import Embedding
+from fastpref.dynamics.tap_layers import Embedding, Input
 from fastpref.dynamics.taps import Taps, TapValues
 from fastpref.losses import sequence_sums
 from fastpref.model import Head, HeadNorms, PairModel, Scored
@@ -113,7 +113,7 @@ def pair_gradients(
             )
             for (tap, ids, _), dy in zip(taps.anchors, found, strict=True):
                 if dy is not None and tap.group >= 0:
-                    tap.receive(ids, dy, None)
+                    tap.receive(ids, dy, Input())
     values = put_together(model, taps, batch, scored, slope, of, change)
     chosen, rejected = sequence_sums(scored.logp.detach(), batch.num_pairs, tail_weight)
     return replace(values, logp_chosen=chosen, logp_rejected=rejected)

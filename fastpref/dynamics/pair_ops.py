@@ -20,6 +20,7 @@ from fastpref_kernels.segment_products import segment_products, wide_dtype
 from fastpref_kernels.token_blocks import TokenBlocks
 from torch import Tensor
 
+CHUNK = 1 << 20  # numbers of a norm's input that are multiplied at a time
 KEPT = 1 << 30  # bytes of signs that stay in memory
 
 
@@ -138,18 +139,25 @@ class BlockOps:
     def sums(
         self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
     ) -> Tensor:
-        rows = dy.to(wide_dtype(dy) if x is None else wide_dtype(dy, x))
-        if x is not None:
-            x = x.to(rows.dtype)
-            if centred:
-                x = x - x.mean(-1, keepdim=True)
-            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            rows = rows * x
-            rows *= torch.rsqrt(length.square() / x.shape[-1] + eps)
-        if rows.dim() == 3:
-            rows = rows.sum(1)
-        out = rows.new_zeros(len(self.counts), rows.shape[1])
-        return out.index_add_(0, self.pair, rows)
+        dtype = wide_dtype(dy) if x is None else wide_dtype(dy, x)
+        out = dy.new_zeros(len(self.counts), dy.shape[-1], dtype=dtype)
+        step = max(CHUNK // max(dy[:1].numel(), 1), 1)
+        for i in range(0, len(dy), step):
+            rows = dy[i : i + step].to(dtype)
+            if x is not None:
+                rows = _times_normalised(rows, x[i : i + step].to(dtype), eps, centred)
+            if rows.dim() == 3:
+                rows = rows.sum(1)
+            out.index_add_(0, self.pair[i : i + step], rows)
+        return out
 
     def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
         return self.blocks.norms(x, dy)
+
+
+def _times_normalised(dy: Tensor, x: Tensor, eps: float, centred: bool) -> Tensor:
+    """dy times x over its root mean square, or its deviation over the standard deviation."""
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    return (dy * x).mul_(square.div_(x.shape[-1]).add_(eps).rsqrt_())

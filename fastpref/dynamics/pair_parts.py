@@ -91,19 +91,27 @@ class PairParts:
         """P."""
         return self.norm_sq.shape[1]
 
+    def project_input(self, x: Tensor, place: Place) -> Tensor:
+        """(T, k) the input x (T, d) of a linear layer, projected."""
+        return self.ops.project(x, place.key, "in", self.k)
+
     def linear(
         self,
-        x: Tensor,  # (T, d)
+        x: Tensor | None,  # (T, d), where norms or a change ask for it
+        inputs: Tensor | None,  # (T, k) `project_input` of it, where it was made before
         layers: Sequence[tuple[Tensor, Place | None, Place | None]],  # (T, p), weight, bias
     ) -> None:
         """Linear layers of one input, of one group and one key."""
         weights = [(dy, place) for dy, place, _ in layers if place is not None]
         if weights:
-            group = weights[0][1].group
+            group, first = weights[0][1].group, weights[0][1]
             if self.exact:
+                assert x is not None
                 self._add_norms(group, self.ops.norms(x, [dy for dy, _ in weights]))
+            if inputs is None:
+                assert x is not None
+                inputs = self.project_input(x, first)
             project = self.ops.project
-            inputs = project(x, weights[0][1].key, "in", self.k)
             outputs = sum_of(
                 [project(dy, place.key, "out", self.k, place.first_output) for dy, place in weights]
             )
@@ -111,6 +119,7 @@ class PairParts:
         for dy, place in weights:
             moved = self._changed(place)
             if moved is not None:
+                assert x is not None
                 wide = wide_dtype(dy, x)
                 there = multiply(x, (moved if place.transposed else moved.t()).to(x.dtype), wide)
                 self._add_change(place.group, (dy.to(wide) * there).sum(1))

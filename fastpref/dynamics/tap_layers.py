@@ -137,24 +137,31 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.
             yield name, layer, own, parameter
 
 
+class Input:
+    """What layers that are given the same tensor have in common: q, k and v, gate and up."""
+
+    def __init__(self) -> None:
+        self.projected: dict[str, Tensor] = {}  # (T, k) by key of the projection
+
+
 class Kept(torch.autograd.Function):
-    """The identity on a layer's output. It keeps the layer's input, and tells the tap of the
-    gradient that comes back; it hands it on as it is.
+    """The identity on a layer's output. It keeps the layer's input, where that is asked for, and
+    tells the tap of the gradient that comes back; it hands it on as it is.
 
     What it keeps goes through autograd's saved tensors, so that activation checkpointing drops it
     and computes it again; the forward has no effects and may run twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, tap: Any, token: object) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor | None, tap: Any, shared: Input) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.tap, ctx.token = tap, token
+        ctx.tap, ctx.shared = tap, shared
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.tap.receive(x, dy, ctx.token)
+        ctx.tap.receive(x, dy, ctx.shared)
         return dy, None, None, None
 
 
@@ -166,12 +173,12 @@ def as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind))
 
 
-def token_of(x: Tensor) -> object:
-    """What layers that are given the same tensor have in common: q, k and v, gate and up."""
-    token = getattr(x, "_fastpref_token", None)
-    if token is None:
-        token = x._fastpref_token = object()  # type: ignore[attr-defined]
-    return token
+def input_of(x: Tensor) -> Input:
+    """The same object for layers that are given the same tensor."""
+    shared = getattr(x, "_fastpref_input", None)
+    if shared is None:
+        shared = x._fastpref_input = Input()  # type: ignore[attr-defined]
+    return shared
 
 
 class TokenRows:

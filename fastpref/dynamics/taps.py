@@ -80,11 +80,16 @@ class Tap:
             return y
         if self.group < 0 or not y.requires_grad:
             return y
-        return tap_layers.Kept.apply(y, x.detach(), self, tap_layers.token_of(x))
+        shared, kept = tap_layers.input_of(x), x.detach()
+        if isinstance(self.kind, Linear) and not self.taps.keeps_inputs:
+            if self.weight is not None and self.weight.key not in shared.projected:
+                shared.projected[self.weight.key] = self.taps.project(self, kept)
+            return tap_layers.Kept.apply(y, None, self, shared)
+        return tap_layers.Kept.apply(y, kept, self, shared)
 
-    def receive(self, x: Tensor, dy: Tensor, token: object) -> None:
+    def receive(self, x: Tensor | None, dy: Tensor, shared: tap_layers.Input) -> None:
         """The layer's input and the gradient of its output, in the backward."""
-        self.taps.receive(self, x, dy, token)
+        self.taps.receive(self, x, dy, shared)
 
 
 class Taps:
@@ -100,13 +105,29 @@ class Taps:
         self.tied: Tap | None = None  # the embedding that has the head's weight
         self.parts: PairParts | None = None
         self._watched = False
-        self._waiting: tuple[object, Tensor, list[tuple[Tap, Tensor]]] | None = None
+        # An input, and the layers that had it with the gradients of their outputs.
+        self._waiting: tuple[tap_layers.Input, Tensor | None, list[tuple[Tap, Tensor]]] | None = (
+            None
+        )
         self.layers, self.groups = _find(self)
 
     @property
     def exact(self) -> bool:
         """Whether squared norms are exact in every group."""
         return self.mode == "exact"
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether linear layers' inputs are needed in the backward; sketches take their projection
+        alone, which is made where the input is hot, in the forward."""
+        assert self.parts is not None
+        return self.exact or self.parts.changes is not None
+
+    def project(self, tap: Tap, x: Tensor) -> Tensor:
+        """(T, k) the input ``x`` of a linear layer, projected."""
+        assert self.parts is not None and tap.weight is not None
+        with torch.autocast(x.device.type, enabled=False):
+            return self.parts.project_input(tap.rows(x, self.parts.tokens), tap.weight)
 
     @contextmanager
     def watching(
@@ -156,18 +177,19 @@ class Taps:
         }
         return TapValues(exact, parts.sketch, parts.change)
 
-    def receive(self, tap: Tap, x: Tensor, dy: Tensor, token: object) -> None:
+    def receive(self, tap: Tap, x: Tensor | None, dy: Tensor, shared: tap_layers.Input) -> None:
         """A tap's layer has been passed by the backward."""
         parts = self.parts
         assert parts is not None and self._watched, "the backward ran outside of watching()"
         if isinstance(tap.kind, Linear):
             waiting = self._waiting
-            if waiting and (waiting[0] is not token or not _alike(waiting[2][0][0], tap)):
+            if waiting and (waiting[0] is not shared or not _alike(waiting[2][0][0], tap)):
                 self._flush()
             if self._waiting is None:
-                self._waiting = (token, x, [])
+                self._waiting = (shared, x, [])
             self._waiting[2].append((tap, tap.rows(dy, parts.tokens)))
             return
+        assert x is not None
         if isinstance(tap.kind, Norm):
             rows = (tap.rows(x, parts.tokens), tap.rows(dy, parts.tokens))
             parts.norm(*rows, tap.kind.eps, tap.kind.centred, tap.weight, tap.bias)
@@ -184,9 +206,11 @@ class Taps:
         if waiting is None:
             return
         assert self.parts is not None
-        _, x, layers = waiting
-        x = layers[0][0].rows(x, self.parts.tokens)
-        self.parts.linear(x, [(dy, tap.weight, tap.bias) for tap, dy in layers])
+        shared, x, layers = waiting
+        tap = layers[0][0]
+        rows = None if x is None else tap.rows(x, self.parts.tokens)
+        inputs = None if tap.weight is None else shared.projected.get(tap.weight.key)
+        self.parts.linear(rows, inputs, [(dy, tap.weight, tap.bias) for tap, dy in layers])
 
     def weight_sketch(self) -> Tensor:
         """(G, k, k) float64: sketch of the trained weights as they are, under the projections of
