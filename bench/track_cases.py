@@ -8,16 +8,16 @@ G layer groups, k sketch size, T tokens.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from fastpref_kernels.token_blocks import ENTRIES, MAX_PADDING
 
 from bench import measure
 from fastpref.config import Config
@@ -25,7 +25,8 @@ from fastpref.data.dataset import Dataset
 from fastpref.data.loader import StepPlan
 from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
 from fastpref.data.tokenize import TokenPair
-from fastpref.dynamics.taps import Taps, attach
+from fastpref.dynamics.pair_parts import WAITING
+from fastpref.dynamics.taps import attach
 from fastpref.losses import get_loss
 from fastpref.model import PairModel, prepare
 from fastpref.observe import StepView
@@ -121,7 +122,7 @@ class Subject:
     ) -> None:
         from transformers import LlamaForCausalLM
 
-        self.name, self.device = f"{size.name}_{lengths.name}", device
+        self.name, self.size, self.device = f"{size.name}_{lengths.name}", size, device
         self.config = Config(
             model_name_or_path="bench",
             dataset_name=("bench",),
@@ -143,6 +144,7 @@ class Subject:
         self.loss = get_loss("sigmoid")
         self.pairs = lengths.pairs(BATCHES * pairs, size.vocab, seed=1)
         self.steps = [self.pairs[i * pairs : (i + 1) * pairs] for i in range(BATCHES)]
+        self.tokens = sum(int(fed_tokens(own).sum()) for own in self.steps) // BATCHES
         self.weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
 
     def micro_batches(self, turn: int) -> list[list[TokenPair]]:
@@ -184,19 +186,23 @@ class Subject:
                 return str(error)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        found = {track: self._digest(track) for track in MODES}
+        found = {track: self._bits(track) for track in MODES}
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate
         other = [track for track in MODES if found[track] != found["none"]]
         return f"gradients are other bits with track {', '.join(other)}" if other else None
 
-    def _digest(self, track: str) -> str:
+    def _bits(self, track: str) -> list[int]:
+        """Of every weight's gradient, the sum of its bit patterns as integers."""
         self.train(track, 0)
-        digest = hashlib.sha256()
+        kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        sums = []
         for parameter in self.model.trained:
             assert parameter.grad is not None
-            digest.update(parameter.grad.flatten().view(torch.uint8).cpu().numpy().tobytes())
-        return digest.hexdigest()
+            bits = parameter.grad.view(kinds[parameter.grad.itemsize])
+            sums.append(bits.sum(dtype=torch.int64))
+        found: list[int] = torch.stack(sums).tolist()
+        return found
 
     def times(self, repeats: int, clock: Clock) -> dict[str, list[float]]:
         """track -> seconds of a step in each turn."""
@@ -255,3 +261,34 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
     ]
     held = np.cumsum([size for _, size in sorted(moments, key=lambda moment: moment[0])])
     return int(held.max(initial=0))
+
+
+def stated_bytes(subject: Subject, track: str, turn: int) -> int:
+    """Bytes that a step with taps is stated to hold, at most, beyond one without.
+
+    E narrow matrices, for every input of linear layers and its outputs, wait to be multiplied
+    together, at most WAITING numbers of a side; they are stacked and padded then. Of layers that
+    share an input the gradients of all outputs live. Vectors are those of norms. A step keeps its
+    sketches; those of a micro-batch stand three times while they are put together. Exact norms: a
+    block of rows of the widest layers, padded, and its Gram matrices.
+    """
+    taps = subject.taps.get(track)
+    if taps is None:
+        return 0
+    c, k, groups = subject.model.module.config, SKETCH_DIM, len(taps.groups)
+    batches = subject.micro_batches(turn)
+    tokens = max(int(fed_tokens(own).sum()) for own in batches)
+    most, step = max(map(len, batches)), len(subject.steps[0])
+    narrow = min(tokens * k * (4 * c.num_hidden_layers + 1), WAITING + tokens * k)
+    head = c.hidden_size // c.num_attention_heads
+    together = tokens * max(
+        c.intermediate_size, head * (c.num_attention_heads + c.num_key_value_heads)
+    )
+    vectors = most * c.hidden_size * (2 * c.num_hidden_layers + 1)
+    sketches = k * k * groups * (step + 2 * most)
+    numbers = round(2 * (2 + MAX_PADDING) * narrow) + together + vectors + sketches
+    if track == "exact":
+        longest = max(int(fed_tokens(own).max()) for own in batches)
+        rows = MAX_PADDING * tokens * (c.hidden_size + c.intermediate_size)
+        numbers += round(rows) + 2 * min(ENTRIES, most * longest**2)
+    return 4 * numbers
