@@ -275,7 +275,8 @@ def stated_bytes(subject: Subject, track: str, turn: int) -> int:
     taps = subject.taps.get(track)
     if taps is None:
         return 0
-    c, k, groups = subject.model.module.config, SKETCH_DIM, len(taps.groups)
+    c: Any = subject.model.module.config
+    k, groups = SKETCH_DIM, len(taps.groups)
     batches = subject.micro_batches(turn)
     tokens = max(int(fed_tokens(own).sum()) for own in batches)
     most, step = max(map(len, batches)), len(subject.steps[0])
