@@ -74,6 +74,9 @@ def early(base: Config) -> Config:
         load_best_model_at_end=True,
         early_stopping_patience=4,
         report_to=("tensorboard",),
+        track="sketch",
+        rate_every=4,
+        rate_pairs=2,
         probe_every=4,
         probe_prompts=4,
     )
@@ -212,12 +215,14 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_shows_what_metrics_jsonl_holds(stopped: Path) -> None:
     shown = events(stopped)
     lines = read_jsonl(stopped / "metrics.jsonl")
-    for split in ("train", "eval", "train_sample"):
+    for split in ("train", "eval", "train_sample", "probes", "rate_sample"):
         own = [line for line in lines if line["split"] == split]
-        for key in own[-1].keys() - {"step", "split", "epoch"}:
+        for key in set().union(*own) - {"step", "split", "epoch"}:
             bare = split == "eval" and key.startswith("behavior/")
             name = key if bare else f"{split}/{key}"
-            expected = [(line["step"], line[key]) for line in own if line[key] is not None]
+            expected = [(line["step"], line[key]) for line in own if line.get(key) is not None]
+            if not expected:
+                continue
             assert shown.pop(name) == [(s, pytest.approx(v, rel=1e-6)) for s, v in expected], name
     assert set(shown) == {"train/epoch", "train/train_loss"}
 

@@ -27,6 +27,7 @@ def test_truncated_pairs_are_marked_however_many_there_are() -> None:
         learning_rate=0.1,
         columns=[own] * 20,
         sums=dict.fromkeys(SIZES, 1.0),
+        more={},
         scalar=lambda name: 1.0,
         has=lambda name: False,
     )
