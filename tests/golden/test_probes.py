@@ -305,6 +305,7 @@ def test_influence_in_a_run(straight: Path, base: Config, tmp_path: Path) -> Non
     assert [r for r in rows(again, "influence") if r["step"] != 5] == found
 
 
+@pytest.mark.slow
 def test_two_ranks_score_as_one(base: Config, tmp_path: Path) -> None:
     """The same bits at step 0, whoever scores a batch; later what the weights' rounding gives."""
     changes: dict[str, Any] = {

@@ -179,6 +179,7 @@ def test_resumed_equals_straight(base: Config, tracked: Path, tmp_path: Path) ->
     assert (resumed / "metrics.jsonl").read_bytes() == (tracked / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(base: Config, tracked: Path, tmp_path: Path) -> None:
     config = (tracked / "config.yaml").read_text()
     mode = "exact" if "track: exact" in config else "sketch"
