@@ -157,6 +157,10 @@ def test_dry_run_of_the_op_part_goes_through_every_case(
         assert all(facts["seconds"]["count"] == 1 for facts in line["ops"].values())
         assert max(line["ops"]["stand-in"]["errors"].values()) < 1e-5
     lines = [line for line in lines if "case" in line]
+    (track,) = [line for line in lines if line["case"].startswith("track")]
+    assert track.pop("case") == "track, Llama dry"
+    assert set(track["seconds"]) == {"none", "head", "sketch", "exact"}
+    lines = [line for line in lines if "case" in line]
     norms = [line.pop("case") for line in lines if "norms" in line["case"]]
     heads = [f"norms of the head, segments of {rows} rows" for rows in (8, 2, 64)]
     assert norms == [*heads, "norms, fastpref-tiny T=256 pairs of 64"]
