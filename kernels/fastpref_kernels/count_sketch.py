@@ -2,8 +2,9 @@
 
     sketch[j] = sum over v in bucket j of sign(v) x[v],    E[sketch . sketch'] = x . x'
 
-K buckets. A block of K ids meets every bucket once, so that a tile is added as a few ranges with a
-sign per id: one multiply-add a logit, and no scatter. Id v of block b = v // K goes to bucket
+K buckets. A block of K ids meets every bucket once, so that a GPU adds a row's tile as a few ranges
+with a sign per id, and a CPU as a sparse product: one multiply-add a logit, no scatter. Id v of
+block b = v // K goes to bucket
 
     ((v xor turn(b) mod 8) + (turn(b) rounded down to a multiple of 8)) mod K
 
@@ -14,6 +15,7 @@ Shapes: R rows, V vocab, K buckets, C tile width.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -107,8 +109,24 @@ def turn_table(buckets: Buckets, vocab: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _turns(buckets: Buckets, vocab: int) -> list[int]:
-    return turn_table(buckets, vocab, torch.device("cpu")).tolist()
+def tile_matrices(
+    buckets: Buckets, vocab: int, width: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """For every tile of a vocabulary the (K, C) matrix with sign(v) at the bucket of v, sparse."""
+    found = []
+    for low in range(0, vocab, width):
+        ids = torch.arange(low, min(low + width, vocab), device=device)
+        place, order = buckets.place(ids).sort(stable=True)
+        starts = torch.searchsorted(place, torch.arange(buckets.count + 1, device=device))
+        # int32: what MKL takes as it is.
+        parts = (starts.int(), order.int(), buckets.signs(ids, torch.float32)[order].to(dtype))
+        with warnings.catch_warnings():  # said once by torch: that such tensors are new
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)
+            matrix = torch.sparse_csr_tensor(
+                *parts, (buckets.count, len(ids)), check_invariants=True
+            )
+        found.append(matrix)
+    return found
 
 
 class CountSketch:
@@ -126,41 +144,20 @@ class CountSketch:
         if shrink is not None:
             self.sums.mul_(shrink)
         low, high = tiles.bounds[i]
-        signs = sign_table(self.buckets, self.vocab, exps.dtype, exps.device).unsqueeze(1)
-        # Eights in ranges, what a tile has of an eight at either end one by one.
-        first, last = min(-(-low // EIGHT) * EIGHT, high), high // EIGHT * EIGHT
-        self._add_eights(exps[first - low :], signs[first:], first, last)
-        for start, end in ((low, first), (max(last, first), high)):
-            if start < end:
-                ids = torch.arange(start, end, device=exps.device)
-                some = exps[start - low : end - low] * signs[start:end]
-                add_rows_(self.sums, self.buckets.place(ids), some)
+        if exps.is_cuda:  # whose sparse products promise no order of their sums
+            signs = sign_table(self.buckets, self.vocab, exps.dtype, exps.device)[low:high]
+            ids = torch.arange(low, high, device=exps.device)
+            add_rows_(self.sums, self.buckets.place(ids), exps * signs.unsqueeze(1))
+        elif exps.shape[1]:
+            width = tiles.bounds[0][1]
+            key = (self.buckets, self.vocab, width, exps.dtype, exps.device)
+            # A row of the product is summed up before it is written: the buckets pass once a tile.
+            torch.addmm(self.sums, tile_matrices(*key)[i], exps, out=self.sums)
 
     def rows(self, total: Tensor) -> Tensor:  # (R, K)
         """Of q = F / S', with total (R,) S' relative to the same maximum; row by row in memory, as
         everything that follows reads it."""
         return (self.sums / total).t().contiguous()
-
-    def _add_eights(self, exps: Tensor, signs: Tensor, first: int, last: int) -> None:
-        count, turns = self.buckets.count, _turns(self.buckets, self.vocab)
-        low = first
-        while first < last:
-            # Up to where the block of ids ends, or the buckets do.
-            block = first // count
-            flip = turns[block] % EIGHT
-            start = (first + turns[block] - flip) % count
-            end = min(last, (block + 1) * count, first + count - start)
-            part = slice(first - low, end - low)
-            sums, some, sign = (
-                x.unflatten(0, (-1, EIGHT))
-                for x in (self.sums[start : start + end - first], exps[part], signs[part])
-            )
-            if not flip:
-                sums.addcmul_(some, sign)
-            else:
-                for place in range(EIGHT):
-                    sums[:, place ^ flip].addcmul_(some[:, place], sign[:, place])
-            first = end
 
 
 class SquareSums:
