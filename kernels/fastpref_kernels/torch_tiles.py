@@ -112,7 +112,7 @@ def forward(
     tiles = Tiles.make(target, vocab, width)
     sums = RowSums(dtype, stats)
     exps = hidden.new_empty(min(kept * width, vocab), rows)
-    whole, in_place = holds_all(hidden.dtype, len(exps), vocab), hidden.dtype == dtype
+    whole, in_place = holds_all(hidden.dtype, exps.shape[0], vocab), hidden.dtype == dtype
     scratch = hidden.new_empty(0 if whole else width, rows, dtype=dtype)
     mixing = need_hidden and not whole
     mixed = hidden.new_empty(rows if mixing else 0, dim, dtype=dtype)
@@ -144,7 +144,7 @@ def forward(
         mixed = target_rows.addcdiv_(mixed, sums.total.unsqueeze(1), value=-1)
     if whole:
         _finish_exps(exps, maxima, tiles, target, sums.total if phi is None else sums.total * phi)
-    relative = offset_rows(hidden.dtype, len(exps), vocab, width)
+    relative = offset_rows(hidden.dtype, exps.shape[0], vocab, width)
     offsets = torch.stack(maxima[:relative]) if relative else hidden.new_empty(0, rows, dtype=dtype)
     state = [sums.maximum, sums.total, odds] + ([] if phi is None else [phi])
     return sums, Saved(torch.stack(state), mixed, exps, offsets)
@@ -202,7 +202,7 @@ def backward(
     grad_bias = bias_like.new_zeros(vocab if need_bias else 0, dtype=dtype)
     # A scaled copy of hidden first, hidden's gradient last: (R, D) is there but once.
     buffer = hidden.new_empty(hidden.shape if need_weight or need_hidden else (0,), dtype=dtype)
-    if holds_all(hidden.dtype, len(saved.exps), vocab):
+    if holds_all(hidden.dtype, saved.exps.shape[0], vocab):
         if need_bias:
             torch.mv(saved.exps, others, out=grad_bias)
         if need_weight:
@@ -262,7 +262,7 @@ def _weight_backward_(
         if i >= kept:
             exps = recomputed[: hi - lo]
             _recompute_(exps, hidden, weight, transform, tiles, i, maximum)
-        elif len(saved.offsets):
+        elif saved.offsets.shape[0]:
             per_row = (saved.offsets[i] - maximum).exp_().mul_(others)
         if need_bias:
             torch.mv(exps.to(dtype), per_row, out=grad_bias[lo:hi])
@@ -321,7 +321,7 @@ def tiles_again(
     scratch = hidden.new_empty(0 if kept == count else width, len(target[rows]), dtype=dtype)
     for i, (lo, hi) in enumerate(cut.bounds):
         if i < kept:
-            factor = (saved.offsets[i] - maximum).exp_()[rows] if len(saved.offsets) else None
+            factor = (saved.offsets[i] - maximum).exp_()[rows] if saved.offsets.shape[0] else None
             yield lo, hi, saved.exps[lo:hi, rows], factor
         else:
             again = scratch[: hi - lo]
