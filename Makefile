@@ -20,7 +20,7 @@ demo: .venv/.runtime ## the whole job on made-up data: generate, train, report i
 	$(BIN)/fastpref demo
 
 test: .venv/.dev ## the tests that need no GPU and no network, under 12 minutes on 2 cores
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) --timeout 300 -m "not slow and not gpu"
 
 test-all: .venv/.dev ## also the long ones
 	$(PYTEST) -m "not gpu"

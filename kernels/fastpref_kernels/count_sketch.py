@@ -110,14 +110,15 @@ def turn_table(buckets: Buckets, vocab: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)
 def tile_matrices(
-    buckets: Buckets, vocab: int, width: int, dtype: torch.dtype, device: torch.device
+    buckets: Buckets, vocab: int, width: int, dtype: torch.dtype
 ) -> list[Tensor]:
-    """For every tile of a vocabulary the (K, C) matrix with sign(v) at the bucket of v, sparse."""
+    """For every tile of a vocabulary the (K, C) matrix with sign(v) at the bucket of v, sparse, on
+    the CPU."""
     found = []
     for low in range(0, vocab, width):
-        ids = torch.arange(low, min(low + width, vocab), device=device)
+        ids = torch.arange(low, min(low + width, vocab))
         place, order = buckets.place(ids).sort(stable=True)
-        starts = torch.searchsorted(place, torch.arange(buckets.count + 1, device=device))
+        starts = torch.searchsorted(place, torch.arange(buckets.count + 1))
         # int32: what MKL takes as it is.
         parts = (starts.int(), order.int(), buckets.signs(ids, torch.float32)[order].to(dtype))
         with warnings.catch_warnings():  # said once by torch: that such tensors are new
@@ -144,13 +145,12 @@ class CountSketch:
         if shrink is not None:
             self.sums.mul_(shrink)
         low, high = tiles.bounds[i]
-        if exps.is_cuda:  # whose sparse products promise no order of their sums
+        if exps.device.type != "cpu":  # CUDA's sparse products promise no order of their sums
             signs = sign_table(self.buckets, self.vocab, exps.dtype, exps.device)[low:high]
             ids = torch.arange(low, high, device=exps.device)
             add_rows_(self.sums, self.buckets.place(ids), exps * signs.unsqueeze(1))
         elif exps.shape[1]:
-            width = tiles.bounds[0][1]
-            key = (self.buckets, self.vocab, width, exps.dtype, exps.device)
+            key = (self.buckets, self.vocab, tiles.bounds[0][1], exps.dtype)
             # A row of the product is summed up before it is written: the buckets pass once a tile.
             torch.addmm(self.sums, tile_matrices(*key)[i], exps, out=self.sums)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import measure, results, train
-from bench.__main__ import main
+from bench.__main__ import PLANNED, main
 from bench.contenders import Fastpref, Job, Trl, disagreement
 from bench.flops import Shape, Work
 from fastpref.data.formats import read_pairs
@@ -33,7 +33,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", ["track", "faults", "trian"])
+@pytest.mark.parametrize("name", [*PLANNED, "trian"])
 def test_front_refuses_what_is_not_there_and_says_what_is(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
