@@ -109,9 +109,7 @@ def turn_table(buckets: Buckets, vocab: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def tile_matrices(
-    buckets: Buckets, vocab: int, width: int, dtype: torch.dtype
-) -> list[Tensor]:
+def tile_matrices(buckets: Buckets, vocab: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     """For every tile of a vocabulary the (K, C) matrix with sign(v) at the bucket of v, sparse, on
     the CPU."""
     found = []
