@@ -363,13 +363,17 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, inputs, output[-4:])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], saved: Sequence[Tensor | None]) -> None:
     hidden, weight, target, segment_id, bias, _, ctx.scales, ctx.plan, *_ = inputs
     # Gradients of the outputs nobody differentiates stay None; as zeros one of them would be (R,
     # V).
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
-    ctx.save_for_backward(hidden, weight, target, segment_id, bias, *output[-4:])
+    ctx.save_for_backward(hidden, weight, target, segment_id, bias, *saved)
 
 
 def _autograd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -395,7 +399,9 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         found = forward(*inputs)
-        _setup_context(ctx, inputs, found)
-        return found[:-4]
+        outputs = found[:-4]
+        ctx.mark_non_differentiable(*[x for x in outputs[1:] if x is not None])
+        _save(ctx, inputs, found[-4:])
+        return outputs
 
     backward = staticmethod(_autograd_backward)

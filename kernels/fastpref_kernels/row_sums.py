@@ -105,7 +105,7 @@ class RowSums:
         self.stats = stats
         self.lowest = torch.finfo(dtype).min
 
-    def rise(self, z: Tensor, tiles: Tiles, i: int) -> Tensor | None:
+    def rise(self, z: Tensor, tiles: Tiles, i: int, biased: bool) -> Tensor | None:
         """Move to the running maximum with tile i, z (C, R), and take its targets out of it.
 
         Returns exp(old - new maximum), by which sums so far have shrunk; None at the first tile.
@@ -124,8 +124,8 @@ class RowSums:
         top, where = self._largest(z, value, inside)
         shrink = None
         if i == 0:
-            self.maximum = top.clamp(min=self.lowest)
-            self.total = torch.zeros_like(top)
+            # Only a bias, or the target alone in its tile, leaves a row without an entry.
+            self.maximum = top.clamp(min=self.lowest) if biased or tiles.bounds[0][1] == 1 else top
             if self.stats:
                 self.square, self.plogp = torch.zeros_like(top), torch.zeros_like(top)
         else:
@@ -135,11 +135,12 @@ class RowSums:
         self.top = self.maximum
         return shrink
 
-    def add(self, z: Tensor) -> None:
+    def add(self, z: Tensor, first: bool) -> None:
         """z of the tile to E relative to the running maximum, in place, and that to the sums."""
         shift_(z, self.maximum)
         logs = z.clone() if "entropy" in self.stats else None
-        self.total += column_sums(z.exp_())
+        own = column_sums(z.exp_())
+        self.total = own if first else self.total.add_(own)
         if self.stats & REST_STATS:
             self.rest += self._without_largest(z)
         if self.stats & SQUARE_STATS:

@@ -113,7 +113,7 @@ def forward(
     sums = RowSums(dtype, stats)
     exps = hidden.new_empty(min(kept * width, vocab), rows)
     whole, in_place = holds_all(hidden.dtype, exps.shape[0], vocab), hidden.dtype == dtype
-    scratch = hidden.new_empty(0 if whole else width, rows, dtype=dtype)
+    scratch = exps if whole else hidden.new_empty(width, rows, dtype=dtype)
     mixing = need_hidden and not whole
     mixed = hidden.new_empty(rows if mixing else 0, dim, dtype=dtype)
     operand = _wide_on_cpu(hidden, dtype).t()
@@ -122,10 +122,11 @@ def forward(
         weight_C = _wide_on_cpu(weight[lo:hi], dtype)
         z = exps[lo:hi] if in_place and i < kept else scratch[: hi - lo]
         product(weight_C, operand, z)
-        shrink = sums.rise(transform.apply_(z, _column(transform.bias, lo, hi)), tiles, i)
+        transform.apply_(z, _column(transform.bias, lo, hi))
+        shrink = sums.rise(z, tiles, i, transform.bias is not None)
         maxima.append(sums.maximum)
         bend = transform.bend(z)
-        sums.add(z)
+        sums.add(z, i == 0)
         if bend is not None:
             z.mul_(bend)
         if i < kept and not in_place:
@@ -154,7 +155,7 @@ def _finish_exps(
     exps: Tensor, maxima: Sequence[Tensor], tiles: Tiles, target: Tensor, own: Tensor
 ) -> None:
     """All of E to what `holds_all` says, from tiles relative to the maxima so far; own: S' phi."""
-    for (lo, hi), maximum in zip(tiles.bounds, maxima, strict=True):
+    for (lo, hi), maximum in zip(tiles.bounds[:-1], maxima[:-1], strict=True):
         # On a GPU to look whether anything changed would wait for the device.
         if exps.device.type != "cpu" or not torch.equal(maximum, maxima[-1]):
             # The floor spares the products subnormal numbers, which are slow.
@@ -192,10 +193,10 @@ def backward(
     """Gradients of hidden, weight and bias; empty where not needed."""
     dtype = accumulate_dtype(hidden.dtype)
     maximum, total, log_odds, *phi = saved.row_state.unbind(0)
-    scale = row_grad.to(dtype) * log_odds.sigmoid()
+    scale = log_odds.sigmoid().mul_(_as(row_grad, dtype))
     if transform.slope != 1.0:
         scale.mul_(transform.slope)
-    others = -scale / total  # what a row adds per unit of E
+    others = torch.div(scale, total).neg_()  # what a row adds per unit of E
     vocab, dim = weight.shape
     bias_like = weight if transform.bias is None else transform.bias
     grad_weight = weight.new_empty(vocab if need_weight else 0, dim)
@@ -227,8 +228,8 @@ def backward(
             )
         if need_hidden:
             torch.mul(saved.hidden_grad, scale.unsqueeze(1), out=buffer)
-    grad_hidden = buffer.to(hidden.dtype) if need_hidden else hidden.new_empty(0)
-    return grad_hidden, grad_weight, grad_bias.to(bias_like.dtype)
+    grad_hidden = _as(buffer, hidden.dtype) if need_hidden else hidden.new_empty(0)
+    return grad_hidden, grad_weight, _as(grad_bias, bias_like.dtype)
 
 
 def _blocks(rows: int) -> Iterator[slice]:
