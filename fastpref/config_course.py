@@ -220,6 +220,13 @@ class CourseOptions(InputOptions):
         "output_dir.",
     )
     disable_tqdm: bool = option(False, "loggers", "Show no progress bar.")
+    peak_tflops: float | None = option(
+        None,
+        "loggers",
+        "TFLOP/s of the device's products in dtype, for MFU; null: from a table of NVIDIA GPUs, "
+        "and no MFU for others (docs/perf.md).",
+        within="positive",
+    )
 
     record: bool = option(True, "dynamics", "Write records/: every pair, every step, as Parquet.")
     track: str = option(

@@ -36,12 +36,14 @@ from fastpref.dynamics.schema import TRAIN
 from fastpref.errors import NonFiniteError, Preempted
 from fastpref.evaluate import Evaluator, evaluation_names
 from fastpref.features import with_states
+from fastpref.flops import Shape
 from fastpref.head import freeze_body
 from fastpref.journal import Journal
 from fastpref.loggers import demand_packages
 from fastpref.losses import Loss, get_loss
 from fastpref.model import load_model, load_tokenizer, resolve_device
 from fastpref.observe import StepView, Trail, Window, record_step
+from fastpref.perf import WARM_UP, Perf, device_peak
 from fastpref.prepare import (
     data_key,
     make_loader,
@@ -184,6 +186,12 @@ def run_loop(
         last_step = state.step
 
     bar, clock = Bar(last_step, state.step, progress), Clock()
+    perf = Perf(
+        model.device,
+        Shape.of(model.module),
+        device_peak(model.device, model.dtype, config.peak_tflops),
+        min(WARM_UP, (last_step - state.step) // 2),
+    )
 
     def take_in(view: StepView) -> None:
         """What a step showed, once it is on the host."""
@@ -199,37 +207,40 @@ def run_loop(
             # The step itself.
             tracker = state.tracker if state.tracker and state.tracker.due(plan.step) else None
             if tracker:
-                with bar.paused():
+                trail.settle()  # what the device still does is no part of the measuring
+                with perf.paused():
                     tracker.before()
             if state.probing and state.probing.measures(plan.step):
-                with bar.paused():
+                with perf.paused():
                     state.probing.before()
             began, rate = time.perf_counter(), state.scheduler.learning_rate
-            result = _step(config, loss, dataset, state, plan)
+            result = _step(config, loss, dataset, state, plan, perf)
             seconds, rates = time.perf_counter() - began, None
 
             # What it showed. The step before it is known by now, this one is on its way.
-            trail.settle()
-            if recorder:
-                recorder.flush(plan.step - 1)
+            with perf.recording():
+                trail.settle()
+                if recorder:
+                    recorder.flush(plan.step - 1)
             if tracker:
-                with bar.paused():
+                with perf.paused():
                     live = state.live_reference(config)
                     rates = tracker.after(result, plan.num_pairs, rate, live)
                 if state.balancer:
                     state.balancer.observe_rates(rates.behaviors)
             began = time.perf_counter()
             at_logging = plan.step % config.logging_steps == 0
-            view = StepView(
-                plan,
-                result,
-                rate,
-                columns=recorder is not None,
-                head_is_all=model.head_is_all,
-                others=state.head_update() if recorder and at_logging else None,
-                more=rates.step if rates else None,
-            )
-            trail.add(view)
+            with perf.recording():
+                view = StepView(
+                    plan,
+                    result,
+                    rate,
+                    columns=recorder is not None,
+                    head_is_all=model.head_is_all,
+                    others=state.head_update() if recorder and at_logging else None,
+                    more=rates.step if rates else None,
+                )
+                trail.add(view)
             if state.balancer:
                 state.balancer.observe(result)
             clock.count(plan)
@@ -238,17 +249,20 @@ def run_loop(
             evaluated = config.eval_steps and (last or plan.step % config.eval_steps == 0)
             if logged or evaluated or rates:
                 trail.settle()
-            bar.step(plan, result, seconds + time.perf_counter() - began)
+            warm = perf.step(plan, seconds + time.perf_counter() - began)
+            bar.step(perf.live())
+            if warm:
+                perf.read()
             if recorder and rates:
                 record_rates(recorder, journal, plan, rates, state.loss_weights())
             if logged:
-                _write_window(journal, bar, state, plan, rate)
+                _write_window(journal, perf, state, plan, rate)
             better = False
             if evaluated:
                 found = {}
                 if evaluator:
                     live = state.live_reference(config)
-                    with bar.paused():
+                    with perf.paused():
                         found = evaluator.run(
                             model,
                             loss,
@@ -264,12 +278,12 @@ def run_loop(
                 last = True
                 log.info("no better %s since step %s: the run ends early", best.metric, best.step)
                 if not logged:
-                    _write_window(journal, bar, state, plan, rate)
+                    _write_window(journal, perf, state, plan, rate)
 
             if state.balancer:  # the weights of the steps to come; those of this one are written
                 state.balancer.update(plan.step)
             if state.probing and (last or state.probing.due(plan.step)):
-                with bar.paused():
+                with perf.paused():
                     state.probing.after(plan.step, result, plan.num_pairs)
                     state.probing.run(model, plan.step, plan.epoch, journal, recorder)
 
@@ -293,7 +307,8 @@ def run_loop(
                     f"stopped after step {plan.step}; the same command{without} goes on there."
                 )
             if last:
-                journal.finish(clock.line(state.step, state.loss_sum))
+                journal.finish(clock.line(state.step, state.loss_sum) | perf.summary())
+                log.info("%s", perf.sentence())
                 break
     if main:
         if config.load_best_model_at_end:
@@ -302,7 +317,9 @@ def run_loop(
     return run
 
 
-def _step(config: Config, loss: Loss, dataset: Dataset, state: State, plan: StepPlan) -> StepResult:
+def _step(
+    config: Config, loss: Loss, dataset: Dataset, state: State, plan: StepPlan, perf: Perf
+) -> StepResult:
     """One optimizer step, and the learning rate of the next."""
     model = state.model
     due = plan.step % config.track_every == 0
@@ -317,16 +334,17 @@ def _step(config: Config, loss: Loss, dataset: Dataset, state: State, plan: Step
     if state.balancer:
         batches = map(state.balancer.weigh, batches)
     norms = "exact" if tracked else None
+    reference = state.live_reference(config)
     try:
         result = train_step(
             model,
-            batches,
+            perf.batches(batches, reference is not None),
             loss,
             config,
             plan.num_pairs,
             state.optimizer,
             norms,
-            state.live_reference(config),
+            reference,
             state.taps if tracked else None,
         )
     except NonFiniteError as error:
@@ -338,13 +356,13 @@ def _step(config: Config, loss: Loss, dataset: Dataset, state: State, plan: Step
     return result
 
 
-def _write_window(journal: Journal, bar: Bar, state: State, plan: StepPlan, rate: float) -> None:
+def _write_window(journal: Journal, perf: Perf, state: State, plan: StepPlan, rate: float) -> None:
     """A line of what the steps since the last one showed."""
     line: dict[str, object] = {"step": plan.step, "epoch": plan.epoch, "split": TRAIN}
     line |= {"learning_rate": rate, "num_tokens": state.num_tokens}
     line |= {f"behavior/{name}/loss_weight": w for name, w in state.loss_weights().items()}
     journal.metrics(line | state.window.metrics())
-    journal.perf({"step": plan.step, **bar.window()})
+    journal.perf({"step": plan.step, **perf.window()})
 
 
 def _load_best(run: Path, state: State) -> None:

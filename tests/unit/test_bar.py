@@ -7,48 +7,64 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from fastpref.batch import PairBatch
-from fastpref.data.loader import StepPlan
-from fastpref.data.pack import pack_pairs
-from fastpref.data.tokenize import TokenPair
-from fastpref.losses import PairLogp
 from fastpref.progress import Bar
-from fastpref.step import PairResult, StepResult
+
+RATES = {
+    "tokens_per_second": 81_234.0,
+    "pairs_per_second": 8192.0,
+    "tflops_per_second": 400.0,
+    "mfu": 0.4512,
+    "data_wait": 0.001,
+    "record_overhead": 0.008,
+}
 
 
-def batch() -> PairBatch:
-    ids = [np.array(x, np.int32) for x in ([1, 2], [3], [4, 5])]
-    return pack_pairs([TokenPair(1, 0, "", *ids, truncated=False)])
-
-
-def test_every_figure_is_on_a_line_of_80_columns(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    zero = torch.zeros(1)
-    pairs = PairResult(batch(), PairLogp(*[zero] * 6), *[zero] * 4, norms={}, stats={})
-    result = StepResult([pairs], torch.tensor(0.6931), zero[0], zero[0])
-    bar = Bar(12345, 10000, show=True)
+def line(capsys: pytest.CaptureFixture[str], rates: dict[str, Any], first: int, last: int) -> str:
+    bar = Bar(last, first, show=True)
+    bar.bar.start_t -= 1  # two steps in a second: 19:31 left of 2343 more
     bar.bar.mininterval = 0
     margins = [{"margin": np.array([-123.4, 1.0])}]
     view: Any = SimpleNamespace(columns=margins, scalar=lambda name: 0.6931)
-    for step in (10001, 10002):
-        plan = StepPlan(step, 0.5, 4096, 10**6, [])
+    for _ in range(2):
         bar.show(view)
-        bar.step(plan, result, seconds=0.5)
+        bar.step(rates)
     bar.close()
-    line = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1].rstrip()
-    assert len(line) <= 80
+    return capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1].rstrip()
+
+
+def test_every_figure_up_to_mfu_is_on_a_line_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = line(capsys, RATES, 10000, 12345)
+    assert len(shown) <= 80
     for figure in (
         "10002/12345",
         "<",
         "loss 0.6931",
         "margin -61.2",
-        "acc 0.50",
-        "tok/s",
-        "pairs/s",
+        "acc 50%",
+        "81k tok/s",
+        "8.2k pair/s",
+        "MFU 45%",
     ):
-        assert figure in line, line
-    assert bar.window()["pairs_per_second"] == pytest.approx(8192 / 1.0)
+        assert figure in shown, shown
+
+
+def test_what_does_not_fit_is_left_out_from_the_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert line(capsys, RATES, 0, 90).endswith("MFU 45% data 0% rec 1%")
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = line(capsys, RATES, 0, 90)
+    assert len(shown) <= 60 and "acc 50%" in shown and "MFU" not in shown
+
+
+def test_what_is_not_known_is_not_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = line(capsys, {**RATES, "mfu": None, "tokens_per_second": 0.0}, 0, 90)
+    assert "MFU" not in shown and "tok/s" not in shown and "8.2k pair/s" in shown
