@@ -10,6 +10,7 @@ progress bar within the timed steps.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bench.flops import Shape, Work
+from bench.flops import Shape, Work, add_up
 from fastpref.attention_dense import build_dense
 from fastpref.best import Best
 from fastpref.config import Config
@@ -212,6 +213,19 @@ class Fastpref:
         whole = self._sum([pairs[i] for i in own] for own in plan)
         return dataclasses.replace(whole, gram=0, forwards=1, backwards=0, head_products=1)
 
+    def ideal(self, first: int, steps: int) -> list[Work]:
+        """The arithmetic of those steps with nothing padded, masked or recorded: tokens that are
+        needed, once, scores that are read, and the three products of the scored rows."""
+        found = []
+        for step in range(first, first + steps):
+            batch = pack_pairs(self._pairs(step, 1))
+            lengths = np.array(batch.lengths, np.int64)  # (P, 3) prefix, chosen and rejected rest
+            causal = (lengths * (lengths + 1) // 2).sum()
+            crossed = (lengths[:, 0] * lengths[:, 1:].sum(axis=1)).sum()
+            scores = int(causal + crossed)
+            found.append(Work(batch.num_tokens, scores, batch.rows.numel(), 0, 1, 1, 0, 3))
+        return found
+
     def _pairs(self, first: int, steps: int) -> list[TokenPair]:
         return [self.tokens[i] for i in self.job.span(first, steps)]
 
@@ -243,16 +257,19 @@ class Trl:
     """TRL's DPOTrainer, `trainer.train()` itself once per slice, weights and optimizer kept.
 
     ``tuned``: reference log-probs precomputed and no gradient checkpointing; otherwise both as TRL
-    sets them. float32 in both, where TRL would by default compute in bfloat16.
+    sets them. float32 in both, where TRL would by default compute in bfloat16. A forward takes at
+    most ``micro`` pairs, 8 as TRL has it, and gradients accumulate over a step: the fewer in a
+    forward, the less of its grid is padding.
     """
 
-    def __init__(self, job: Job, *, tuned: bool) -> None:
+    def __init__(self, job: Job, *, tuned: bool, micro: int = 8) -> None:
         from datasets import Dataset as Rows
         from transformers import PrinterCallback, TrainerCallback
         from trl import DPOConfig, DPOTrainer
 
         self.name = "trl_tuned" if tuned else "trl_default"
         self.job, self.tuned = job, tuned
+        micro = math.gcd(micro, job.batch)  # a step is whole micro-batches
         changed: dict[str, Any] = (
             {"gradient_checkpointing": False, "precompute_ref_log_probs": True} if tuned else {}
         )
@@ -263,7 +280,8 @@ class Trl:
             learning_rate=job.learning_rate,
             lr_scheduler_type="constant",
             num_train_epochs=1,
-            per_device_train_batch_size=job.batch,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=job.batch // micro,
             train_sampling_strategy="sequential",
             bf16=False,
             use_cpu=True,
@@ -300,15 +318,17 @@ class Trl:
     def work(self, first: int, steps: int) -> list[Work]:
         """See `Contender`."""
         self._choose(first, steps)
-        found = []
-        for batch in self.trainer.get_train_dataloader():
-            count, length = batch["input_ids"].shape
-            # On the CPU TRL scores every position but the last, prompt and padding included.
-            grid = (count * length, count * length**2, count * (length - 1), 0)
-            # Checkpointing repeats the forward of every layer, the reference model adds one more.
-            # The head's backward makes the logits again: 1 + 3 products, and 1 for the reference.
-            found.append(Work(*grid, 1, 1, 0, 4) if self.tuned else Work(*grid, 2, 1, 1, 5))
-        return found
+        micro = [self._work_of(batch) for batch in self.trainer.get_train_dataloader()]
+        count = self.trainer.args.gradient_accumulation_steps
+        return [add_up(micro[i : i + count]) for i in range(0, len(micro), count)]
+
+    def _work_of(self, batch: Any) -> Work:
+        count, length = batch["input_ids"].shape
+        # On the CPU TRL scores every position but the last, prompt and padding included.
+        grid = (count * length, count * length**2, count * (length - 1), 0)
+        # Checkpointing repeats the forward of every layer, the reference model adds one more.
+        # The head's backward makes the logits again: 1 + 3 products, and 1 for the reference.
+        return Work(*grid, 1, 1, 0, 4) if self.tuned else Work(*grid, 2, 1, 1, 5)
 
     def _choose(self, first: int, steps: int) -> None:
         span = self.job.span(first, steps)

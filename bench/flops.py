@@ -6,7 +6,8 @@ two of them. Numbers are of the padded or packed grids that are really computed,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -65,3 +66,12 @@ class Work:
         head = 2.0 * self.rows * shape.hidden * shape.vocab * self.head_products
         norms = 2.0 * self.gram * shape.vocab
         return body + head + norms
+
+
+def add_up(work: Sequence[Work]) -> Work:
+    """Micro-batches as one step; all of them make the same passes."""
+    total = {
+        name: sum(getattr(own, name) for own in work)
+        for name in ("tokens", "scores", "rows", "gram")
+    }
+    return replace(work[0], **total)

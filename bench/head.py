@@ -23,6 +23,7 @@ from typing import Any
 from bench import measure, results
 from bench.measure import Quantiles
 from bench.train import find_job, quiet
+from bench.train_cases import OWN
 
 HELP = "time of a training step, the head alone against all weights"
 WITHIN = 1e-5  # how far losses and log-probs of the contenders may be apart
@@ -65,7 +66,8 @@ def _compare(arguments: argparse.Namespace, scratch: Path) -> int:
         print(f"warning: {warning}")
     # Enough for the longest turn twice; further turns begin at other pairs of them.
     batches = 2 * (max(arguments.steps, arguments.head_steps) + 1)
-    job, dataset = find_job(arguments, scratch, batches, least=GATE_STEPS)
+    case = dataclasses.replace(OWN, data="persona", pairs=arguments.pairs_per_step)
+    job, dataset = find_job(arguments, case, scratch, batches, least=GATE_STEPS)
     shown: dict[str, dict[str, Any]] = {}
     values: dict[str, dict[str, float] | None] = {}
     for value, append_eos in SETTINGS.items():

@@ -148,6 +148,8 @@ def ratio_lines(
             continue
         spread = f"({value['q20']:.2f} to {value['q80']:.2f})" if "q20" in value else ""
         bound = f"arithmetic alone {value['bound']:.2f}" if "bound" in value else ""
+        if "perfect" in value:
+            bound += f", of a perfect step {value['perfect']:.2f}"
         lines.append(f"{name:24}{value['value']:6.2f} {spread:16} {bound:24} {target}")
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import subprocess
@@ -10,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from bench import measure, results, train
+from bench import measure, results, train, train_cases
 from bench.__main__ import PLANNED, main
 from bench.contenders import Fastpref, Job, Trl, disagreement
 from bench.flops import Shape, Work
@@ -115,13 +117,19 @@ def test_verdicts(tmp_path: Path) -> None:
 
 
 def test_targets_are_those_of_the_issue() -> None:
-    names = {check.name: check.target for check in results.verdicts("train", {})}
-    assert names == {
-        "train_vs_trl_default": "at least 5",
-        "train_vs_trl_tuned": "at least 4",
-        "memory_vs_trl_default": "at most 1",
-        "memory_vs_trl_tuned": "at most 1",
+    wanted = {
+        "train_5m_persona": ("at least 5", "at least 4"),
+        "train_30m_persona": ("at least 4", "at least 3.2"),
+        "train_5m_hh": ("at least 5", "at least 4"),
+        "train_30m_hh": ("at least 5", "at least 4"),
     }
+    assert [case.name for case in train_cases.CASES] == list(wanted)
+    for case, (default, tuned) in wanted.items():
+        names = {check.name: check.target for check in results.verdicts(case, {})}
+        memory = {name: "at most 1" for name in names if name.startswith("memory")}
+        timed = {"train_vs_trl_default": default, "train_vs_trl_tuned": tuned}
+        assert names == timed | memory
+        assert len(memory) == (2 if case == "train_5m_persona" else 0)
 
 
 def test_targets_of_the_head_are_those_of_the_issue() -> None:
@@ -257,7 +265,7 @@ def test_the_head_bench_forms_ratios_and_checks_them(
 def test_arithmetic_of_trl_is_what_torch_counts(job: Job, quiet: None, tuned: bool) -> None:
     """So TRL does repeat forwards, run the reference model, and score all positions on a CPU."""
     pytest.importorskip("trl")
-    contender = Trl(job, tuned=tuned)
+    contender = Trl(job, tuned=tuned, micro=2)  # two forwards a step
     found: list[int] = []
     step = contender.trainer.training_step
 
@@ -268,7 +276,8 @@ def test_arithmetic_of_trl_is_what_torch_counts(job: Job, quiet: None, tuned: bo
 
     contender.trainer.training_step = counting
     contender.run(1, 2)
-    assert found == [work.flops(contender.shape) for work in contender.work(1, 2)]
+    steps = [work.flops(contender.shape) for work in contender.work(1, 2)]
+    assert [a + b for a, b in zip(found[::2], found[1::2], strict=True)] == steps
 
 
 def test_shape_counts_every_weight_of_the_products() -> None:
@@ -293,7 +302,7 @@ def test_shape_counts_every_weight_of_the_products() -> None:
 
 def test_contenders_agree_and_a_difference_is_seen(job: Job, quiet: None) -> None:
     pytest.importorskip("trl")
-    same = [Fastpref(job), Trl(job, tuned=False), Trl(job, tuned=True)]
+    same = [Fastpref(job), Trl(job, tuned=False, micro=2), Trl(job, tuned=True)]
     assert disagreement(same, 3, 1e-5) is None
     # Each keeps its weights: they still agree, on other pairs, after slices of unlike histories.
     other = dataclasses.replace(job, beta=0.11)
@@ -312,6 +321,58 @@ def test_a_slice_times_all_steps_but_the_first_and_keeps_the_weights(job: Job, q
     assert [line["step"] for line in seen.metrics] == [1, 2]
     assert not torch.equal(moved, contender.model.head.weight)
     assert not list(job.scratch.iterdir())
+
+
+def test_a_perfect_step_computes_what_is_needed_and_no_more(job: Job, quiet: None) -> None:
+    contender = Fastpref(job)
+    (ideal,), (work,) = contender.ideal(2, 1), contender.work(2, 1)
+    assert (ideal.tokens, ideal.rows, ideal.gram) == (work.tokens, work.rows, 0)
+    # Position by position: prefix and chosen rest are causal, the rejected rest sees the prefix.
+    read = sum(
+        sum(range(1, p + c + 1)) + sum(p + i + 1 for i in range(r))
+        for p, c, r in pack_pairs(contender._pairs(2, 1)).lengths
+    )
+    assert ideal.scores == read < work.scores
+
+
+def test_cases_are_chosen_and_take_the_command_lines_numbers() -> None:
+    def chosen(*line: str) -> list[train_cases.Case]:
+        parser = argparse.ArgumentParser()
+        train.add_arguments(parser)
+        return train.chosen_cases(parser.parse_args(line))
+
+    assert chosen() == list(train_cases.CASES)
+    (one,) = chosen("--model", "30m", "--data", "hh", "--repeats", "2")
+    assert (one.name, one.repeats, one.pairs) == ("train_30m_hh", 2, 16)
+    (own,) = chosen("--dataset_name", "x", "--pairs_per_step", "4")
+    assert own.name == "train_own" and own.pairs == 4
+
+
+def test_made_up_dialogues_have_the_lengths_of_hh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTPREF_DATA", str(tmp_path / "nowhere"))
+    pairs, source = train_cases.find_pairs("hh", tmp_path, 0)
+    assert "made-up" in source and len({p.prompt for p in pairs}) == len(pairs) > 1990
+    for name, (mean, deviation) in (
+        ("prompt", train_cases.HH_PROMPT),
+        ("chosen", train_cases.HH_CHOSEN),
+        ("rejected", train_cases.HH_REJECTED),
+    ):
+        logs = np.log([len(getattr(p, name)) for p in pairs])
+        assert logs.mean() == pytest.approx(mean, abs=0.1)
+        assert logs.std() == pytest.approx(deviation, abs=0.12)
+
+
+@pytest.mark.slow
+def test_a_case_of_the_30m_model_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With whom it is compared left out: the whole comparison takes minutes."""
+    command = ["train", "--model", "30m", "--data", "hh", "--against", "nothing", "--no_record"]
+    assert main([*command, "--pairs_per_step", "2", "--repeats", "1"]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["bench"] == "train_30m_hh" and line["setting"]["parameters"] == 30_303_744
 
 
 def test_spans_rotate_through_whole_batches() -> None:
@@ -383,11 +444,12 @@ def test_values_form_ratios_within_a_repeat_and_count_our_reference_pass() -> No
         "trl_default": {"used": 60},
         "trl_tuned": None,
     }
-    found = train._values(timings, memory)
+    found = train._values(timings, memory, 1.5)
     default, tuned = found["train_vs_trl_default"], found["train_vs_trl_tuned"]
     assert default is not None and tuned is not None
     assert default["value"] == pytest.approx((10 / 2.5 + 200 / 25) / 2)
     assert default["bound"] == pytest.approx(12 / 3)
+    assert (default["perfect"], tuned["perfect"]) == pytest.approx((12 / 1.5, 8 / 1.5))
     assert tuned["value"] == pytest.approx((6 / 2 + 80 / 20) / 2)
     assert tuned["bound"] == pytest.approx(8 / 2)
     assert found["memory_vs_trl_default"] == {"value": 0.5}
