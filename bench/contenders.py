@@ -39,6 +39,7 @@ from fastpref.data.pack import (
 from fastpref.data.tokenize import TokenPair, tokenize_pairs
 from fastpref.dynamics.recorder import read_jsonl
 from fastpref.features import with_features
+from fastpref.flops import Shape as Useful
 from fastpref.head import freeze_body
 from fastpref.losses import get_loss
 from fastpref.model import load_model
@@ -213,17 +214,12 @@ class Fastpref:
         whole = self._sum([pairs[i] for i in own] for own in plan)
         return dataclasses.replace(whole, gram=0, forwards=1, backwards=0, head_products=1)
 
-    def ideal(self, first: int, steps: int) -> list[Work]:
-        """The arithmetic of those steps with nothing padded, masked or recorded: tokens that are
-        needed, once, scores that are read, and the three products of the scored rows."""
-        found = []
+    def ideal(self, first: int, steps: int) -> list[float]:
+        """Operations of those steps with nothing padded, masked or recorded."""
+        shape, found = Useful.of(self.model.module), []
         for step in range(first, first + steps):
             batch = pack_pairs(self._pairs(step, 1))
-            lengths = np.array(batch.lengths, np.int64)  # (P, 3) prefix, chosen and rejected rest
-            causal = (lengths * (lengths + 1) // 2).sum()
-            crossed = (lengths[:, 0] * lengths[:, 1:].sum(axis=1)).sum()
-            scores = int(causal + crossed)
-            found.append(Work(batch.num_tokens, scores, batch.rows.numel(), 0, 1, 1, 0, 3))
+            found.append(shape.step(batch.lengths, batch.rows.numel()))
         return found
 
     def _pairs(self, first: int, steps: int) -> list[TokenPair]:

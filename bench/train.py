@@ -245,7 +245,7 @@ def _times(case: Case, contenders: Sequence[Any]) -> dict[str, Timing]:
 def _ideal(case: Case, ours: Any) -> float:
     """Operations of a perfect step, mean over the timed ones."""
     turns = (case.gate + repeat * (case.steps + 1) + 1 for repeat in range(case.repeats))
-    return fmean(w.flops(ours.shape) for first in turns for w in ours.ideal(first, case.steps))
+    return fmean(flops for first in turns for flops in ours.ideal(first, case.steps))
 
 
 def _values(

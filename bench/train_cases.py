@@ -112,7 +112,7 @@ def find_pairs(data: str, scratch: Path, seed: int) -> tuple[list[Any], str]:
 
 
 def hh_lookalikes(count: int, seed: int) -> Iterator[str]:
-    """JSON Lines: pairs with the lengths of HH-RLHF's, of the sentences that fastpref-tiny knows."""
+    """JSON Lines: pairs of HH-RLHF's lengths, of the sentences that fastpref-tiny knows."""
     from fastpref.base_text import documents
 
     rng, stream = np.random.default_rng(seed), documents(seed)
