@@ -239,14 +239,15 @@ def test_activation_checkpointing(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16(name: str) -> None:
-    """Products in bfloat16 under autocast: below 2 % of the norms in float32."""
+    """Products in bfloat16 under autocast: below 2 % of the norms in float32, of every pair.
+
+    Also of the one whose completions differ in one late token of 150, whose gradients cancel to an
+    eighteenth: two separate forwards in bfloat16 are 1 to 6 % off there, a shared prefix is not.
+    """
     module = build(name).float()
-    exact = attach(module, "exact", sketch_dim=K, seed=SEED)
-    # A pair whose completions differ in one late token of 150 cancels to an eighteenth: its own
-    # gradient in bfloat16, formed naively, is off by as much.
-    pairs = [pair for pair in PAIRS if pair.pair_id != 2]
-    truth = pair_gradients(pairs_model(module, torch.float32), exact, pack_pairs(pairs)).gnorm()
-    ours = pair_gradients(pairs_model(module, torch.bfloat16), exact, pack_pairs(pairs)).gnorm()
+    exact, batch = attach(module, "exact", sketch_dim=K, seed=SEED), pack_pairs(PAIRS)
+    truth = pair_gradients(pairs_model(module, torch.float32), exact, batch).gnorm()
+    ours = pair_gradients(pairs_model(module, torch.bfloat16), exact, batch).gnorm()
     error = float(((ours - truth) / truth).abs().max())
     assert 0 < error < 0.02, error
 
