@@ -24,11 +24,14 @@ groups, K behaviors, L behaviors of the step, k sketch size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 Array = np.ndarray
+
+BLOCK = 2**20  # numbers of a layout of two sets of behaviors that stand in memory at a time
 
 
 class Estimate(NamedTuple):
@@ -48,7 +51,7 @@ def products(a: Array, b: Array) -> Array:  # (..., k, k)
             "one k; they compare only under one set of layer groups, one seed and one sketch_dim"
         )
     total = np.float64(0.0)
-    for own, other in zip(a, b, strict=True):  # one group at a time: K L k^2 numbers are many
+    for own, other in zip(a, b, strict=True):  # one group at a time
         total = total + own * other
     return np.asarray(total) * a.shape[-1] ** 2
 
@@ -99,13 +102,18 @@ def length_of(square: Array) -> Estimate:
 
 def interactions(means: Array, parts: Array) -> Estimate:  # (K, L)
     """Gamma_kl from the sketches of M_k (G, K, k, k) and of G_l (G, L, k, k)."""
-    return mean_of(products(means[:, :, None], parts[:, None]))
+    return _by_rows(lambda own: mean_of(_all_products(own, parts)), means, parts)
 
 
 def cosines(means: Array, parts: Array) -> Estimate:  # (K, L)
     """Cosines of the angles between M_k and G_l, within -1 .. 1; nan where one of them is 0."""
-    dots = products(means[:, :, None], parts[:, None])
-    first, second = products(means, means)[:, None], products(parts, parts)[None]
+    square = products(parts, parts)
+    return _by_rows(lambda own: _cosines(own, parts, square), means, parts)
+
+
+def _cosines(means: Array, parts: Array, parts_square: Array) -> Estimate:
+    dots = _all_products(means, parts)
+    first, second = products(means, means)[:, None], parts_square[None]
     lengths = [layout.mean((-2, -1)) for layout in (first, second)]
     lengths = [np.where(length > 0, length, np.nan) for length in lengths]
     scale = np.sqrt(lengths[0] * lengths[1])
@@ -113,6 +121,20 @@ def cosines(means: Array, parts: Array) -> Estimate:  # (K, L)
     relative = first / lengths[0][..., None, None] + second / lengths[1][..., None, None]
     linear = dots / scale[..., None, None] - value[..., None, None] * relative / 2
     return Estimate(value, mean_of(linear).error)
+
+
+def _all_products(means: Array, parts: Array) -> Array:  # (K, L, k, k)
+    """`products` of every one of ``means`` with every one of ``parts``."""
+    k = means.shape[-1]
+    dots = means.transpose(2, 3, 1, 0) @ parts.transpose(2, 3, 0, 1)  # (k, k, K, L)
+    return np.ascontiguousarray(dots.transpose(2, 3, 0, 1)) * k**2
+
+
+def _by_rows(estimate: Callable[[Array], Estimate], means: Array, parts: Array) -> Estimate:
+    """``estimate`` of some behaviors of ``means`` at a time: K L k^2 numbers are many."""
+    step = max(1, BLOCK // max(1, parts[0].size))
+    found = [estimate(means[:, i : i + step]) for i in range(0, means.shape[1], step)]
+    return Estimate(*(np.concatenate(own) for own in zip(*found, strict=True)))
 
 
 def shares(parts: Array) -> Estimate:  # (L,)
