@@ -174,6 +174,30 @@ def digest(module: nn.Module) -> str:
     return text.hexdigest()
 
 
+@torch.no_grad()
+def update_norms(module: nn.Module) -> dict[str, Tensor]:
+    """Layer -> () float64 Frobenius norm of what its adapter adds to the weight, scale B A.
+
+    By the r x r matrices B^T B and A A^T: |B A|^2 = tr(B^T B A A^T); B A is never formed. Adapters
+    on parameters that belong to no layer of their own (fused experts) are left out.
+    """
+    from peft.tuners.lora import Embedding, LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    found = {}
+    for name, layer in module.named_modules():
+        if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
+            continue
+        if isinstance(layer, Embedding):
+            a, b = layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]
+        else:
+            a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+        a, b = a.detach().double(), b.detach().double()
+        square = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)
+        found[name] = abs(layer.scaling[NAME]) * square.sqrt()
+    return found
+
+
 @contextmanager
 def dropout(adapter: Any) -> Iterator[None]:
     """Inside, the adapter's dropout is on, and nothing else of the model's training mode."""

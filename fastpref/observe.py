@@ -94,8 +94,9 @@ class StepView:
     """What an optimizer step showed, on its way to the host in one copy.
 
     ``columns``: whether the records want the pairs' columns; the progress bar makes do with their
-    margins. ``others``: more scalars of the step, () each; ``more``: columns of `steps` that others
-    know. Every rank makes one of every step.
+    margins. ``others``: more numbers of the step, on the device; ``more``: columns of `steps` that
+    others know; ``expected``: for every micro-batch (P,) `margin_change_predicted` of its pairs,
+    where rates were measured. Every rank makes one of every step.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class StepView:
         head_is_all: bool = False,
         others: Mapping[str, torch.Tensor] | None = None,
         more: Mapping[str, object] | None = None,
+        expected: Sequence[torch.Tensor | None] | None = None,
     ) -> None:
         self.plan, self.learning_rate, self.more = plan, learning_rate, dict(more or {})
         device = result.loss.device
@@ -127,6 +129,9 @@ class StepView:
             pair_columns(r, head_is_all) if columns else {"margin": r.x.margin.float()}
             for r in result.pairs
         ]
+        for own_pairs, change in zip(pairs, expected or (), strict=False):
+            if columns and change is not None:
+                own_pairs["margin_change_predicted"] = change.float()
         self._copy = HostCopy([{"sums": dist.all_reduce_sum(sums), **scalars}, *pairs])
 
     @property
@@ -144,8 +149,12 @@ class StepView:
         """A scalar of the step, by its name in `StepResult` or in ``others``."""
         return float(self._copy.get()[0][name])
 
+    def numbers(self, name: str) -> list[float] | None:
+        """Several of ``others`` under one name; None where the step has none of it."""
+        return self._copy.get()[0][name].tolist() if self.has(name) else None
+
     def has(self, name: str) -> bool:
-        """Whether the step has that scalar."""
+        """Whether the step has that scalar, or those numbers."""
         return name in self._copy.get()[0]
 
 
@@ -198,6 +207,7 @@ def record_step(
         clip_coef=view.scalar("clip_coef"),
         pairs=plan.num_pairs,
         head_update_norm=view.scalar(moved) if view.has(moved) else None,
+        lora_update_norm=view.numbers("lora_update_norm"),
         **{name: int(sums[name]) for name in SIZES},
         **view.more,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref import lora
 from fastpref.balance import Balancer
 from fastpref.best import Best
 from fastpref.checkpoint import TrainState, load_checkpoint
@@ -52,12 +53,18 @@ class State:
         self.num_tokens += view.plan.num_tokens
         self.loss_sum += view.scalar("loss")
 
-    def head_update(self) -> dict[str, Tensor]:
-        """Frobenius norm of the head's weight minus its start; empty where the body learns too."""
-        if self.head_start is None:
-            return {}
-        moved = torch.dist(self.model.head.weight.detach(), self.head_start)
-        return {"head_update_norm": moved}
+    def updates(self) -> dict[str, Tensor]:
+        """Columns of `steps`: where the head alone learns the Frobenius norm () of its weight minus
+        its start, with LoRA those (A,) of what the A adapters add; empty elsewhere."""
+        found: dict[str, Tensor] = {}
+        if self.head_start is not None:
+            moved = torch.dist(self.model.head.weight.detach(), self.head_start)
+            found["head_update_norm"] = moved
+        if lora.is_adapted(self.model.module):
+            norms = list(lora.update_norms(self.model.module).values())
+            if norms:
+                found["lora_update_norm"] = torch.stack(norms)
+        return found
 
     def saved(self, log_history: list[dict[str, Any]]) -> TrainState:
         """The form in which checkpoints hold it."""

@@ -75,6 +75,9 @@ class StepRates:
     # The sample's pairs of this rank after the step; gradients of their margins before it, and
     # (P,) what the step was to change in each by its gradient.
     pairs: list[tuple[PairResult, PairGradients, Tensor]]
+    # (P,) for every micro-batch of this rank: what the step was to change in the margins of its
+    # own pairs, by sketches; None where the loss does not tell grad m.
+    trained: list[Tensor | None]
 
 
 class GradientSums:
@@ -176,15 +179,14 @@ class RateTracker:
         rows = self._rows(measured, self._gather(gradients, scored))
         rate = np.array([row["rate_obs"] for row in rows])
         margin = np.array([row["margin"] for row in rows])
-        # The router's part of the gradient is none of a pair's.
-        grad_norm = None if self.model.router else float(result.grad_norm)
         return StepRates(
             rows,
             gram_rows(measured, self.behaviors),
-            noise_columns(measured, grad_norm)
+            noise_columns(measured, float(result.grad_norm))
             | moved_columns((now - self._start).cpu().numpy())
             | inequality_columns(rate, margin),
             [(r, g, expected_change(g, update)) for r, g in zip(scored, gradients, strict=True)],
+            [_expected_of_loss(r, update) for r in result.pairs],
         )
 
     def _pass(self, change: Mapping[nn.Parameter, Tensor] | None = None) -> list[PairGradients]:
@@ -353,6 +355,13 @@ def weights_of(
     finally:
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.data = value
+
+
+def _expected_of_loss(result: PairResult, update: Tensor) -> Tensor | None:
+    """`expected_change` of a trained pair's margin, from the gradient of its loss."""
+    if not result.margin_only or result.gradients is None:
+        return None
+    return expected_change(result.gradients.as_margin(result.weight), update)
 
 
 def expected_change(gradients: PairGradients, update: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from fastpref.data.loader import Loader, StepPlan
 from fastpref.data.pack import demand_budget, demand_vocabulary, fed_tokens, pack_pairs
 from fastpref.data.probes import build_probes
 from fastpref.drift import Boundaries
-from fastpref.dynamics.parts import write_layer_groups
+from fastpref.dynamics.parts import write_layer_groups, write_lora_layers
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
 from fastpref.errors import NonFiniteError, Preempted
@@ -133,6 +133,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     checkpoint = runfolder.open_run(config, model.device)
     if taps and dist.is_main():
         write_layer_groups(Path(config.output_dir), taps.groups)
+    if config.trainable == "lora" and config.record and dist.is_main():
+        write_lora_layers(Path(config.output_dir), list(lora.update_norms(model.module)))
     optimizer, masters = make_optimizer(config, model)
     scheduler = Schedule(optimizer, config, last_step)
     state = State(model, optimizer, scheduler, Window(), best, key, reference)
@@ -229,6 +231,9 @@ def run_loop(
                 if state.balancer:
                     state.balancer.observe_rates(rates.behaviors)
             began = time.perf_counter()
+            if state.reference and plan.step % config.ref_model_sync_steps == 0:
+                # Not before rates are measured: they are of margins over the step's own reference.
+                sync_reference(state.reference, model, config.ref_model_mixup_alpha)
             at_logging = plan.step % config.logging_steps == 0
             with perf.recording():
                 view = StepView(
@@ -237,8 +242,9 @@ def run_loop(
                     rate,
                     columns=recorder is not None,
                     head_is_all=model.head_is_all,
-                    others=state.head_update() if recorder and at_logging else None,
+                    others=state.updates() if recorder and at_logging else None,
                     more=rates.step if rates else None,
+                    expected=rates.trained if rates else None,
                 )
                 trail.add(view)
             if state.balancer:
@@ -351,8 +357,6 @@ def _step(
         raise NonFiniteError(f"step {plan.step}: {error}") from None
     state.scheduler.step()
     state.step = plan.step
-    if state.reference and plan.step % config.ref_model_sync_steps == 0:
-        sync_reference(state.reference, model, config.ref_model_mixup_alpha)
     return result
 
 

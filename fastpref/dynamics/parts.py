@@ -166,9 +166,18 @@ def last_step_of(part: Path) -> int:
 
 def write_layer_groups(run: Path, groups: Sequence[str]) -> None:
     """records/layer_groups.json: what the numbers of a `gnorm_groups` are of."""
-    path = run / "records" / "layer_groups.json"
+    _write_names(run, "layer_groups.json", groups)
+
+
+def write_lora_layers(run: Path, layers: Sequence[str]) -> None:
+    """records/lora_layers.json: what the numbers of a `lora_update_norm` are of."""
+    _write_names(run, "lora_layers.json", layers)
+
+
+def _write_names(run: Path, file: str, names: Sequence[str]) -> None:
+    path = run / "records" / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(list(groups), indent=0) + "\n"
+    text = json.dumps(list(names), indent=0) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -149,18 +149,16 @@ def gram_rows(of: Measured, behaviors: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def noise_columns(of: Measured, grad_norm: float | None) -> dict[str, Any]:
+def noise_columns(of: Measured, grad_norm: float) -> dict[str, Any]:
     """Gradient noise scales of the step, in all weights and by layer group, for `steps`.
 
-    grad_norm: norm of the mean gradient of the step's pairs where that is known, else None.
+    grad_norm: norm of the mean gradient of the step's pairs, before clipping.
     """
     n = np.array(of.num_pairs)
     squares = of.step.squares().sum(axis=1) / of.num_pairs  # (G, k, k)
     whole = of.parts().sum(axis=1)
     apart = rates.products(whole[None], whole[None])
-    mean = apart.sum(axis=0)
-    if grad_norm is not None:
-        mean = rates.known(grad_norm**2, whole.shape[-1])
+    mean = rates.known(grad_norm**2, whole.shape[-1])
     whole_squares = squares.sum(axis=0)
     together = rates.noise_scale(mean - rates.excess(mean, whole_squares, n), whole_squares)
     groups = rates.noise_scale(apart - rates.excess(apart, squares, n), squares)

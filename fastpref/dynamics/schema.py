@@ -174,7 +174,11 @@ _PAIRS = Table(
             "s g.d: that hidden state along d = mu+ - mu-, signed by the preferred answer",
         ),
         Column(
-            "margin_change_predicted", _F32, "nat", "<grad m, change of the weights in this step>"
+            "margin_change_predicted",
+            _F32,
+            "nat",
+            "<grad m, change of the weights in this step>, where rates are measured: of the step's "
+            "own pairs and under track: sketch by the sketch; null where gnorm_m is",
         ),
         Column("label_confidence", _F32, "-", "confidence that the data gives for the label"),
         Column(
@@ -215,7 +219,6 @@ _STEPS = Table(
             "-",
             "Frobenius norm of head weight - its start, after the step; every logging_steps",
         ),
-        Column("head_update_norm_predicted", _F64, "-", "the same, by the theory (docs of theory)"),
         Column(
             "module_update_norm",
             pa.list_(_F32),
@@ -223,7 +226,13 @@ _STEPS = Table(
             "norm of weights - their start after the step for each layer group, by the sketch",
         ),
         Column("module_update_norm_error", pa.list_(_F32), "-", "its standard error"),
-        Column("lora_update_norm", pa.list_(_F32), "-", "Frobenius norm of each adapter's B A"),
+        Column(
+            "lora_update_norm",
+            pa.list_(_F32),
+            "-",
+            "Frobenius norm of what each adapter adds to its weight, scale B A, after the step, in "
+            "the order of records/lora_layers.json; every logging_steps",
+        ),
         Column("rate_gini", _F64, "-", "Gini coefficient of the behaviors' observed rates"),
         Column("rate_atkinson", _F64, "-", "Atkinson index of the behaviors' observed rates"),
         Column("margin_gini", _F64, "-", "Gini coefficient of the behaviors' mean margins"),
