@@ -5,18 +5,23 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.metadata
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "numpy")
@@ -69,6 +74,35 @@ def peak_memory(build: Callable[[], Callable[[], object]]) -> dict[str, int]:
     measured()
     peak = _status_bytes("VmHWM")
     return {"baseline": baseline, "peak": peak, "used": peak - baseline}
+
+
+def peak_of(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors held at the peak of ``call``, beyond those before it. What is freed of those
+    before does not count on the CPU, where torch reports each allocation to its profiler."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiled:
+        call()
+    with tempfile.TemporaryDirectory(prefix="fastpref-bench-") as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    moments = [
+        (event["ts"], event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0
+    ]
+    held = np.cumsum([size for _, size in sorted(moments, key=lambda moment: moment[0])])
+    return int(held.max(initial=0))
 
 
 def _give_back() -> None:

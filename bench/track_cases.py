@@ -8,11 +8,8 @@ G layer groups, k sketch size, T tokens.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -233,34 +230,7 @@ class Subject:
         """Bytes of tensors that a step allocates and holds at its peak. Gradients of a step before
         are there when it begins, and count for none."""
         self.step(track, turn)
-        return peak_of(lambda: self.step(track, turn), self.device)
-
-
-def peak_of(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes of tensors held at the peak of ``call``, beyond those before it. What is freed of those
-    before does not count on the CPU, where torch reports each allocation to its profiler."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated() - before)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiled:
-        call()
-    with tempfile.TemporaryDirectory(prefix="fastpref-bench-") as folder:
-        path = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    moments = [
-        (event["ts"], event["args"]["Bytes"])
-        for event in events
-        if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0
-    ]
-    held = np.cumsum([size for _, size in sorted(moments, key=lambda moment: moment[0])])
-    return int(held.max(initial=0))
+        return measure.peak_of(lambda: self.step(track, turn), self.device)
 
 
 def stated_bytes(subject: Subject, track: str, turn: int) -> int:

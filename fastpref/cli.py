@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "watch": ("fastpref.commands.watch", "follow a run in the terminal, behavior by behavior"),
     "report": ("fastpref.commands.report", "write a run's report.html"),
     "inspect": ("fastpref.commands.inspect", "look at a data set before training on it"),
+    "plan": ("fastpref.commands.plan", "estimate a run's memory before anything is loaded"),
     "theory": ("fastpref.commands.theory", "predict what pairs teach a model, before training"),
     "profile": ("fastpref.commands.profile", "a model's gradients on pairs, without training"),
     "reproduce": ("fastpref.commands.reproduce", "the paper's experiments, prediction beside run"),

@@ -142,8 +142,8 @@ class CourseOptions(InputOptions):
         16384,
         "batch",
         "Packed tokens per forward, with trainable: head scored rows: the memory dial; results do "
-        "not depend on it.",
-        within="at least 1",
+        "not depend on it. 0: the most that fit, up to 16384 (docs/plan.md).",
+        within="at least 0",
     )  # fmt: skip
     stratify: bool = option(
         False, "batch", "Every step draws from all behaviors and labels in their proportion."

@@ -50,8 +50,8 @@ class InputOptions:
         "none",
         "model",
         "What the backward computes again instead of keeping it: none; selective: all but products "
-        "and attention; full: whole layers.",
-        ("none", "selective", "full"),
+        "and attention; full: whole layers; auto: the least that fits (docs/plan.md).",
+        ("none", "selective", "full", "auto"),
     )
     attn_implementation: str = option(
         "auto",

@@ -21,7 +21,9 @@ from fastpref.batch import PairBatch, ProbeBatch
 from fastpref.config import Config
 from fastpref.recompute import checkpoint_layers
 from fastpref.router import Load, Router, find_router
-from fastpref.weights import Source, read_tokenizer, read_weights
+from fastpref.weights import Source, read_model_config, read_tokenizer, read_weights
+
+DEFAULT_TOKENS = 16384  # of a micro-batch, where nobody plans
 
 log = logging.getLogger(__name__)
 
@@ -265,15 +267,37 @@ def load_model(config: Config, tokenizer: Any = None) -> PairModel:
     return _with_attention(_placed(model), config.attn_implementation)
 
 
+def skeleton(config: Config) -> PairModel:
+    """The model that `load_model` would give, with weights that nobody has set: for torch's meta
+    device. On the CPU, without a tokenizer."""
+    model = _skeleton(config, _policy(config))
+    model = replace(model, router=_router(model, config))
+    return _adapted(model, config) if config.trainable == "lora" else model
+
+
+def reference_skeleton(config: Config) -> PairModel:
+    """As `skeleton`, of `load_reference`."""
+    return _skeleton(config, _reference(config))
+
+
+def _skeleton(config: Config, source: Source) -> PairModel:
+    from transformers import AutoModelForCausalLM
+
+    model_config = read_model_config(source, config.max_length)[0]
+    cpu = torch.device("cpu")
+    dtype = resolve_dtype(config.dtype, cpu)
+    module = AutoModelForCausalLM.from_config(model_config, dtype=_kept_dtype(config, dtype, cpu))
+    prepare(module)
+    checkpoint_layers(module, config.gradient_checkpointing)
+    return PairModel(module, None, cpu, dtype, "")
+
+
 def load_reference(config: Config) -> PairModel:
     """The model of ``config.ref_model_name_or_path`` with its tokenizer, frozen; as `load_model`.
 
     Whether it reads the same tokens is for the caller to see.
     """
-    assert config.ref_model_name_or_path
-    source = Source(
-        "ref_model_name_or_path", config.ref_model_name_or_path, config.ref_model_revision
-    )
+    source = _reference(config)
     reference = _load(config, source, read_tokenizer(source))
     reference.module.requires_grad_(False)
     return _with_attention(_placed(reference), "auto")
@@ -283,22 +307,38 @@ def _policy(config: Config) -> Source:
     return Source("model_name_or_path", config.model_name_or_path, config.model_revision)
 
 
+def _reference(config: Config) -> Source:
+    assert config.ref_model_name_or_path
+    name, revision = config.ref_model_name_or_path, config.ref_model_revision
+    return Source("ref_model_name_or_path", name, revision)
+
+
 def _load(config: Config, source: Source, tokenizer: Any) -> PairModel:
     """Still on the CPU."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    kept = torch.float64 if dtype is torch.float64 else getattr(torch, config.weights_dtype)
+    kept = _kept_dtype(config, dtype, device)
+    module, identity = read_weights(source, kept, config.max_length, device)
+    if kept is torch.bfloat16:  # other log-probs than those of the files' own precision
+        identity += " weights:bfloat16"
+    prepare(module)
+    # Left to the planner, which training alone asks.
+    again = config.gradient_checkpointing
+    checkpoint_layers(module, "none" if again == "auto" else again)
+    return PairModel(module, tokenizer, device, dtype, identity)
+
+
+def _kept_dtype(config: Config, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the weights in memory, beside products in ``dtype``."""
+    if dtype is torch.float64:
+        return dtype
+    kept: torch.dtype = getattr(torch, config.weights_dtype)
     if kept is torch.bfloat16 and dtype is not torch.bfloat16:
         raise ValueError(
             f"weights_dtype: bfloat16 needs products in bfloat16, and dtype: {config.dtype} means "
             f"{str(dtype)[6:]} on {device}. Set dtype: bfloat16."
         )
-    module, identity = read_weights(source, kept, config.max_length, device)
-    if kept is torch.bfloat16:  # other log-probs than those of the files' own precision
-        identity += " weights:bfloat16"
-    prepare(module)
-    checkpoint_layers(module, config.gradient_checkpointing)
-    return PairModel(module, tokenizer, device, dtype, identity)
+    return kept
 
 
 def _router(model: PairModel, config: Config) -> Router | None:

@@ -16,6 +16,8 @@ from fastpref.config import Config
 # transformers.Trainer.get_decay_parameter_names (5.23) leaves these and all LayerNorms undecayed.
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
+EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")  # of bitsandbytes
+
 Groups = list[dict[str, Any]]
 
 

@@ -25,15 +25,19 @@ from fastpref.schedule import WARMUP_RATIO
 def resolved(config: Config) -> Config:
     """With what is chosen automatically in the place of `auto`: what config.yaml keeps.
 
-    All but the attention backend, which depends on what the model asks for: `with_attention`.
+    All but the attention backend, which depends on what the model asks for (`with_attention`), and
+    what is left to the planner (`fastpref.planner`), unless the run to go on with has it.
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     demand_backend(config.attn_implementation, device, dtype)
     no_warmup = config.warmup_ratio is None and config.warmup_steps is None
     config = dataclasses.replace(config, output_dir=str(Path(config.output_dir).expanduser()))
+    before = _before(config)
+    tokens = config.max_tokens_per_microbatch
     return dataclasses.replace(
         config,
+        max_tokens_per_microbatch=tokens or (before.max_tokens_per_microbatch if before else 0),
         template_date=runfolder.template_date(config),
         device=device.type if config.device == "auto" else config.device,
         dtype=str(dtype).removeprefix("torch."),
@@ -42,14 +46,18 @@ def resolved(config: Config) -> Config:
     )
 
 
+def _before(config: Config) -> Config | None:
+    """Of the run to go on with, if there is one."""
+    file = Path(config.output_dir) / "config.yaml"
+    return load_config(file) if file.exists() and not config.overwrite_output_dir else None
+
+
 def _attention_before(config: Config, device: torch.device, dtype: torch.dtype) -> str:
     """As configured; `auto` is what the run to go on with had, where that is to be had here."""
-    before = Path(config.output_dir) / "config.yaml"
-    if config.attn_implementation == "auto" and before.exists():
-        name = load_config(before).attn_implementation
-        if not config.overwrite_output_dir and not isinstance(
-            find_backend(name, device, dtype), str
-        ):
+    before = _before(config)
+    if config.attn_implementation == "auto" and before:
+        name = before.attn_implementation
+        if not isinstance(find_backend(name, device, dtype), str):
             return name
     return config.attn_implementation
 

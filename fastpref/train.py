@@ -44,6 +44,7 @@ from fastpref.losses import Loss, get_loss
 from fastpref.model import load_model, load_tokenizer, resolve_device
 from fastpref.observe import StepView, Trail, Window, record_step
 from fastpref.perf import WARM_UP, Perf, device_peak
+from fastpref.planner import plan_run
 from fastpref.prepare import (
     data_key,
     make_loader,
@@ -93,6 +94,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     dataset = load_dataset(config, tokenizer, progress)
     demand_shares(config, dataset)
     probes = build_probes(config, tokenizer, dataset) if config.probe_every else []
+    config = plan_run(config, dataset)
     torch.manual_seed(config.seed)
     model = load_model(config, tokenizer)
     config = with_attention(config, model)

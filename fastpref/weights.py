@@ -67,6 +67,21 @@ def read_tokenizer(source: Source) -> Any:
         return AutoTokenizer.from_pretrained(name, **options)
 
 
+def read_model_config(source: Source, max_length: int) -> tuple[Any, str, dict[str, Any]]:
+    """transformers' configuration of ``source``, and where its files are, as `Source.locate` says;
+    ValueError for an architecture that packing would get wrong."""
+    from transformers import AutoConfig
+
+    with _loading(source):
+        name, options = source.locate()
+        model_config = AutoConfig.from_pretrained(name, **options)
+    try:
+        check_architecture(model_config, max_length)
+    except ValueError as refusal:  # a reference is refused as well, and may be of the same class
+        raise ValueError(f"{source}: {refusal}") from None
+    return model_config, name, options
+
+
 def read_weights(
     source: Source, dtype: torch.dtype, max_length: int, device: torch.device
 ) -> tuple[Any, str]:
@@ -76,15 +91,9 @@ def read_weights(
     architecture that packing would get wrong, and for weights that are not safetensors or not all
     there: pickled weights can run anything, and transformers fills gaps with random numbers.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with _loading(source):
-        name, options = source.locate()
-        model_config = AutoConfig.from_pretrained(name, **options)
-    try:
-        check_architecture(model_config, max_length)
-    except ValueError as refusal:  # a reference is refused as well, and may be of the same class
-        raise ValueError(f"{source}: {refusal}") from None
+    _, name, options = read_model_config(source, max_length)
     identity = weights_identity(name, options.get("revision"), device)
     with _loading(source):
         module, found = AutoModelForCausalLM.from_pretrained(

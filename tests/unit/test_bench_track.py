@@ -10,7 +10,8 @@ import torch
 
 from bench import results, track_cases
 from bench.__main__ import main
-from bench.track_cases import DRY, HH, LONG, PERSONA, Subject, peak_of
+from bench.measure import peak_of
+from bench.track_cases import DRY, HH, LONG, PERSONA, Subject
 from fastpref.data.pack import fed_tokens
 
 CPU = torch.device("cpu")
