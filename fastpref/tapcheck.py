@@ -35,7 +35,10 @@ def find_taps(model: PairModel, config: Config, pairs: Sequence[TokenPair]) -> T
     Raises ValueError as `attach` does, where the balance of routers is part of the loss, and where
     taps and plain gradients differ.
     """
-    if config.track not in MODES or not config.record:
+    if config.track not in MODES:
+        return None
+    if not config.record:
+        log.warning("track: %s sees nothing, as record: false writes nothing", config.track)
         return None
     where = f"track={config.track!r}: "
     if model.router:

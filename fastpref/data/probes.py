@@ -185,8 +185,9 @@ def read_probes(config: Config, tokenizer: Any, behaviors: Sequence[str]) -> lis
         raise ValueError(f"probes: {error}") from None
     for source in sources:
         table = read_source(source, frozenset((*COLUMNS, *ALSO)))
-        _demand_columns(source, list(table.names))
         bad += table.bad
+        if table.names or not table.bad:  # else no line could be read, which is what is to be said
+            _demand_columns(source, list(table.names))
         for line, row in table.rows:
             try:
                 pair, kind = _row(source, line, row, behaviors)
@@ -252,7 +253,8 @@ def _demand_columns(source: Source, names: Sequence[str]) -> None:
             hint = " To probe a run's own pairs, set probe_types and probe_prompts instead."
         raise ValueError(
             f"probes {source.name}: expected the columns {', '.join(COLUMNS)} (and behavior, id "
-            f"where they are known), but {', '.join(missing)} is missing; there are "
+            f"where they are known), but {', '.join(missing)} {'are' if missing[1:] else 'is'} "
+            f"missing; there are "
             f"{listed(names)}.{hint}"
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastpref.report.rate_tables import Rates
-from fastpref.report.svg import FEW, MUTED, TEXT, Figure, finish, stand_in, style
+from fastpref.report.svg import FEW, MUTED, TEXT, Figure, finish, shared_power, stand_in, style
 from fastpref.report.tables import shorten
 
 _WIDTH, _MOST = 9.6, 30
@@ -65,7 +65,8 @@ def _curves(rates: Rates, names: Sequence[str], order: Sequence[str]) -> Figure 
             axes.set_title(shorten(name, 34), fontsize=7, pad=3)
             axes.margins(x=0.02)
         figure.supxlabel("optimizer step", fontsize=8.5)
-        figure.supylabel("nats per step", x=0.0, fontsize=8.5)
+        power = shared_power(list(grid.flat))
+        figure.supylabel(f"nats per step{power}", x=0.0, fontsize=8.5)
         line = plt.Line2D
         figure.legend(
             handles=[
@@ -100,8 +101,8 @@ def _agreement(rates: Rates, names: Sequence[str], order: Sequence[str]) -> Figu
     if not known.any() or not np.abs(observed[known]).max():
         return None
     with style() as plt:
-        figure, axes = plt.subplots(figsize=(4.6, 4.0))
-        figure.subplots_adjust(0.17, 0.13, 0.97, 0.97)
+        figure, axes = plt.subplots(figsize=(_WIDTH, 4.4))
+        figure.subplots_adjust(0.1, 0.11, 0.6, 0.98)  # as wide as it is high, on a page as the rest
         for name in names:
             curve = rates.curves[name]
             axes.errorbar(

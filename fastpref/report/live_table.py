@@ -221,9 +221,25 @@ def _sorted(rows: list[Row], view: View) -> list[Row]:
     return known + [row for row in rows if row.of(quantity) is None]
 
 
-def fit(text: str, width: int, unicode: bool = True) -> str:
+def fit_apart(texts: Sequence[str], width: int, unicode: bool = True) -> list[str]:
+    """`fit` of each; those that come out alike show so much of their start that they do not, where
+    there is such a place to cut."""
+    found = [fit(text, width, unicode) for text in texts]
+    for cut in sorted({x for x in found if found.count(x) > 1}):
+        alike = [i for i, x in enumerate(found) if x == cut]
+        for head in sorted(range(width), key=lambda n: abs(n - width // 2)):
+            tried = [fit(texts[i], width, unicode, head) for i in alike]
+            if len(set(tried)) == len(alike) and not set(tried) & set(found):
+                for i, text in zip(alike, tried, strict=True):
+                    found[i] = text
+                break
+    return found
+
+
+def fit(text: str, width: int, unicode: bool = True, start: int | None = None) -> str:
     """``text`` on one line in exactly ``width`` cells of a terminal, its middle left out if need
-    be; what a terminal would obey, or cannot show, is a question mark."""
+    be (after ``start`` cells; None: half); what a terminal would obey, or cannot show, is a
+    question mark."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     if not unicode:
         line = line.encode("ascii", "replace").decode()
@@ -232,7 +248,8 @@ def fit(text: str, width: int, unicode: bool = True) -> str:
     gap = "…" if unicode else "~"
     head, tail = "", ""
     room = width - 1
-    while line and cell_len(head + line[0]) <= (room + 1) // 2:
+    start = (room + 1) // 2 if start is None else start
+    while line and cell_len(head + line[0]) <= start:
         head, line = head + line[0], line[1:]
     while line and cell_len(head + line[-1] + tail) <= room:
         tail, line = line[-1] + tail, line[:-1]
@@ -278,10 +295,11 @@ def table_lines(rows: Sequence[Row], width: int, unicode: bool) -> tuple[list[Te
             ("behavior", [(q, q.head[1]) for q in shown] + [(None, "curve")] * spark, "bold"),
         )
     ]
+    names = fit_apart([row.name for row in rows], name_width, unicode)
     for i, row in enumerate(rows):
         letter = LETTERS[i] if i < len(LETTERS) else " "
         line = Text(letter + " ", style=COLORS[i] if i < len(COLORS) else "")
-        line.append(fit(row.name, name_width, unicode), style="default")
+        line.append(names[i], style="default")
         for q in shown:
             value = row.of(q)
             negative = value is not None and value < 0

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastpref.dynamics import schema
 from fastpref.report.dynamics_plots import rate_figures
-from fastpref.report.svg import FEW, MUTED, TEXT, Figure, finish, stand_in, style
+from fastpref.report.svg import FEW, MUTED, TEXT, Figure, finish, shared_power, stand_in, style
 from fastpref.report.tables import SPLITS, RunFiles, Summary, shorten
 
 _MAX_LABELS, _MAX_PANELS, _MAX_POINTS = 40, 30, 1000
@@ -203,7 +203,7 @@ def _curve_panels(run: RunFiles, order: Sequence[str], quantity: _Quantity) -> F
             axes.set_title(shorten(name, 30), fontsize=7, pad=3)
             _scale(axes, quantity)
         figure.supxlabel("optimizer step", fontsize=8.5)
-        figure.supylabel(quantity.unit, x=0.0, fontsize=8.5)
+        figure.supylabel(f"{quantity.unit}{shared_power(panels)}", x=0.0, fontsize=8.5)
         caption = (
             f"{quantity.caption}; train sample solid, held-out dashed, in grey the mean of all "
             "behaviors; fastest update rate first"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +104,19 @@ def style() -> Iterator[Any]:
             yield plt
         finally:
             plt.close("all")
+
+
+def shared_power(panels: Sequence[Any]) -> str:
+    """The power of ten of panels with one y axis, for the words of their common label.
+
+    Matplotlib would write it above every one of them, over the titles; that is taken away. Call it
+    when everything is drawn.
+    """
+    panels[0].figure.canvas.draw()
+    power = panels[0].yaxis.get_offset_text().get_text()
+    for axes in panels:
+        axes.yaxis.get_offset_text().set_visible(False)
+    return f", {power}" if power else ""
 
 
 def finish(figure: Any, name: str, title: str, caption: str) -> Figure:

@@ -80,7 +80,7 @@ def test_a_file_of_probes(base: Config, tmp_path: Path, tiny_tokenizer: Any) -> 
 @pytest.mark.parametrize(
     "content,words",
     [
-        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], ["response, response_type is missing"]),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], ["response_type are missing"]),
         ([ROW | {"behavior": "polit"}], ["no such behavior", "Did you mean 'polite'", ":1:"]),
         ([ROW, ROW | {"response_type": "choosen"}], ["Did you mean 'chosen'", ":2:"]),
         ([ROW | {"response_type": "Chosen one"}], ["lower-case", ":1:"]),
@@ -102,6 +102,12 @@ def test_bad_files_say_what_and_where(
     for word in words:
         assert word in str(error.value), str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_without_a_readable_line(base: Config, tmp_path: Path) -> None:
+    (tmp_path / "probes.jsonl").write_text('{"prompt": "a", "response": " b"\n')
+    with pytest.raises(ValueError, match=r"probes\.jsonl:1: the line is not JSON"):
+        run(base, tmp_path / "run", probes=str(tmp_path / "probes.jsonl"))
 
 
 def test_bad_settings_say_what(base: Config, tmp_path: Path) -> None:

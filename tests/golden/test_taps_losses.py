@@ -144,3 +144,9 @@ def test_routers_whose_balance_is_in_the_loss_are_refused(track: str) -> None:
     alone = dataclasses.replace(mixture("mixtral"), router=None)
     with pytest.raises(ValueError, match="no tap knows the trained .*experts.*Set track: head"):
         find_taps(alone, config, PAIRS)
+
+
+def test_tracking_that_nothing_records_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    config = Config(track="sketch", record=False)
+    assert find_taps(pairs_model(build("llama")), config, PAIRS) is None
+    assert "track: sketch sees nothing, as record: false" in caplog.text

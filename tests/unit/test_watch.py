@@ -28,7 +28,7 @@ from fastpref.dynamics.recorder import MetricsLog, Recorder, read_jsonl
 from fastpref.report import live
 from fastpref.report.characters import Canvas, axis_range, sparkline
 from fastpref.report.live import MAX_POINTS, LiveRun, Series, Tail, span
-from fastpref.report.live_table import SORT_KEYS, View, demand_behaviors, fit, splits_of
+from fastpref.report.live_table import SORT_KEYS, View, demand_behaviors, fit, fit_apart, splits_of
 from fastpref.report.live_view import screen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -403,6 +403,11 @@ def test_small_texts() -> None:
     ]
     assert fit("abcdefghij", 6) == "abc…ij" and fit("ab", 4) == "ab  "
     assert fit("日本語の振る舞い", 7) == "日…舞い"[:4] + " " * (7 - cell_len("日…舞い"))
+    twins = ["subscribes-to-utilitarianism", "openness", "subscribes-to-average-utilitarianism"]
+    cut = fit_apart(twins, 18)
+    assert len(set(cut)) == 3 and {cell_len(text) for text in cut} == {18}
+    assert cut == ["subscribes-to-u…sm", "openness".ljust(18), "subscribes-to-a…sm"]
+    assert fit_apart(["same", "same"], 3) == ["s…e"] * 2
     assert fit("a\x1b[31mb\nc", 20, unicode=False).strip() == "a?[31mb c"
     assert split_keys("s\x1b[A\x1b[6~\x1bOBq") == ["s", "\x1b[A", "\x1b[6~", "\x1b[B", "q"]
     assert split_keys("\x1b") == ["\x1b"] and split_keys("\x1b[") == ["\x1b["]
