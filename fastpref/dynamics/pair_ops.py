@@ -71,8 +71,10 @@ class Signs:
 class PairOps(Protocol):
     """Sums over the tokens of every pair."""
 
-    def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
-        """(T, k) x times the signs of a projection."""
+    def project(
+        self, x: Tensor, key: str, side: str, k: int, first: int = 0, before: Tensor | None = None
+    ) -> Tensor:
+        """(T, k) x times the signs of a projection; added to ``before``, in place, where given."""
 
     def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
         """(T, k) signs of the rows of an embedding."""
@@ -95,8 +97,11 @@ class FusedOps:
     def __init__(self, pair_of_token: Tensor, counts: list[int], signs: Signs) -> None:
         self.pair, self.counts, self.signs = pair_of_token, counts, signs
 
-    def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
-        return project(x, Projection.of(self.signs.seed, key, side), k, first_row=first)
+    def project(
+        self, x: Tensor, key: str, side: str, k: int, first: int = 0, before: Tensor | None = None
+    ) -> Tensor:
+        found = project(x, Projection.of(self.signs.seed, key, side), k, first_row=first)
+        return found if before is None else before.add_(found)
 
     def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
         return self.signs.of_vocabulary(ids, key, vocab, k, buckets)
@@ -125,10 +130,12 @@ class BlockOps:
         self.pair, self.counts, self.signs = pair_of_token, counts, signs
         self.blocks = TokenBlocks.make(counts, pair_of_token.device)
 
-    def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
-        x = x.to(wide_dtype(x))
-        signs = self.signs.get(key, side, first, x.shape[1], k, x.device)
-        return x @ signs.to(x.dtype)
+    def project(
+        self, x: Tensor, key: str, side: str, k: int, first: int = 0, before: Tensor | None = None
+    ) -> Tensor:
+        x = x.to(wide_dtype(x) if before is None else before.dtype)
+        signs = self.signs.get(key, side, first, x.shape[1], k, x.device).to(x.dtype)
+        return torch.mm(x, signs) if before is None else before.addmm_(x, signs)
 
     def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
         return self.signs.of_vocabulary(ids, key, vocab, k, buckets)

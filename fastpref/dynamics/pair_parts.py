@@ -47,11 +47,21 @@ class VocabularyPlace(Place):
         return VocabularyPlace(name, parameter, group, name, buckets=BUCKETS)
 
 
+@dataclass(eq=False)
+class Factors:
+    """Of linear layers of one input and key: sum over a pair's tokens of outputs_t inputs_t^T."""
+
+    group: int
+    inputs: Tensor  # (T, k) the projected input
+    outputs: Tensor | None = None  # (T, k) the projected gradients so far that are not summed yet
+
+
 @dataclass
 class PairParts:
     """The sums of one batch. Everything is added in the order of the backward."""
 
     pair: Tensor  # (T,) the pair of every token
+    tokens: int  # T
     ops: PairOps
     exact: bool
     k: int
@@ -60,8 +70,8 @@ class PairParts:
     change: Tensor | None = None  # (G, P) inner products with `changes`
     changes: Mapping[nn.Parameter, Tensor] | None = None
     # Few calls for many of them: narrow matrices whose products are still to be summed over each
-    # pair's tokens, (group, (T, k), (T, k)); gradients still to be projected, (P, D) each.
-    narrow: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    # pair's tokens; gradients still to be projected, (P, D) each.
+    narrow: list[Factors] = field(default_factory=list)
     vectors: list[tuple[Place, Tensor]] = field(default_factory=list)
     tied: tuple[Tensor, Tensor] | None = (
         None  # ids (T,), dy (T, D) where embedding and head are one
@@ -74,6 +84,7 @@ class PairParts:
         counts = [sum(lengths) for lengths in batch.lengths]
         return PairParts(
             pair,
+            len(pair),
             (BlockOps if device.type == "cpu" else FusedOps)(pair, counts, signs),
             exact,
             k,
@@ -82,50 +93,38 @@ class PairParts:
         )
 
     @property
-    def tokens(self) -> int:
-        """T."""
-        return len(self.pair)
-
-    @property
     def pairs(self) -> int:
         """P."""
         return self.norm_sq.shape[1]
 
-    def project_input(self, x: Tensor, place: Place) -> Tensor:
-        """(T, k) the input x (T, d) of a linear layer, projected."""
-        return self.ops.project(x, place.key, "in", self.k)
+    def project_input(self, x: Tensor, place: Place) -> Factors:
+        """Of the input x (T, d) of linear layers."""
+        return Factors(place.group, self.ops.project(x, place.key, "in", self.k))
 
-    def linear(
-        self,
-        x: Tensor | None,  # (T, d), where norms or a change ask for it
-        inputs: Tensor | None,  # (T, k) `project_input` of it, where it was made before
-        layers: Sequence[tuple[Tensor, Place | None, Place | None]],  # (T, p), weight, bias
-    ) -> None:
-        """Linear layers of one input, of one group and one key."""
-        weights = [(dy, place) for dy, place, _ in layers if place is not None]
-        if weights:
-            group, first = weights[0][1].group, weights[0][1]
-            if self.exact:
-                assert x is not None
-                self._add_norms(group, self.ops.norms(x, [dy for dy, _ in weights]))
-            if inputs is None:
-                assert x is not None
-                inputs = self.project_input(x, first)
-            project = self.ops.project
-            outputs = sum_of(
-                [project(dy, place.key, "out", self.k, place.first_output) for dy, place in weights]
-            )
-            self._add_products(group, outputs, inputs)
-        for dy, place in weights:
+    def project_output(self, factors: Factors, dy: Tensor, place: Place) -> None:
+        """The gradient dy (T, p) of a layer's output, as it comes, so that none has to wait."""
+        project = self.ops.project
+        before = factors.outputs
+        if before is None:
+            self._make_room(factors)
+            self.narrow.append(factors)
+        factors.outputs = project(dy, place.key, "out", self.k, place.first_output, before)
+
+    def linear(self, x: Tensor, layers: Sequence[tuple[Tensor, Place]]) -> None:
+        """What else is asked of linear layers of one input x (T, d) and one group; (T, p), weight
+        each."""
+        if self.exact:
+            self._add_norms(layers[0][1].group, self.ops.norms(x, [dy for dy, _ in layers]))
+        for dy, place in layers:
             moved = self._changed(place)
             if moved is not None:
-                assert x is not None
                 wide = wide_dtype(dy, x)
                 there = multiply(x, (moved if place.transposed else moved.t()).to(x.dtype), wide)
                 self._add_change(place.group, (dy.to(wide) * there).sum(1))
-        for dy, _, bias in layers:
-            if bias is not None:
-                self._vector(bias, self.ops.sums(dy))
+
+    def bias(self, dy: Tensor, place: Place) -> None:
+        """A linear layer's or a norm's, dy (T, D)."""
+        self._vector(place, self.ops.sums(dy))
 
     def norm(
         self,
@@ -140,7 +139,7 @@ class PairParts:
         if weight is not None:
             self._vector(weight, self.ops.sums(dy, x, eps, centred))
         if bias is not None:
-            self._vector(bias, self.ops.sums(dy))
+            self.bias(dy, bias)
 
     def embedding(
         self, ids: Tensor, dy: Tensor, scale: float, padding_idx: int | None, place: Place
@@ -164,7 +163,9 @@ class PairParts:
             outputs = outputs.masked_fill(padding, 0.0)
         if scale != 1.0:
             inputs *= scale
-        self._add_products(place.group, outputs, inputs)
+        factors = Factors(place.group, inputs, outputs)
+        self._make_room(factors)
+        self.narrow.append(factors)
         moved = self._changed(place)
         if moved is not None:
             wide = wide_dtype(dy)
@@ -175,7 +176,6 @@ class PairParts:
 
     def _vector(self, place: Place, sums: Tensor) -> None:
         """sums (P, D): the gradient itself, of a bias or a norm's weight."""
-        self._add_norms(place.group, sums.square().sum(1))
         self.vectors.append((place, sums))
         moved = self._changed(place)
         if moved is not None:
@@ -192,30 +192,41 @@ class PairParts:
 
     def finish(self) -> None:
         """Sum what has waited."""
-        if self.narrow:
-            groups, outputs, inputs = zip(*self.narrow, strict=True)
-            self._add_sketches(groups, self.ops.products(outputs, inputs))
-        if self.vectors:
-            flat = torch.stack(
-                [
-                    self.ops.project(sums, place.key, "vector", self.k * self.k)
-                    for place, sums in self.vectors
-                ]
-            )
-            groups = tuple(place.group for place, _ in self.vectors)
-            self._add_sketches(groups, flat.unflatten(-1, (self.k, self.k)))
-        self.narrow, self.vectors = [], []
+        self._finish_products()
+        if not self.vectors:
+            return
+        norms, sketches = [], []
+        for place, sums in self.vectors:
+            norms.append(sums.square().sum(1))
+            sketches.append(self.ops.project(sums, place.key, "vector", self.k * self.k))
+        groups = [place.group for place, _ in self.vectors]
+        self._add_sketches(groups, torch.stack(sketches).unflatten(-1, (self.k, self.k)))
+        add_rows_(self.norm_sq, self._groups(groups), torch.stack(norms).to(self.norm_sq.dtype))
+        self.vectors = []
 
-    def _add_products(self, group: int, outputs: Tensor, inputs: Tensor) -> None:
-        self.narrow.append((group, outputs, inputs))
-        if len(self.narrow) * inputs.numel() > WAITING:
-            self.finish()
+    def _make_room(self, factors: Factors) -> None:
+        """Before more is kept waiting."""
+        if (len(self.narrow) + 1) * factors.inputs.numel() > WAITING:
+            self._finish_products()
+
+    def _finish_products(self) -> None:
+        waiting, self.narrow = self.narrow, []
+        if not waiting:
+            return
+        outputs = [factors.outputs for factors in waiting if factors.outputs is not None]
+        products = self.ops.products(outputs, [factors.inputs for factors in waiting])
+        self._add_sketches([factors.group for factors in waiting], products)
+        for factors in waiting:  # what comes later of the same layers is a sum of its own
+            factors.outputs = None
+
+    def _groups(self, groups: Sequence[int]) -> Tensor:
+        return torch.tensor(groups, device=self.sketch.device)
 
     def _add_sketches(self, groups: Sequence[int], sketches: Tensor) -> None:
         """sketches (E, P, k, k), their projections still without their factors 1 / sqrt(k)."""
         self._widen(sketches.dtype)
-        at = torch.tensor(groups, device=sketches.device)
-        add_rows_(self.sketch.flatten(1), at, sketches.flatten(1) / self.k)
+        own = sketches.flatten(1).to(self.sketch.dtype) / self.k
+        add_rows_(self.sketch.flatten(1), self._groups(groups), own)
 
     def _add_change(self, group: int, per_token: Tensor) -> None:
         """per_token (T,)."""
@@ -228,11 +239,3 @@ class PairParts:
         if dtype == torch.float64 and self.sketch.dtype != dtype:
             self.norm_sq, self.sketch = self.norm_sq.double(), self.sketch.double()
             self.change = None if self.change is None else self.change.double()
-
-
-def sum_of(parts: Sequence[Tensor]) -> Tensor:
-    """Sum in place of the first."""
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total

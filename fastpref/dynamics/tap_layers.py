@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+if TYPE_CHECKING:
+    from fastpref.dynamics.pair_parts import Factors
+    from fastpref.dynamics.taps import Tap
 
 
 @dataclass(frozen=True)
@@ -141,19 +145,31 @@ class Input:
     """What layers that are given the same tensor have in common: q, k and v, gate and up."""
 
     def __init__(self) -> None:
-        self.projected: dict[str, Tensor] = {}  # (T, k) by key of the projection
+        self.factors: dict[str, Factors] = {}  # by key of the projection
+
+
+class Seen:
+    """A hook on the gradient of a layer's output, which it leaves as it is."""
+
+    __slots__ = ("shared", "tap")
+
+    def __init__(self, tap: Tap, shared: Input) -> None:
+        self.tap, self.shared = tap, shared
+
+    def __call__(self, dy: Tensor) -> None:
+        self.tap.receive(None, dy, self.shared)
 
 
 class Kept(torch.autograd.Function):
-    """The identity on a layer's output. It keeps the layer's input, where that is asked for, and
-    tells the tap of the gradient that comes back; it hands it on as it is.
+    """The identity on a layer's output. It keeps the layer's input and tells the tap of the
+    gradient that comes back; it hands it on as it is.
 
     What it keeps goes through autograd's saved tensors, so that activation checkpointing drops it
     and computes it again; the forward has no effects and may run twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor | None, tap: Any, shared: Input) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, tap: Tap, shared: Input | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.tap, ctx.shared = tap, shared
         return y
@@ -196,7 +212,7 @@ class TokenRows:
     def __call__(self, x: Tensor, tokens: int) -> Tensor:
         """x (T, D), (1, T, D), (1, T, H, D) or (1, H, T, D)."""
         if x.dim() >= 3 and x.shape[0] == 1:
-            x = x[0]
+            x = x.squeeze(0)
         if x.dim() == 3:
             dim = self._dim(x, tokens)
             x = x.transpose(0, 1) if dim == 1 else x

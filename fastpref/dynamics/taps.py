@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from fastpref.batch import PairBatch
 from fastpref.dynamics import tap_layers
 from fastpref.dynamics.pair_ops import Signs
-from fastpref.dynamics.pair_parts import PairParts, Place, VocabularyPlace
+from fastpref.dynamics.pair_parts import Factors, PairParts, Place, VocabularyPlace
 from fastpref.dynamics.tap_layers import Embedding, Kind, Linear, Norm
 
 MODES = ("sketch", "exact")
@@ -72,22 +72,32 @@ class Tap:
         if not torch.is_grad_enabled():
             return self.plain(x, *more, **named)
         if isinstance(self.kind, Linear):
-            x = tap_layers.as_autocast(x)
+            return self._linear(tap_layers.as_autocast(x), *more, **named)
         y = self.plain(x, *more, **named)
-        if isinstance(self.kind, Embedding) and self.taps.anchors is not None:
+        if self.taps.anchors is not None and isinstance(self.kind, Embedding):
             y = y.detach().requires_grad_()
             self.taps.anchors.append((self, x, y))
             return y
         if self.group < 0 or not y.requires_grad:
             return y
-        shared, kept = tap_layers.input_of(x), x.detach()
-        if isinstance(self.kind, Linear) and not self.taps.keeps_inputs:
-            if self.weight is not None and self.weight.key not in shared.projected:
-                shared.projected[self.weight.key] = self.taps.project(self, kept)
-            return tap_layers.Kept.apply(y, None, self, shared)
-        return tap_layers.Kept.apply(y, kept, self, shared)
+        return tap_layers.Kept.apply(y, x.detach(), self, None)
 
-    def receive(self, x: Tensor | None, dy: Tensor, shared: tap_layers.Input) -> None:
+    def _linear(self, x: Tensor, *more: Any, **named: Any) -> Any:
+        if self.group < 0:
+            return self.plain(x, *more, **named)
+        shared = tap_layers.input_of(x)
+        if self.weight is not None and self.weight.key not in shared.factors:
+            # Before the layer, which then finds what was read of the input in the cache.
+            shared.factors[self.weight.key] = self.taps.project(self, x.detach())
+        y = self.plain(x, *more, **named)
+        if self.taps.keeps_inputs:
+            return tap_layers.Kept.apply(y, x.detach(), self, shared)
+        # Nothing is kept of the input, so a hook on the output's gradient does, at a fraction of
+        # the cost of a Function: the graph is a few hundred nodes long where models are small.
+        y.register_hook(tap_layers.Seen(self, shared))
+        return y
+
+    def receive(self, x: Tensor | None, dy: Tensor, shared: tap_layers.Input | None) -> None:
         """The layer's input and the gradient of its output, in the backward."""
         self.taps.receive(self, x, dy, shared)
 
@@ -104,11 +114,10 @@ class Taps:
         self.head_weight: nn.Parameter | None = None
         self.tied: Tap | None = None  # the embedding that has the head's weight
         self.parts: PairParts | None = None
+        self.keeps_inputs = self.exact  # of linear layers, for the backward
         self._watched = False
         # An input, and the layers that had it with the gradients of their outputs.
-        self._waiting: tuple[tap_layers.Input, Tensor | None, list[tuple[Tap, Tensor]]] | None = (
-            None
-        )
+        self._waiting: tuple[tap_layers.Input, Tensor, list[tuple[Tap, Tensor]]] | None = None
         self.layers, self.groups = _find(self)
 
     @property
@@ -116,18 +125,15 @@ class Taps:
         """Whether squared norms are exact in every group."""
         return self.mode == "exact"
 
-    @property
-    def keeps_inputs(self) -> bool:
-        """Whether linear layers' inputs are needed in the backward; sketches take their projection
-        alone, which is made where the input is hot, in the forward."""
-        assert self.parts is not None
-        return self.exact or self.parts.changes is not None
-
-    def project(self, tap: Tap, x: Tensor) -> Tensor:
-        """(T, k) the input ``x`` of a linear layer, projected."""
-        assert self.parts is not None and tap.weight is not None
-        with torch.autocast(x.device.type, enabled=False):
-            return self.parts.project_input(tap.rows(x, self.parts.tokens), tap.weight)
+    def project(self, tap: Tap, x: Tensor) -> Factors:
+        """The input ``x`` of a linear layer, projected: in the forward, where it is hot."""
+        parts, place = self.parts, tap.weight
+        assert parts is not None and place is not None
+        rows, kind = tap.rows(x, parts.tokens), x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return parts.project_input(rows, place)
+        with torch.autocast(kind, enabled=False):
+            return parts.project_input(rows, place)
 
     @contextmanager
     def watching(
@@ -149,6 +155,7 @@ class Taps:
         if change is not None:
             parts.change = parts.norm_sq.new_zeros(parts.norm_sq.shape)
         self.parts, self._watched = parts, True
+        self.keeps_inputs = self.exact or change is not None
         self.anchors = [] if anchored else None
         before = [tap.module.__dict__.get("forward") for tap in self.layers]
         try:
@@ -177,28 +184,41 @@ class Taps:
         }
         return TapValues(exact, parts.sketch, parts.change)
 
-    def receive(self, tap: Tap, x: Tensor | None, dy: Tensor, shared: tap_layers.Input) -> None:
+    def receive(
+        self, tap: Tap, x: Tensor | None, dy: Tensor, shared: tap_layers.Input | None
+    ) -> None:
         """A tap's layer has been passed by the backward."""
         parts = self.parts
         assert parts is not None and self._watched, "the backward ran outside of watching()"
-        if isinstance(tap.kind, Linear):
-            waiting = self._waiting
-            if waiting and (waiting[0] is not shared or not _alike(waiting[2][0][0], tap)):
-                self._flush()
-            if self._waiting is None:
-                self._waiting = (shared, x, [])
-            self._waiting[2].append((tap, tap.rows(dy, parts.tokens)))
+        kind, dy = tap.kind, tap.rows(dy, parts.tokens)
+        if isinstance(kind, Linear):
+            assert shared is not None
+            if tap.weight is not None:
+                parts.project_output(shared.factors[tap.weight.key], dy, tap.weight)
+                if x is not None:
+                    self._wait(tap, x, dy, shared)
+            if tap.bias is not None:
+                parts.bias(dy, tap.bias)
             return
         assert x is not None
-        if isinstance(tap.kind, Norm):
-            rows = (tap.rows(x, parts.tokens), tap.rows(dy, parts.tokens))
-            parts.norm(*rows, tap.kind.eps, tap.kind.centred, tap.weight, tap.bias)
+        if isinstance(kind, Norm):
+            rows = tap.rows(x, parts.tokens)
+            parts.norm(rows, dy, kind.eps, kind.centred, tap.weight, tap.bias)
         elif tap.weight is not None:
-            assert isinstance(tap.kind, Embedding) and isinstance(tap.weight, VocabularyPlace)
-            ids, dy = x.reshape(-1), tap.rows(dy, parts.tokens)
-            parts.embedding(ids, dy, tap.kind.scale, tap.kind.padding_idx, tap.weight)
+            assert isinstance(tap.weight, VocabularyPlace)
+            ids = x.reshape(-1)
+            parts.embedding(ids, dy, kind.scale, kind.padding_idx, tap.weight)
             if tap is self.tied:
                 parts.tied = (ids, dy)
+
+    def _wait(self, tap: Tap, x: Tensor, dy: Tensor, shared: tap_layers.Input) -> None:
+        """For the other layers of the same input and group: their norms cost less together."""
+        waiting = self._waiting
+        if waiting and (waiting[0] is not shared or waiting[2][0][0].group != tap.group):
+            self._flush()
+        if self._waiting is None:
+            self._waiting = (shared, x, [])
+        self._waiting[2].append((tap, dy))
 
     def _flush(self) -> None:
         """What waited for layers of the same input."""
@@ -206,11 +226,9 @@ class Taps:
         if waiting is None:
             return
         assert self.parts is not None
-        shared, x, layers = waiting
-        tap = layers[0][0]
-        rows = None if x is None else tap.rows(x, self.parts.tokens)
-        inputs = None if tap.weight is None else shared.projected.get(tap.weight.key)
-        self.parts.linear(rows, inputs, [(dy, tap.weight, tap.bias) for tap, dy in layers])
+        _, x, layers = waiting
+        rows = layers[0][0].rows(x, self.parts.tokens)
+        self.parts.linear(rows, [(dy, tap.weight) for tap, dy in layers if tap.weight is not None])
 
     def weight_sketch(self) -> Tensor:
         """(G, k, k) float64: sketch of the trained weights as they are, under the projections of
@@ -258,13 +276,6 @@ def attach(module: nn.Module, mode: str, *, sketch_dim: int = 16, seed: int = 0)
     if sketch_dim < 1:
         raise ValueError(f"sketch_dim must be at least 1, got {sketch_dim!r}.")
     return Taps(module, mode, sketch_dim, seed)
-
-
-def _alike(first: Tap, tap: Tap) -> bool:
-    """Whether two linear layers of one input share its projection."""
-    if first.group != tap.group or first.weight is None or tap.weight is None:
-        return False
-    return first.weight.key == tap.weight.key
 
 
 def _find(taps: Taps) -> tuple[list[Tap], tuple[str, ...]]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from .projection import Projection, times_signs
 from .row_sums import Tiles
 from .segment import add_rows_
+from .spans import kept_tables
 
 BUCKETS = 1024
 EIGHT = 8  # ids whose places differ in the last three bits
@@ -108,6 +109,15 @@ def turn_table(buckets: Buckets, vocab: int, device: torch.device) -> Tensor:
     return buckets.turns(blocks).to(torch.int32)
 
 
+@kept_tables
+def vocabulary_table(
+    vocab: int, k: int, dtype: torch.dtype, device: torch.device, seed: int, key: str, buckets: int
+) -> Tensor:  # (V, k)
+    """`vocabulary_signs` of a whole vocabulary."""
+    ids = torch.arange(vocab, device=device)
+    return vocabulary_signs(ids, k, dtype, seed=seed, key=key, buckets=buckets)
+
+
 @lru_cache(maxsize=8)
 def tile_matrices(buckets: Buckets, vocab: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     """For every tile of a vocabulary the (K, C) matrix with sign(v) at the bucket of v, sparse, on
@@ -155,6 +165,26 @@ class CountSketch:
     def rows(self, total: Tensor) -> Tensor:  # (R, K)
         """Of q = F / S', with total (R,) S' relative to the same maximum; row by row in memory, as
         everything that follows reads it."""
+        return (self.sums / total).t().contiguous()
+
+
+class ProjectedTiles:
+    """Sums over the tiles: R_out^T F (k, R), without the buckets between, for a CPU where nothing
+    is estimated from them: a product takes less time than the passes over K buckets a row."""
+
+    def __init__(self, table: Tensor, rows: int, like: Tensor) -> None:
+        self.table = table  # (V, k)
+        self.sums = like.new_zeros(table.shape[1], rows)
+
+    def add_tile(self, exps: Tensor, shrink: Tensor | None, tiles: Tiles, i: int) -> None:
+        """As `CountSketch.add_tile`."""
+        if shrink is not None:
+            self.sums.mul_(shrink)
+        low, high = tiles.bounds[i]
+        self.sums.addmm_(self.table[low:high].t(), exps)
+
+    def rows(self, total: Tensor) -> Tensor:  # (R, k)
+        """Of q, as `CountSketch.rows`."""
         return (self.sums / total).t().contiguous()
 
 

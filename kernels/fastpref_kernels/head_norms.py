@@ -13,13 +13,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .count_sketch import Buckets, CountSketch, SquareSums, vocabulary_signs
+from .count_sketch import (
+    Buckets,
+    CountSketch,
+    ProjectedTiles,
+    SquareSums,
+    vocabulary_signs,
+    vocabulary_table,
+)
 from .gram import GroupGram, Groups, RowTerms
 from .gram_products import head_product_gram, longest_head_gram
-from .projection import Projection, torch_project
+from .projection import Projection, sign_rows
 from .row_sums import RowSums
-from .segment_products import torch_segment_products
+from .segment_products import multiply, torch_segment_products
 from .sketched_gram import sketched_gram
+from .token_blocks import TokenBlocks
 from .torch_tiles import Rider, Saved, Transform, tiles_again
 
 
@@ -62,6 +70,7 @@ class HeadNorms:
     gram: GroupGram | None = None
     squares: SquareSums | None = None
     counted: CountSketch | None = None
+    projected: ProjectedTiles | None = None
     longest: int = 0  # rows of a group up to which the torch backend multiplies rows with rows
 
     @property
@@ -94,12 +103,17 @@ class HeadNorms:
                 norms.gram = GroupGram(norms.groups, batches, like, riding=not norms.estimated)
             if norms.gram is not None and not norms.estimated:
                 norms.riders.append(norms.gram)
-        if sketch is not None:
+        if sketch is not None and sketch.exact and like.device.type == "cpu" and not triton:
+            asked = (sketch.seed, sketch.key, sketch.buckets)
+            table = vocabulary_table(vocab, sketch.size, like.dtype, like.device, *asked)
+            norms.projected = ProjectedTiles(table, rows, like)
+            norms.riders.append(norms.projected)
+        elif sketch is not None:
             buckets = Buckets.of(sketch.seed, sketch.key, sketch.buckets)
             norms.counted = CountSketch(buckets, vocab, rows, like)
             norms.squares = norms.counted.squares
             norms.riders.append(norms.counted)
-        elif row_norms:
+        if row_norms and norms.squares is None:
             norms.squares = SquareSums(rows, like)
             norms.riders.append(norms.squares)
         return norms
@@ -128,7 +142,7 @@ class HeadNorms:
             error = sketched_gram(
                 gram, self.gram, counted, squares, hidden, target, terms, weight.shape[0]
             )
-            return NormResults(gram, error, self._sketches(counted, hidden, target, terms))
+            return NormResults(gram, error, self._sketches(counted, head, terms))
         if self.gram is None:
             from .triton_norms import triton_gram  # here: machines without triton need not have it
 
@@ -139,8 +153,10 @@ class HeadNorms:
                 if length > self.longest:
                     gram[group] = self._long_group(group, head, terms, saved, cut)
         sketch = none[2]
-        if self.counted is not None:
-            sketch = self._sketches(self.counted.rows(terms.total), hidden, target, terms)
+        if self.projected is not None:
+            sketch = self._sketches(None, head, terms)
+        elif self.counted is not None:
+            sketch = self._sketches(self.counted.rows(terms.total), head, terms)
         return NormResults(gram, none[1], sketch)
 
     def _long_group(
@@ -171,23 +187,36 @@ class HeadNorms:
         )
 
     def _sketches(
-        self, counted: Tensor, hidden: Tensor, target: Tensor, terms: RowTerms
+        self,
+        counted: Tensor | None,  # (R, K) q in its buckets; None: `projected` has more than that
+        head: tuple[Tensor, Tensor, Tensor, Transform],
+        terms: RowTerms,
     ) -> Tensor:  # (S, k, k)
-        """Sum over the rows of each segment of (R_out^T d_t) (R_in^T h_t)^T / k, from q in its
-        buckets (R, K)."""
+        """Sum over the rows of each segment of (R_out^T d_t) (R_in^T h_t)^T / k."""
         assert self.groups and self.sketch
-        plan, dtype = self.sketch, terms.total.dtype
-        side = Projection.of(plan.seed, plan.key, "out")
-        outputs = torch_project(counted, side, plan.size, 0)
+        hidden, weight, target, _ = head
+        plan, dtype, device = self.sketch, terms.total.dtype, hidden.device
+        if counted is None:
+            assert self.projected is not None
+            outputs = self.projected.rows(terms.total)
+            # A target out of range has made its row NaN already.
+            own = self.projected.table[target.clamp(0, weight.shape[0] - 1)]
+        else:
+            side = Projection.of(plan.seed, plan.key, "out")
+            outputs = counted @ sign_rows(side, plan.buckets, plan.size, dtype, device)
+            own = vocabulary_signs(
+                target, plan.size, dtype, seed=plan.seed, key=plan.key, buckets=plan.buckets
+            )
         outputs *= -terms.miss.unsqueeze(1)
-        own = vocabulary_signs(
-            target, plan.size, dtype, seed=plan.seed, key=plan.key, buckets=plan.buckets
-        )
         miss = terms.miss if terms.phi is None else terms.miss * terms.phi
         outputs.addcmul_(own, miss.unsqueeze(1))
         side = Projection.of(plan.seed, plan.key, "in")
-        inputs = torch_project(hidden, side, plan.size, 0)
-        return torch_segment_products(outputs, inputs, self.groups.counts) / plan.size
+        signs = sign_rows(side, hidden.shape[1], plan.size, hidden.dtype, device)
+        inputs, counts = multiply(hidden, signs, dtype), self.groups.counts
+        if device.type == "cpu":
+            blocks = TokenBlocks.make(counts, device)
+            return blocks.products(outputs.unsqueeze(0), inputs.unsqueeze(0))[0] / plan.size
+        return torch_segment_products(outputs, inputs, counts) / plan.size
 
     def row_norm_sq(self, transform: Transform, sums: RowSums, saved: Saved) -> Tensor:  # (R,)
         """||d logp_t / d raw logits||^2 = m^2 (phi^2 + sum F^2 / S'^2), no cancellation."""

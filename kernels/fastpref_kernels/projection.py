@@ -23,6 +23,7 @@ from torch import Tensor
 from . import _launch
 from ._launch import surroundings
 from .segment_products import wide_dtype
+from .spans import kept_tables
 
 MASK = 0xFFFFFFFF
 SIGNS_AT_ONCE = 1 << 20  # entries of R that stand in memory at a time
@@ -63,6 +64,14 @@ class Projection:
         shift = torch.arange(32, device=rows.device, dtype=torch.int32)
         bits = (hashed.unsqueeze(2) >> shift) & 1
         return bits.flatten(1)[:, :k].to(dtype).mul_(2.0).sub_(1.0)
+
+
+@kept_tables
+def sign_rows(
+    projection: Projection, count: int, k: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:  # (N, k)
+    """Signs of the first rows, where every batch asks for the same."""
+    return projection.signs(torch.arange(count, device=device), k, dtype)
 
 
 def project(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -57,21 +58,7 @@ class TokenBlocks:
     @staticmethod
     def make(counts: Sequence[int], device: torch.device) -> TokenBlocks:
         """Of segments with ``counts`` rows each, one after another."""
-        first = starts(counts)
-        order = sorted((s for s, n in enumerate(counts) if n), key=lambda s: (counts[s], s))
-        runs: list[list[int]] = []
-        rows = 0
-        for segment in order:
-            count = counts[segment]
-            slots = (len(runs[-1]) + 1) * count if runs else 0
-            alike = slots <= MAX_PADDING * (rows + count) or count <= MIN_LENGTH
-            if runs and alike and slots * count <= ENTRIES:
-                runs[-1].append(segment)
-                rows += count
-            else:
-                runs.append([segment])
-                rows = count
-        return TokenBlocks(list(counts), [_block(run, counts, first, device) for run in runs])
+        return _blocks(tuple(counts), device)
 
     def products(self, y: Tensor, x: Tensor) -> Tensor:
         """(E, S, a, b) sums over each segment's rows of y_t x_t^T, for each of E matrices; y (E, T,
@@ -103,6 +90,25 @@ class TokenBlocks:
                     bounds = [first[segment], first[segment + 1]]
                     out[segment] = pair_product_gram(x, dy, bounds)[0, 0]
         return out.clamp_(min=0.0).to(dtype)
+
+
+@lru_cache(maxsize=8)  # one-token answers have the same counts in every batch
+def _blocks(counts: tuple[int, ...], device: torch.device) -> TokenBlocks:
+    first = starts(counts)
+    order = sorted((s for s, n in enumerate(counts) if n), key=lambda s: (counts[s], s))
+    runs: list[list[int]] = []
+    rows = 0
+    for segment in order:
+        count = counts[segment]
+        slots = (len(runs[-1]) + 1) * count if runs else 0
+        alike = slots <= MAX_PADDING * (rows + count) or count <= MIN_LENGTH
+        if runs and alike and slots * count <= ENTRIES:
+            runs[-1].append(segment)
+            rows += count
+        else:
+            runs.append([segment])
+            rows = count
+    return TokenBlocks(list(counts), [_block(run, counts, first, device) for run in runs])
 
 
 def _block(
