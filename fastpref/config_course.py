@@ -227,6 +227,13 @@ class CourseOptions(InputOptions):
         "and no MFU for others (docs/perf.md).",
         within="positive",
     )
+    profile: int = option(
+        0,
+        "loggers",
+        "Steps after the warm-up that torch's profiler traces into profile/ of output_dir, for "
+        "ui.perfetto.dev; 0: none.",
+        within="at least 0",
+    )
 
     record: bool = option(True, "dynamics", "Write records/: every pair, every step, as Parquet.")
     track: str = option(

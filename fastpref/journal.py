@@ -55,7 +55,8 @@ class Journal:
         if self.main:
             self._perf.append({"split": TRAIN, **line})
             self._perf.flush()
-            self._loggers.finish(line["step"], {k: v for k, v in line.items() if k != "step"})
+            known = {k: v for k, v in line.items() if k != "step" and v is not None}
+            self._loggers.finish(line["step"], known)
 
     def __enter__(self) -> Journal:
         return self

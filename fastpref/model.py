@@ -21,6 +21,7 @@ from fastpref.batch import PairBatch, ProbeBatch
 from fastpref.config import Config
 from fastpref.recompute import checkpoint_layers
 from fastpref.router import Load, Router, find_router
+from fastpref.tracing import named
 from fastpref.weights import Source, read_model_config, read_tokenizer, read_weights
 
 DEFAULT_TOKENS = 16384  # of a micro-batch, where nobody plans
@@ -116,11 +117,12 @@ class PairModel:
         return self._body(batch).last_hidden_state[0]
 
     def _body(self, batch: PairBatch | ProbeBatch, **asked: bool) -> Any:
-        layout = attention.build_layout(batch.lengths, self.device, self.attention)
+        with named("data"):
+            layout = attention.build_layout(batch.lengths, self.device, self.attention)
         return self._run(batch.tokens, batch.positions, layout, **asked)
 
     def _run(self, tokens: Tensor, positions: Tensor, layout: Layout, **asked: bool) -> Any:
-        with self.autocast(), attention.ambient(layout):
+        with named("forward"), self.autocast(), attention.ambient(layout):
             return self.module.base_model(  # type: ignore[operator]
                 input_ids=tokens[None],
                 position_ids=positions[None],
@@ -202,6 +204,18 @@ class PairModel:
         *,
         head_frozen: bool = False,
         by_row: bool = False,
+    ) -> Scored:
+        with named("head"):
+            return self._scored(hidden, batch, norms, stats, head_frozen, by_row)
+
+    def _scored(
+        self,
+        hidden: Tensor,
+        batch: PairBatch | ProbeBatch,
+        norms: HeadNorms | str | None,
+        stats: Sequence[str],
+        head_frozen: bool,
+        by_row: bool,
     ) -> Scored:
         head = self.head
         if isinstance(norms, str):

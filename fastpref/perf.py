@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from fastpref.batch import PairBatch
 from fastpref.data.loader import StepPlan
 from fastpref.flops import Shape
 from fastpref.peaks import peak_tflops
+from fastpref.tracing import named
 
 PARTS = ("data_wait", "record_overhead")
 WARM_UP = 5  # steps: kernels are compiled and tuned, memory is got from the system
@@ -102,7 +103,7 @@ class Perf:
         moving one scores them too."""
         source = iter(batches)
         while True:
-            with self._data():
+            with named("data"), self._data():
                 batch = next(source, None)
             if batch is None:
                 return
@@ -116,9 +117,11 @@ class Perf:
                 )
             yield batch
 
-    def recording(self) -> AbstractContextManager[None]:
-        """Around what is done for the records alone."""
-        return self._recording()
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around what is done for metrics and records alone."""
+        with named("record"), self._recording():
+            yield
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -208,6 +211,13 @@ class Perf:
             "seconds_per_step": sums.seconds / sums.steps,
             **self.rates(sums),
         }
+
+
+def warm_up_steps(steps: int, traced: int) -> tuple[int, int]:
+    """Of a process that makes ``steps`` steps: those of its warm-up, and how many of the ``traced``
+    ones asked for come after it, before the steady state."""
+    traced = min(traced, steps)
+    return min(WARM_UP, (steps - traced) // 2), traced
 
 
 def device_peak(device: torch.device, dtype: torch.dtype, asked: float | None) -> float | None:

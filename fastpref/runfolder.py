@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastpref import dist, lora
+from fastpref import dist, lora, tracing
 from fastpref.checkpoint import find_checkpoint, save_weights
 from fastpref.config import Config, load_config
 from fastpref.loggers import STATE_FILE, TENSORBOARD_FOLDER
@@ -30,6 +30,8 @@ MAY_CHANGE = {
     "device",
     "attn_implementation",  # the same numbers to rounding, as on another device
     "gradient_checkpointing",
+    "peak_tflops",
+    "profile",
     "max_steps",
     "num_train_epochs",
     "early_stopping_patience",
@@ -48,7 +50,7 @@ MAY_CHANGE = {
     "template_date",  # another day that matters changes the token ids, and those are compared
 }
 MERGED = "merged"  # folder of the model with its adapter added in
-FOLDERS = ("records", TENSORBOARD_FOLDER, MERGED)
+FOLDERS = ("records", TENSORBOARD_FOLDER, MERGED, tracing.FOLDER)
 FILES = ("metrics.jsonl", "perf.jsonl", STATE_FILE, "report.html", "config.yaml")
 
 

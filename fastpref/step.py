@@ -43,6 +43,7 @@ from fastpref.slopes import (
     tail_weight,
     wanted_stats,
 )
+from fastpref.tracing import named
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def train_step(
         mean += model.router.coef * aux_loss
     result = StepResult(results, mean, grad_norm, clip_coef, aux_loss)
     demand_finite(result)
-    optimizer.step()
+    with named("optimizer"):
+        optimizer.step()
     return result
 
 
@@ -187,12 +189,14 @@ def backward(
             (asked,) = pair_slopes([(batch, head)], loss, config, step_len)
         slope = asked.slope / num_pairs
         if load is None or model.router is None:
-            head.logp.backward(slope)
+            with named("backward"):
+                head.logp.backward(slope)
             own = None
         else:
             own = load.packed()
             uneven = model.router.loss(load, balance or model.router.balance(own))
-            torch.autograd.backward((head.logp, uneven), (slope, None))
+            with named("backward"):
+                torch.autograd.backward((head.logp, uneven), (slope, None))
     result = _result(batch, head, asked, loss, config, own)
     if taps is None:
         return result

@@ -43,7 +43,7 @@ from fastpref.loggers import demand_packages
 from fastpref.losses import Loss, get_loss
 from fastpref.model import load_model, load_tokenizer, resolve_device
 from fastpref.observe import StepView, Trail, Window, record_step
-from fastpref.perf import WARM_UP, Perf, device_peak
+from fastpref.perf import Perf, device_peak, warm_up_steps
 from fastpref.planner import plan_run
 from fastpref.prepare import (
     data_key,
@@ -62,6 +62,7 @@ from fastpref.selfcheck import check_model, check_probes
 from fastpref.state import State
 from fastpref.step import StepResult, train_step
 from fastpref.tapcheck import find_taps
+from fastpref.tracing import FOLDER, Tracer
 from fastpref.track import find_tracker, record_rates
 
 log = logging.getLogger(__name__)
@@ -190,12 +191,14 @@ def run_loop(
         last_step = state.step
 
     bar, clock = Bar(last_step, state.step, progress), Clock()
+    warm_up, traced = warm_up_steps(last_step - state.step, config.profile)
     perf = Perf(
         model.device,
         Shape.of(model.module),
         device_peak(model.device, model.dtype, config.peak_tflops),
-        min(WARM_UP, (last_step - state.step) // 2),
+        warm_up + traced,
     )
+    tracer = Tracer(run / FOLDER, warm_up, traced if main else 0)
 
     def take_in(view: StepView) -> None:
         """What a step showed, once it is on the host."""
@@ -206,8 +209,16 @@ def run_loop(
 
     trail = Trail(take_in)
     kept = recorder or nullcontext()  # what was recorded is written however the loop ends
-    with journal, closing(bar), kept, closing(trail), _asked_to_end() as asked:
+    with (
+        journal,
+        closing(bar),
+        closing(tracer),
+        kept,
+        closing(trail),
+        _asked_to_end() as asked,
+    ):
         for plan in loader.plan(state.step + 1, last_step):
+            tracer.begin(clock.steps, plan.step)
             # The step itself.
             tracker = state.tracker if state.tracker and state.tracker.due(plan.step) else None
             if tracker:
@@ -261,6 +272,7 @@ def run_loop(
             bar.step(perf.live())
             if warm:
                 perf.read()
+            tracer.end(clock.steps, plan.step)
             if recorder and rates:
                 record_rates(recorder, journal, plan, rates, state.loss_weights())
             if logged:

@@ -31,7 +31,7 @@ num_train_epochs max_steps train_batch_size max_tokens_per_microbatch stratify s
 logging_steps logging_first_step eval_steps eval_on_start save_steps save_total_limit
 metric_for_best_model greater_is_better load_best_model_at_end
 early_stopping_patience early_stopping_threshold
-report_to run_name project logging_dir disable_tqdm peak_tflops
+report_to run_name project logging_dir disable_tqdm peak_tflops profile
 record track track_every sketch_dim rate_every rate_pairs
 probe_every probes probe_prompts probe_types probe_influence
 ref_cache_dir feature_cache_dir ref_check_pairs
