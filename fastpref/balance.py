@@ -29,6 +29,7 @@ from fastpref.data.dataset import Dataset
 from fastpref.data.loader import Loader
 from fastpref.dynamics.balancing import ShareController
 from fastpref.step import PairResult, StepResult
+from fastpref.transfer import numbers
 
 # Margins add up rates, so that weights alone change them late: see `ShareController`.
 LEAD = {"margins": 1.0, "rates": 0.0}
@@ -63,7 +64,9 @@ class Balancer:
             limit=config.balance_limit,
         )
         # (K, 3) pairs since the last update, of all ranks: number, sum and sum of squares of m.
-        self.sums = np.zeros((len(self.behaviors), 3))
+        # On the device, where they are added up without anyone waiting.
+        size = (len(self.behaviors), 3)
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         # (K,) of the rate sample: mean margins after the last update and now, and the standard
         # error of what the last measured step changed in them.
         self.margin_then, self.margin_now, self.rate_error = np.full(
@@ -79,10 +82,10 @@ class Balancer:
         """Count the pairs of a step; every rank calls it."""
         if self.kind != "margins":
             return
-        own = torch.zeros(self.sums.shape, dtype=torch.float64, device=self.device)
+        own = torch.zeros_like(self.sums)
         for pairs in result.pairs:
             own += _sums(pairs, len(self.behaviors))
-        self.sums += dist.all_reduce_sum(own).cpu().numpy()
+        self.sums += dist.all_reduce_sum(own)
 
     def observe_rates(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take in what was measured around a step: rows of `behaviors` of split "rate_sample",
@@ -100,11 +103,11 @@ class Balancer:
         if step % self.every:
             return
         if self.kind == "margins":
-            value, error = window_means(self.sums)
+            value, error = window_means(self.sums.cpu().numpy())
         else:
             value, error = (self.margin_now - self.margin_then) / self.every, self.rate_error
         self.controller.update(value[self.trained], error[self.trained])
-        self.sums[:] = 0
+        self.sums.zero_()
         self.margin_then = self.margin_now.copy()
         self._to_device()
 
@@ -124,7 +127,7 @@ class Balancer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self.sums = np.array(state["sums"], np.float64)
+        self.sums = torch.tensor(state["sums"], dtype=torch.float64, device=self.device)
         for name in SAMPLE_STATE:
             setattr(self, name, np.array(state[name], np.float64))
         self.controller.load_state_dict(state["controller"])
@@ -133,7 +136,7 @@ class Balancer:
     def _to_device(self) -> None:
         all_weights = np.ones(len(self.behaviors))
         all_weights[self.trained] = self.controller.weights
-        self._weights = torch.from_numpy(all_weights).to(self.device)
+        self._weights = numbers(all_weights.tolist(), self.device, torch.float64)
 
 
 def target_shares(given: Mapping[str, Any], behaviors: Sequence[str]) -> np.ndarray:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.transfer import to_device
+
 GROUP = 3  # segments of a pair: shared, chosen rest, rejected rest
 # Under ld_alpha: shared, chosen rest and its tail, rejected rest and its tail.
 GROUP_WITH_TAILS = 5
@@ -77,14 +79,18 @@ class PairBatch:
     @property
     def shared_scored(self) -> Tensor:
         """(P,) scored tokens that both completions start with."""
-        return torch.bincount(self.segment_id, minlength=self.num_segments)[:: self.group]
+        return self._segment_counts()[:: self.group]
+
+    def _segment_counts(self) -> Tensor:
+        """(S,) int64 rows of every segment. Not `bincount`, for which a GPU is waited for."""
+        ends = torch.arange(self.num_segments + 1, device=self.segment_id.device).int()
+        return torch.searchsorted(self.segment_id, ends).diff()
 
     def first_own_rows(self) -> Tensor:
         """(2, P) the rows that score the first tokens in which chosen and rejected part; -1 where a
         completion has no such token, or no prefix predicts it. Both read the state of the prefix's
         end."""
-        count = torch.bincount(self.segment_id, minlength=self.num_segments)
-        count = count.view(-1, self.group)
+        count = self._segment_counts().view(-1, self.group)
         half = (self.group - 1) // 2  # segments of a rest, its tail included
         first = count[:, 0] + count.sum(dim=1).cumsum(0) - count.sum(dim=1)
         rest = count[:, 1:].view(self.num_pairs, 2, half).sum(dim=2).T
@@ -94,7 +100,8 @@ class PairBatch:
     def sequences_of_token(self) -> Tensor:
         """(T,) int64: in how many of its pair's sequences each token stands, a prefix's in two."""
         parts = torch.stack([self.prefix_len, self.chosen_len, self.rejected_len], dim=1).flatten()
-        twice = torch.tensor([2, 1, 1], device=parts.device).repeat(self.num_pairs)
+        twice = torch.ones_like(parts)
+        twice[::GROUP] += 1
         return twice.repeat_interleave(parts, output_size=self.num_tokens)
 
     def with_tails(self) -> PairBatch:
@@ -104,14 +111,14 @@ class PairBatch:
         the two has rows. Segments 5p + 0, 1, 2, 3, 4: shared, chosen, its tail, rejected, its tail.
         """
         segment = self.segment_id.long()
-        count = torch.bincount(segment, minlength=self.num_segments)
+        count = self._segment_counts()
         place = (
             torch.arange(len(segment), device=segment.device) - (count.cumsum(0) - count)[segment]
         )
         pair, part = segment // GROUP, segment % GROUP
         place += torch.where(part > 0, count[GROUP * pair], 0)  # within the completion, from 0
         shorter = torch.minimum(self.chosen_scored, self.rejected_scored)
-        own = torch.tensor([0, 1, 3], device=segment.device)[part] + (place >= shorter[pair])
+        own = part + (part == 2) + (place >= shorter[pair])  # 0, 1, 3, or the tail after it
         scored = []
         for common, *rests in self.segment_rows:
             own_rows = [min(rest, min(rests)) for rest in rests]  # the rest of the rest is its tail
@@ -125,12 +132,8 @@ class PairBatch:
         )
 
     def to(self, device: torch.device | str) -> PairBatch:
-        """The same batch on ``device``; copies from pinned memory do not wait."""
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in moved.items():
-            if isinstance(value, Tensor):
-                moved[name] = value.to(device, non_blocking=True)
-        return PairBatch(**moved)
+        """The same batch on ``device``, for which nobody waits."""
+        return replace(self, **_moved(self, device))
 
     def check(self, vocab_size: int | None = None) -> None:
         """Raise ValueError where the batch breaks its own layout (waits for the device)."""
@@ -221,12 +224,14 @@ class ProbeBatch:
         return None
 
     def to(self, device: torch.device | str) -> ProbeBatch:
-        """The same batch on ``device``."""
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in moved.items():
-            if isinstance(value, Tensor):
-                moved[name] = value.to(device, non_blocking=True)
-        return ProbeBatch(**moved)
+        """The same batch on ``device``, for which nobody waits."""
+        return replace(self, **_moved(self, device))
+
+
+def _moved(batch: PairBatch | ProbeBatch, device: torch.device | str) -> dict[str, Any]:
+    """The tensors of a batch on ``device``."""
+    values = ((f.name, getattr(batch, f.name)) for f in fields(batch))
+    return dict(to_device({n: x for n, x in values if isinstance(x, Tensor)}, device))
 
 
 def _demand(holds: bool, message: str) -> None:

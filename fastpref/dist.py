@@ -85,6 +85,8 @@ def all_gather(tensor: Tensor) -> list[Tensor]:
 
 def all_gather_rows(rows: Tensor) -> list[Tensor]:
     """The (n, C) matrices of all ranks in rank order; n may differ between ranks and be 0."""
+    if world_size() == 1:
+        return [rows]
     counts = [int(n) for n in all_gather(torch.tensor(len(rows), device=rows.device))]
     padded = rows.new_zeros(max(counts), rows.shape[1])
     padded[: len(rows)] = rows

@@ -19,6 +19,7 @@ from fastpref.dynamics.tap_layers import Embedding, Input
 from fastpref.dynamics.taps import Taps, TapValues
 from fastpref.losses import sequence_sums
 from fastpref.model import Head, HeadNorms, PairModel, Scored
+from fastpref.transfer import numbers
 
 ROWS = 256  # scored rows whose logits stand in memory at a time, where a change of the head is met
 
@@ -53,7 +54,9 @@ class PairGradients:
 
     def scaled(self, factor: Tensor | float, of: str) -> PairGradients:
         """Of ``factor`` (P,) times the quantity, which is called ``of``."""
-        factor = torch.as_tensor(factor, device=self.norm_sq.device).to(self.norm_sq.dtype)
+        if not isinstance(factor, Tensor):
+            factor = self.norm_sq.new_full((), factor)
+        factor = factor.to(self.norm_sq.dtype)
         square = factor.square()
         sides = factor.unsqueeze(-1).unsqueeze(-1) if factor.dim() else factor
         return replace(
@@ -129,7 +132,7 @@ def segment_slopes(batch: PairBatch, of: str, tail_weight: float = 1.0) -> Tenso
     if batch.group == GROUP_WITH_TAILS:
         w = tail_weight
         row = [shared, chosen, w * chosen, rejected, w * rejected]
-    own = torch.tensor(row, dtype=torch.float64, device=batch.segment_id.device)
+    own = numbers(row, batch.segment_id.device, torch.float64)
     return own.repeat(batch.num_pairs)
 
 

@@ -5,6 +5,7 @@ Nothing here calls the model or changes it: recorded or not, the weights are the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
 from fastpref.gradients import PairGradients
 from fastpref.router import Router
-from fastpref.step import PairResult, StepResult
+from fastpref.step import PairResult, StepResult, demand_finite
 from fastpref.transfer import HostCopy
 
 Columns = dict[str, np.ndarray]
@@ -112,8 +113,10 @@ class StepView:
         expected: Sequence[torch.Tensor | None] | None = None,
     ) -> None:
         self.plan, self.learning_rate, self.more = plan, learning_rate, dict(more or {})
+        self._result: StepResult | None = result
         device = result.loss.device
         scalars = {
+            "health": result.health,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "clip_coef": result.clip_coef,
@@ -145,6 +148,12 @@ class StepView:
         values = self._copy.get()[0]["sums"].tolist()
         return dict(zip((*SUMMED, *SIZES), values, strict=True))
 
+    def demand_finite(self) -> None:
+        """As `step.demand_finite`, of a step that nobody waited for; once."""
+        result, self._result = self._result, None
+        if result is not None and not math.isfinite(self.scalar("health")):
+            demand_finite(result)
+
     def scalar(self, name: str) -> float:
         """A scalar of the step, by its name in `StepResult` or in ``others``."""
         return float(self._copy.get()[0][name])
@@ -161,8 +170,9 @@ class StepView:
 class Trail:
     """The step whose view may still be on its way: ``take_in`` gets it once that costs no waiting.
 
-    That is when the next step is done, as every step waits for the device once (`demand_finite`);
-    or when `settle` asks for it, before something that must know it.
+    That is when the next step has been given to the device, so that it has something to do while
+    the host waits for the end of this one; or when `settle` asks for it, before something that must
+    know it.
     """
 
     def __init__(self, take_in: Callable[[StepView], None]) -> None:

@@ -138,6 +138,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple
     if max_norm == 0:
         return norm, torch.ones_like(norm)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    if factor.is_cuda or factor != 1:  # reading it is free on the CPU, a pass over memory is not
+    # Reading it is free on the CPU, a pass over memory is not.
+    if factor.device.type != "cpu" or factor != 1:
         torch._foreach_mul_(gradients, factor)
     return norm, factor

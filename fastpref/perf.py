@@ -97,6 +97,7 @@ class Perf:
         self.warm, self.steady = Sums(), Sums()  # before that, in the warm-up and after it
         self._parts: dict[str, float | None] = {}  # of the last line, what the device's clocks say
         self._data, self._recording = Stretches(device), Stretches(device)
+        self._began = self._paused = 0.0
 
     def batches(self, batches: Iterable[PairBatch], reference: bool) -> Iterator[PairBatch]:
         """``batches``, whose making is timed and whose arithmetic is counted. ``reference``: a
@@ -130,13 +131,25 @@ class Perf:
         yield
         self.now.evaluation += time.perf_counter() - began
 
-    def step(self, plan: StepPlan, seconds: float) -> bool:
-        """Count an optimizer step that took ``seconds``; whether it ends the warm-up, so that
-        `read` is to be called."""
+    def begin(self) -> None:
+        """A step begins."""
+        self._began, self._paused = time.perf_counter(), self.now.evaluation
+
+    @property
+    def ends_warm_up(self) -> bool:
+        """Whether the step that began is the last of the warm-up, so that it is to be waited for
+        before it is counted."""
+        return self.warm.steps + self.steady.steps + self.now.steps + 1 == self.warm_up
+
+    def step(self, plan: StepPlan) -> None:
+        """Count the step that began."""
+        warm = self.ends_warm_up
+        seconds = time.perf_counter() - self._began - (self.now.evaluation - self._paused)
         self.now.steps += 1
         self.now.pairs += plan.num_pairs
         self.now.seconds += seconds
-        return self.warm.steps + self.now.steps == self.warm_up and not self.steady.steps
+        if warm:
+            self.read()
 
     def sentence(self) -> str:
         """`summary` for people; after it."""

@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from fastpref_kernels import LinearLogprob
@@ -77,6 +78,17 @@ class StepResult:
     clip_coef: Tensor  # () what the gradient was multiplied by
     aux_loss: Tensor | None = None  # () load-balancing loss of routers, without its coefficient
 
+    @functools.cached_property
+    def health(self) -> Tensor:
+        """() float64: not finite where a loss, a margin or the gradient is not.
+
+        An infinite margin can give a finite loss of zero, so margins are looked at too.
+        """
+        total = self.loss.double() + self.grad_norm.double()
+        for pairs in self.pairs:
+            total = total + pairs.x.margin.sum()
+        return total
+
 
 def train_step(
     model: PairModel,
@@ -88,12 +100,16 @@ def train_step(
     norms: HeadNorms | str | None,
     reference: PairModel | None = None,  # one that moves; None: the log-probs of the batches
     taps: Taps | None = None,  # what is to be seen of every pair's gradient
+    *,
+    wait: bool = True,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then the optimizer.
 
     ``norms``: of the head's gradients, as `linear_logprob` calls them; with ``taps``, theirs.
     Raises NonFiniteError, before the weights are touched, where a loss or the gradient is not
-    finite.
+    finite. To know that, the device is waited for; without ``wait`` it is not, and the caller
+    must ask `demand_finite` later: a fused optimizer then leaves the weights as they are, by the
+    device's own decision, and others make them as bad as the gradient is.
     """
     for parameter in model.trained:
         parameter.grad = None
@@ -111,10 +127,29 @@ def train_step(
         aux_loss = _balance(model, [r.load for r in results if r.load is not None]).value
         mean += model.router.coef * aux_loss
     result = StepResult(results, mean, grad_norm, clip_coef, aux_loss)
-    demand_finite(result)
     with named("optimizer"):
-        optimizer.step()
+        if wait or model.device.type == "cpu":  # reading is free there
+            demand_finite(result)
+            optimizer.step()
+        else:
+            _step_if_finite(optimizer, result)
     return result
+
+
+def _step_if_finite(optimizer: torch.optim.Optimizer, result: StepResult) -> None:
+    """The step of ``optimizer``; of a fused one only where ``result`` is finite.
+
+    By what torch's GradScaler tells fused optimizers: their kernels read it on the device.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.step()
+        return
+    held: Any = optimizer
+    held.found_inf = (~torch.isfinite(result.health)).float()
+    try:
+        optimizer.step()
+    finally:
+        del held.found_inf
 
 
 def _accumulate(
@@ -255,11 +290,7 @@ def _result(
 
 def demand_finite(result: StepResult) -> None:
     """Raise NonFiniteError naming the pairs whose loss is not finite, or the gradient."""
-    # An infinite margin can give a finite loss of zero, so margins are looked at too.
-    total = result.loss + result.grad_norm.double()
-    for pairs in result.pairs:
-        total = total + pairs.x.margin.sum()
-    if math.isfinite(total):
+    if math.isfinite(result.health):
         return
     for pairs in result.pairs:
         odd = ~torch.isfinite(pairs.loss + pairs.x.margin)

@@ -7,7 +7,6 @@ import functools
 import logging
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -202,6 +201,10 @@ def run_loop(
 
     def take_in(view: StepView) -> None:
         """What a step showed, once it is on the host."""
+        try:
+            view.demand_finite()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {view.plan.step}: {error}") from None
         state.observe(view)
         bar.show(view)
         if recorder:
@@ -219,18 +222,19 @@ def run_loop(
     ):
         for plan in loader.plan(state.step + 1, last_step):
             tracer.begin(clock.steps, plan.step)
+            perf.begin()
             # The step itself.
             tracker = state.tracker if state.tracker and state.tracker.due(plan.step) else None
-            if tracker:
+            probing = state.probing if state.probing and state.probing.measures(plan.step) else None
+            if tracker or probing:
                 trail.settle()  # what the device still does is no part of the measuring
-                with perf.paused():
-                    tracker.before()
-            if state.probing and state.probing.measures(plan.step):
-                with perf.paused():
-                    state.probing.before()
-            began, rate = time.perf_counter(), state.scheduler.learning_rate
-            result = _step(config, loss, dataset, state, plan, perf)
-            seconds, rates = time.perf_counter() - began, None
+            for measures in (tracker, probing):
+                if measures:
+                    with perf.paused():
+                        measures.before()
+            rate, rates = state.scheduler.learning_rate, None
+            wait = bool(tracker or probing or state.balancer)  # who read what it gives at once
+            result = _step(config, loss, dataset, state, plan, perf, wait)
 
             # What it showed. The step before it is known by now, this one is on its way.
             with perf.recording():
@@ -243,7 +247,6 @@ def run_loop(
                     rates = tracker.after(result, plan.num_pairs, rate, live)
                 if state.balancer:
                     state.balancer.observe_rates(rates.behaviors)
-            began = time.perf_counter()
             if state.reference and plan.step % config.ref_model_sync_steps == 0:
                 # Not before rates are measured: they are of margins over the step's own reference.
                 sync_reference(state.reference, model, config.ref_model_mixup_alpha)
@@ -266,12 +269,10 @@ def run_loop(
             last = plan.step == last_step
             logged = last or at_logging or (plan.step == 1 and config.logging_first_step)
             evaluated = config.eval_steps and (last or plan.step % config.eval_steps == 0)
-            if logged or evaluated or rates:
+            if logged or evaluated or rates or perf.ends_warm_up:
                 trail.settle()
-            warm = perf.step(plan, seconds + time.perf_counter() - began)
+            perf.step(plan)
             bar.step(perf.live())
-            if warm:
-                perf.read()
             tracer.end(clock.steps, plan.step)
             if recorder and rates:
                 record_rates(recorder, journal, plan, rates, state.loss_weights())
@@ -338,7 +339,13 @@ def run_loop(
 
 
 def _step(
-    config: Config, loss: Loss, dataset: Dataset, state: State, plan: StepPlan, perf: Perf
+    config: Config,
+    loss: Loss,
+    dataset: Dataset,
+    state: State,
+    plan: StepPlan,
+    perf: Perf,
+    wait: bool,
 ) -> StepResult:
     """One optimizer step, and the learning rate of the next."""
     model = state.model
@@ -366,6 +373,7 @@ def _step(
             norms,
             reference,
             state.taps if tracked else None,
+            wait=wait,
         )
     except NonFiniteError as error:
         raise NonFiniteError(f"step {plan.step}: {error}") from None

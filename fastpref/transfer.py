@@ -1,4 +1,4 @@
-"""From the device to the host: many small tensors in one copy, which nobody has to wait for.
+"""Between the device and the host: many small tensors in one copy, which nobody has to wait for.
 
 A copy of its own for every tensor would cost a step more than what is copied: each waits for all
 that the device still has to do.
@@ -54,6 +54,37 @@ class HostCopy:
 def to_host(sets: Sequence[Mapping[str, Tensor]]) -> list[Arrays]:
     """`HostCopy` and its wait in one."""
     return HostCopy(sets).get()
+
+
+def to_device(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """``tensors`` of the host on ``device``; of one CUDA device they are parts of a single copy.
+
+    It comes from pinned memory: one from other memory may wait for all that the device has to do.
+    """
+    if torch.device(device).type != "cuda" or any(x.is_cuda for x in tensors.values()):
+        return {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+    named = sorted(tensors.items(), key=lambda entry: -entry[1].itemsize)
+    return _parts(_pack([x for _, x in named]).pin_memory().to(device, non_blocking=True), named)
+
+
+def numbers(
+    values: Sequence[float], device: torch.device | str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(n,) ``values`` as ``torch.tensor`` would give them on ``device``, for which nobody waits."""
+    found = torch.tensor(values, dtype=dtype)
+    return to_device({"": found}, device)[""]
+
+
+def _parts(packed: Tensor, named: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """What `_pack` packed, as parts of ``packed``: of the same types and shapes. The widest types
+    must have stood first."""
+    found, at = {}, 0
+    for name, x in named:
+        size = x.numel() * x.itemsize
+        found[name] = packed[at : at + size].view(x.dtype).view(x.shape)
+        at += size
+    assert at == packed.numel()
+    return found
 
 
 class _Copy:

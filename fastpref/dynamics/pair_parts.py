@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastpref.batch import PairBatch
 from fastpref.dynamics.pair_ops import BlockOps, FusedOps, PairOps, Signs
+from fastpref.transfer import numbers
 
 WAITING = 1 << 22  # numbers that wait to be summed together
 
@@ -220,7 +221,7 @@ class PairParts:
             factors.outputs = None
 
     def _groups(self, groups: Sequence[int]) -> Tensor:
-        return torch.tensor(groups, device=self.sketch.device)
+        return numbers(groups, self.sketch.device)
 
     def _add_sketches(self, groups: Sequence[int], sketches: Tensor) -> None:
         """sketches (E, P, k, k), their projections still without their factors 1 / sqrt(k)."""

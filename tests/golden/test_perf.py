@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fastpref.config import Config
 from fastpref.data.dataset import load_dataset
+from fastpref.errors import NonFiniteError
 from fastpref.flops import Shape
 from fastpref.tracing import RANGES
 from fastpref.train import train
@@ -106,6 +107,22 @@ def test_a_trace_has_every_range_and_changes_no_bit(
     assert all(torch.equal(one[name], other[name]) for name in one)
     (last,) = [line for line in perf(folder) if "train_runtime" in line]
     assert (last["warm_up_steps"], last["steady_steps"]) == (5, 4)  # the traced ones are no rule
+
+
+def test_a_step_that_nobody_waited_for_is_told_later_and_not_recorded(
+    base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the step after a bad one is given to the device before the host knows."""
+    from fastpref import step
+    from fastpref.dynamics.recorder import read_records
+
+    # On the CPU reading is free, and a step asks at once: here it does not.
+    monkeypatch.setattr(step, "demand_finite", lambda result: None)
+    with pytest.raises(NonFiniteError, match=r"^step \d+: .*(pair_id|gradient norm)") as caught:
+        run(base, tmp_path / "run", learning_rate=1e18, max_grad_norm=0.0, logging_steps=100)
+    bad = int(str(caught.value).split(":")[0].removeprefix("step "))
+    assert read_records(tmp_path / "run", "steps").to_pydict()["step"] == list(range(1, bad))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_a_trace_ends_with_its_run(base: Config, tmp_path: Path) -> None:

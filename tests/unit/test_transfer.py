@@ -43,6 +43,17 @@ def test_every_kind_arrives_exactly() -> None:
             assert own[name].flags.aligned, name
 
 
+def test_the_way_to_the_device_is_exact_too() -> None:
+    named = sorted(tensors().items(), key=lambda entry: -entry[1].itemsize)
+    packed = transfer._pack([x for _, x in named])
+    found = transfer._parts(packed.clone(), named)
+    for name, sent in named:
+        assert found[name].dtype == sent.dtype and found[name].shape == sent.shape, name
+        assert found[name].numpy().tobytes() == sent.detach().contiguous().numpy().tobytes(), name
+    plain = transfer.to_device(tensors(), "cpu")
+    assert all(torch.equal(plain[n], x) or n == "nan" for n, x in tensors().items())
+
+
 def test_all_of_it_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     real = transfer._Copy
