@@ -97,12 +97,22 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
         profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     moments = [
-        (event["ts"], event["args"]["Bytes"])
+        (event["ts"], event["args"]["Addr"], event["args"]["Bytes"])
         for event in events
         if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0
     ]
-    held = np.cumsum([size for _, size in sorted(moments, key=lambda moment: moment[0])])
-    return int(held.max(initial=0))
+    # A free counts where its allocation was seen: torch's table of sizes also has addresses of
+    # profiles before, whose memory has long been someone else's.
+    held = peak = 0
+    live: dict[int, int] = {}
+    for _, address, size in sorted(moments, key=lambda moment: moment[0]):
+        if size > 0:
+            live[address] = size
+            held += size
+            peak = max(peak, held)
+        else:
+            held -= live.pop(address, 0)
+    return peak
 
 
 def _give_back() -> None:

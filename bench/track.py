@@ -102,7 +102,7 @@ def measure_subject(
         )
         key = f"{track}_share_{subject.name}"
         values[key] = {"value": share.q50, "q20": share.q20, "q80": share.q80}
-        extra, stated = peaks[track] - peaks["none"], stated_bytes(subject, track, 0)
+        extra, stated = peaks[track] - peaks["none"], stated_bytes(subject, track, 0, peaks["none"])
         memory[track] = {"peak": peaks[track], "extra": extra, "stated": stated}
         beyond = max(extra - stated, 0) / subject.weight_bytes
         values[f"memory_{track}_{subject.name}"] = {"value": beyond}

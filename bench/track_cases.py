@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastpref_kernels.token_blocks import ENTRIES, MAX_PADDING
+from fastpref_kernels.token_blocks import ENTRIES, TokenBlocks
 
 from bench import measure
 from fastpref.config import Config
@@ -233,14 +233,13 @@ class Subject:
         return measure.peak_of(lambda: self.step(track, turn), self.device)
 
 
-def stated_bytes(subject: Subject, track: str, turn: int) -> int:
-    """Bytes that a step with taps is stated to hold, at most, beyond one without.
+def stated_bytes(subject: Subject, track: str, turn: int, plain: int) -> int:
+    """Bytes that a step with taps is stated to hold beyond one without, whose peak is ``plain``;
+    the formula of docs/taps.md, *Memory*.
 
-    E narrow matrices, for every input of linear layers and its outputs, wait to be multiplied
-    together, at most WAITING numbers of a side; they are stacked and padded then. Of layers that
-    share an input the gradients of all outputs live. Vectors are those of norms. A step keeps its
-    sketches; those of a micro-batch stand three times while they are put together. Exact norms: a
-    block of rows of the widest layers, padded, and its Gram matrices.
+    Two moments: where the backward begins the inputs' factors are there (later their gradients'
+    too), and exact norms work on one layer; after it, with the weights' gradients alone beside
+    them, the factors are stacked and put into blocks.
     """
     taps = subject.taps.get(track)
     if taps is None:
@@ -248,18 +247,24 @@ def stated_bytes(subject: Subject, track: str, turn: int) -> int:
     c: Any = subject.model.module.config
     k, groups = SKETCH_DIM, len(taps.groups)
     batches = subject.micro_batches(turn)
-    tokens = max(int(fed_tokens(own).sum()) for own in batches)
-    most, step = max(map(len, batches)), len(subject.steps[0])
-    narrow = min(tokens * k * (4 * c.num_hidden_layers + 1), WAITING + tokens * k)
-    head = c.hidden_size // c.num_attention_heads
-    together = tokens * max(
-        c.intermediate_size, head * (c.num_attention_heads + c.num_key_value_heads)
-    )
+    largest = max(batches, key=lambda own: int(fed_tokens(own).sum()))
+    counts = fed_tokens(largest).tolist()
+    tokens, most, step = sum(counts), len(largest), len(subject.steps[0])
+    blocks = TokenBlocks.make(counts, torch.device("cpu")).blocks
+    slots = max(len(block.lengths) * block.length for block in blocks)
+    narrow = 2 * min(tokens * k * (4 * c.num_hidden_layers + 1), WAITING + tokens * k)
+    sketches = k * k * groups * (step + most)
     vectors = most * c.hidden_size * (2 * c.num_hidden_layers + 1)
-    sketches = k * k * groups * (step + 2 * most)
-    numbers = round(2 * (2 + MAX_PADDING) * narrow) + together + vectors + sketches
+    hidden = max(plain - subject.weight_bytes, 0)  # activations are gone after the backward
+    # Where activations are most of the plain step, its peak is where the backward begins.
+    begins = hidden > subject.weight_bytes
+    within = sketches + (narrow // 2 if begins else narrow + vectors)
+    after = 2 * narrow + narrow * slots // tokens + vectors
+    after += sketches + k * k * (groups * most + c.hidden_size)
     if track == "exact":
-        longest = max(int(fed_tokens(own).max()) for own in batches)
-        rows = MAX_PADDING * tokens * (c.hidden_size + c.intermediate_size)
-        numbers += round(rows) + 2 * min(ENTRIES, most * longest**2)
-    return 4 * numbers
+        grams = max(len(block.lengths) * block.length**2 for block in blocks)
+        head = c.hidden_size // c.num_attention_heads
+        heads = head * (c.num_attention_heads + c.num_key_value_heads)
+        within += tokens * max(c.intermediate_size, heads) + 2 * min(ENTRIES, grams)
+        within += slots * (c.hidden_size + c.intermediate_size)
+    return max(4 * within, 4 * after - hidden)
