@@ -186,6 +186,7 @@ def run_loop(
         evaluator.run(model, loss, 0, 0.0, journal, recorder, loss_weights=state.loss_weights())
     if state.probing and state.step == 0:
         state.probing.run(model, 0, 0.0, journal, recorder)
+    journal.flush()
     if best.stop:  # it ended early already
         last_step = state.step
 
@@ -316,7 +317,7 @@ def run_loop(
                 trail.settle()
                 if recorder:
                     recorder.close(plan.step)
-            if save or logged:
+            if save or logged or evaluated or rates:  # `fastpref watch` reads what is on the disk
                 journal.flush()
             if save:
                 keep = best.step if config.load_best_model_at_end else None

@@ -119,7 +119,8 @@ def arrow_array(column: schema.Column, values: Sequence[Any], rows: Sequence[int
     nested = pa.types.is_list(column.type)
     kind = column.type.value_type if nested else column.type
     if pa.types.is_floating(kind):
-        joined = joined.astype(kind.to_pandas_dtype())
+        with np.errstate(over="ignore"):  # inf in float16, as the schema says
+            joined = joined.astype(kind.to_pandas_dtype())
     flat = pa.array(joined.reshape(-1), kind, from_pandas=True)  # what is not known, NaN, is null
     if not nested:
         return flat

@@ -149,7 +149,8 @@ _PAIRS = Table(
             pa.list_(pa.float16()),
             "nat",
             "norm per layer group, in the order of records/layer_groups.json: of grad m, or of the "
-            "gradient of the loss where that is of more than the margin",
+            "gradient of the loss where that is of more than the margin; inf above 65504, the "
+            "largest number of float16",
         ),
         Column("head_gnorm_m", _F32, "nat", "norm of grad m over the output head's weight"),
         Column("head_gnorm_chosen", _F32, "nat", "norm of grad logp_chosen, head weight"),

@@ -426,3 +426,10 @@ def test_metrics_log_refuses_other_damage(tmp_path: Path) -> None:
         read_jsonl(path)
     with pytest.raises(ValueError, match="integer 'step'"):
         MetricsLog(tmp_path / "new.jsonl").append({"loss": 1.0})
+
+
+def test_norms_beyond_float16_are_inf(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    column = schema.TABLES["pairs"].column("gnorm_groups")
+    values = np.array([[1e5, 65504.0, np.nan, 1.5]], np.float32)
+    assert parts.arrow_array(column, [values], [1]).to_pylist() == [[np.inf, 65504.0, None, 1.5]]
+    assert not recwarn.list
