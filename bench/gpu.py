@@ -1,4 +1,4 @@
-"""`python -m bench gpu --part correctness|op|e2e`: what only a GPU shows, each part in 9 minutes.
+"""`python -m bench gpu --part correctness|op|track|e2e`: what only a GPU shows, in 9 minutes each.
 
 The most important cases come first, and every case is written down as soon as it is measured: what
 was cut off by the clock is missing from the end, and said. It runs with what is installed, torch
@@ -9,6 +9,7 @@ goes the same way with tiny sizes on the CPU.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import tempfile
@@ -20,9 +21,12 @@ from typing import Any
 
 from bench import measure, results
 
-HELP = "correctness and speed of the kernels on an NVIDIA GPU"
-PARTS = ("correctness", "op", "e2e")
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "quack-kernels", "cut-cross-entropy")
+HELP = "correctness and speed on an NVIDIA GPU: kernels, tracking, whole models"
+PARTS = ("correctness", "op", "track", "e2e")
+PACKAGES = (
+    *("torch", "triton", "transformers", "trl", "peft", "accelerate", "flash-attn"),
+    *("liger-kernel", "quack-kernels", "cut-cross-entropy"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry_run", action="store_true", help="every case with tiny sizes, on the CPU if need be")
     add("--budget", type=float, default=500.0, help="seconds after which no case is begun")
     add("--repeats", type=int, default=10, help="turns of every contender in a case")
-    add("--only", nargs="+", metavar="NAME", help="contenders to measure beside ours")
+    add("--only", nargs="+", metavar="NAME", help="op: contenders beside ours; e2e: cases")
     where = "JSON Lines, a line as each case ends; default: bench/results/gpu, or of a dry run and "
     add("--output", type=Path, help=f"{where}with --no_record a temporary folder")
     add("--no_record", action="store_true", help="append nothing to bench/results")
@@ -43,20 +47,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Run one part; 1 where something is wrong, or `--check` finds a target missed."""
     import torch
 
-    if arguments.part == "e2e":
-        raise SystemExit(
-            "bench gpu --part e2e is planned, not there yet: training of whole models against "
-            "other trainers on a GPU. There are: correctness, op."
-        )
     if arguments.repeats < 1:
         raise SystemExit(f"bench gpu: --repeats is at least 1, got {arguments.repeats}")
     if not torch.cuda.is_available() and not arguments.dry_run:
         raise SystemExit("bench gpu: no CUDA device. --dry_run goes through the cases on the CPU.")
-    from bench import gpu_correctness, gpu_op
-
+    module = importlib.import_module(
+        "bench.track" if arguments.part == "track" else f"bench.gpu_{arguments.part}"
+    )
     session = Session.begin(arguments)
-    part = gpu_correctness if arguments.part == "correctness" else gpu_op
-    values = part.run(session)
+    values = module.run_on(session) if arguments.part == "track" else module.run(session)
     return _finish(arguments, session, values)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import attention_cases, head_norms, head_ops, measure, norm_cases, track
+from bench import attention_cases, head_norms, head_ops, measure, norm_cases
 from bench.gpu import Session
 from bench.head_ops import HeadOp, Problem
 from bench.measure import Quantiles
@@ -109,8 +109,6 @@ def run(session: Session) -> dict[str, dict[str, float] | None]:
         session.write(line)
         lines.append(line)
         print(table_of(line))
-    with released(session.device):  # last: it is long, and needs most of the memory
-        norms |= track.run_on(session, seconds_of)
     session.notes["cases"] = {f"{line['case']} {line['mode']}": line["ops"] for line in lines}
     return headline_values(lines) | norms | attention
 

@@ -159,12 +159,12 @@ def processor_seconds(call: Callable[[], object], device: torch.device) -> float
     return time.process_time() - began
 
 
-def run_on(
-    session: Any, clock: Callable[[Callable[[], object], torch.device], float]
-) -> dict[str, dict[str, float] | None]:
-    """On a GPU: a Llama of 8B weights in bfloat16, pairs of 512 tokens; None where time was up."""
+def run_on(session: Any) -> dict[str, dict[str, float] | None]:
+    """The `track` part of `bench gpu`: a Llama of 8B weights in bfloat16, pairs of 512 tokens, by
+    the device's own clock; None where time was up."""
     import torch
 
+    from bench.gpu_op import seconds_of
     from bench.track_cases import DRY, LLAMA_8B, LONG, PERSONA, Subject
 
     size, lengths = (DRY, PERSONA) if session.dry else (LLAMA_8B, LONG)
@@ -175,6 +175,6 @@ def run_on(
         return values
     dtype = torch.float32 if session.dry else torch.bfloat16
     subject = Subject(size, lengths, 8, session.device, dtype)
-    facts, own = measure_subject(subject, session.repeats, clock)
+    facts, own = measure_subject(subject, session.repeats, seconds_of)
     session.write({"case": label, **facts})
     return {f"track_{name}": own[f"{name}_{subject.name}"] for name in names}
