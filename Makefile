@@ -38,8 +38,8 @@ fmt: .venv/.dev ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/.dev ## training speed against TRL, contenders interleaved in one run
-	$(BIN)/python -m bench train --against trl --check
+bench: .venv/.dev ## training speed against TRL, contenders interleaved; about half an hour
+	$(BIN)/python -m bench train --check
 
 clean: ## remove the environment and the tools' caches; runs/ stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks

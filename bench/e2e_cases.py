@@ -6,16 +6,15 @@ optimizer and its states:
     full    bfloat16 weights 16.1 GB + gradients 16.1 + AdamW's two moments, bfloat16 too, 32.1 =
             64.2 GB. No masters: they would be 32.1 more, float32 moments another 32.1, and 128.5
             of 149.6 GB leave no room for activations. No 8-bit moments: they want bitsandbytes.
-    LoRA    weights 16.1 GB; r = 16 on all linear layers: 42e6 numbers, 0.7 GB in float32 with
-            gradients and moments
-    activations without checkpointing, flash attention, a layer and token: 30 to 35 x 4096 numbers
-            of 2 bytes, of 32 layers 8 to 9 MB; with LoRA about half as much again (float32 inputs
-            of adapters). 6144 tokens, fastpref's micro-batch as well as TRL's 4 pairs of 2 x 768,
-            in full 55 GB: 119 of 149.6; with LoRA 8192 tokens of fastpref's 107 GB: 124
+    LoRA    weights 16.2 GB with adapters of r = 16 on all linear layers, 0.5 GB of their gradients
+            and moments
+    activations without checkpointing, by `fastpref plan`: 6.8 MB a token in full, 7.2 with LoRA.
+            fastpref's micro-batch of 8192 tokens: 56 GB and 59 GB. TRL's rows of 768: 8 of them (4
+            pairs) 42 GB in full, 16 of them 88 GB with LoRA. So at most 128 GB of 149.6
     default 3B (3.21e9), float32: 12.9 GB x (weights 1 + gradients 1 + moments 2 + reference 1) =
-            64.3 GB, 6.4 of bfloat16 copies while autocast is on, and 8192 tokens of 7 MB 57 GB: 128
+            64.3 GB, and 46 GB of activations and casts of weights for 8192 tokens: 115 GB
 
-All of it is estimated, not measured. A contender that runs out of memory all the same is tried
+None of it has been measured on a GPU. A contender that runs out of memory all the same is tried
 again with half of its micro-batch, and that is written down.
 """
 
@@ -31,6 +30,7 @@ from bench.track_cases import HH, LLAMA_8B, Lengths, Size
 from fastpref.data.tokenize import TokenPair
 
 MAX_LENGTH = 1024
+MAX_TOKENS = 8192  # of a micro-batch of fastpref's
 LORA_RANK = 16
 SIZES = {
     "1b": Size("1b", 2048, 8192, 16, 32, 8, 128256),  # Llama-3.2-1B
@@ -97,16 +97,12 @@ class Case:
         """Whether tracking by sketches is timed too."""
         return self.data == "512_256" and self.recipe == "tuned"
 
-    def max_tokens(self) -> int:
-        """Of a micro-batch of fastpref's."""
-        return 6144 if (self.size, self.trainable) == ("8b", "all") else 8192
-
     def trl_micro(self, data: Data) -> int:
         """Pairs in a forward of TRL's."""
         if self.recipe == "default":
             return min(8, data.pairs)
-        most = 4 if self.size == "8b" and data.lengths.name != "persona" else data.trl_micro
-        return min(most, data.trl_micro)
+        short = self.size == "8b" and self.trainable == "all" and data.lengths.name != "persona"
+        return min(4, data.trl_micro) if short else data.trl_micro
 
 
 def cases() -> list[Case]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench.e2e_cases import LORA_RANK, Case, Data
+from bench.e2e_cases import LORA_RANK, MAX_TOKENS, Case, Data
 from fastpref import lora
 from fastpref.attention_backends import choose_backend
 from fastpref.config import Config
@@ -62,7 +62,7 @@ def settings(case: Case) -> Config:
         trainable=case.trainable,
         lora_r=LORA_RANK,
         beta=BETA,
-        max_tokens_per_microbatch=case.max_tokens(),
+        max_tokens_per_microbatch=MAX_TOKENS,
         learning_rate=1e-6,
         weight_decay=0.0,
     )
