@@ -253,19 +253,19 @@ class Trl:
     """TRL's DPOTrainer, `trainer.train()` itself once per slice, weights and optimizer kept.
 
     ``tuned``: reference log-probs precomputed and no gradient checkpointing; otherwise both as TRL
-    sets them. float32 in both, where TRL would by default compute in bfloat16. A forward takes at
-    most ``micro`` pairs, 8 as TRL has it, and gradients accumulate over a step: the fewer in a
-    forward, the less of its grid is padding.
+    sets them. float32 in both, where TRL would by default compute in bfloat16. A forward takes all
+    pairs of a step, or ``micro`` of them, and gradients accumulate: the fewer in a forward, the
+    less of its grid is padding.
     """
 
-    def __init__(self, job: Job, *, tuned: bool, micro: int = 8) -> None:
+    def __init__(self, job: Job, *, tuned: bool, micro: int | None = None) -> None:
         from datasets import Dataset as Rows
         from transformers import PrinterCallback, TrainerCallback
         from trl import DPOConfig, DPOTrainer
 
-        self.name = "trl_tuned" if tuned else "trl_default"
-        self.job, self.tuned = job, tuned
-        micro = math.gcd(micro, job.batch)  # a step is whole micro-batches
+        kind = "default" if not tuned else "tuned" if micro is None else "micro"
+        self.name, self.job, self.tuned = f"trl_{kind}", job, tuned
+        micro = math.gcd(micro or job.batch, job.batch)  # a step is whole micro-batches
         changed: dict[str, Any] = (
             {"gradient_checkpointing": False, "precompute_ref_log_probs": True} if tuned else {}
         )
