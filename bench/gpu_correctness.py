@@ -23,7 +23,7 @@ from fastpref_kernels import (
 )
 from torch import Tensor
 
-from bench import attention_checks, head_norm_checks, head_ops, norm_checks
+from bench import attention_checks, head_norm_checks, head_ops, norm_checks, step_checks
 from bench.capture import captured, waiting_is_an_error
 from bench.gpu import Session
 from bench.gpu_op import released
@@ -42,6 +42,7 @@ def run(session: Session) -> dict[str, dict[str, float] | None]:
         checks(),
         head_norm_checks.checks(),
         norm_checks.checks(),
+        step_checks.checks(),
         attention_checks.checks(session),
     )
     for name, check in itertools.chain(*every):

@@ -111,7 +111,21 @@ def pair_attention(
     # Token-major, as packed; a view of what the model's own layers made.
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     terms = Terms(scaling, sliding_window, softcap, s_aux, dropout)
-    return pair_layout.attend(q, k, v, terms)[None], None
+    return _attend(pair_layout, q, k, v, terms)[None], None
+
+
+def _plain_attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+    return layout.attend(q, k, v, terms)
+
+
+_attend = _plain_attend
+
+
+def hide_from_compiler() -> None:
+    """From here on torch.compile sees nothing of what a layout computes; harmless when repeated."""
+    global _attend
+    if _attend is _plain_attend:
+        _attend = torch.compiler.disable(_plain_attend)
 
 
 @contextmanager

@@ -53,6 +53,11 @@ class InputOptions:
         "and attention; full: whole layers; auto: the least that fits (docs/plan.md).",
         ("none", "selective", "full", "auto"),
     )
+    torch_compile: bool = option(
+        False,
+        "model",
+        "Compile the decoder blocks, attention apart; numbers change by rounding (docs/perf.md).",
+    )
     attn_implementation: str = option(
         "auto",
         "model",

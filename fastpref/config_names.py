@@ -134,11 +134,12 @@ ELSEWHERE: dict[str, str] = {
     "data_seed": "set seed; it decides the order of the data too",
     "use_liger_kernel": "the fused head is always on; remove it",
     "use_cpu": "set device: cpu",
-    "torch_compile": NOT_YET,
     "ref_model": "set ref_model_name_or_path; without it the reference is the model as it stands "
     "before the first step",
     "ref_model_path": "set ref_model_name_or_path",
     "revision": "set model_revision",
+    "torch_compile_backend": "set torch_compile; inductor compiles",
+    "torch_compile_mode": "set torch_compile; it has one mode",
 }
 ELSEWHERE_PREFIXES: dict[str, str] = {
     "bnb_": "quantised weights are " + NOT_YET,
@@ -148,7 +149,6 @@ ELSEWHERE_PREFIXES: dict[str, str] = {
     "dataloader_": "batches are built in the training process; remove it",
     "ddp_": DDP,
     "trackio_": "set project and run_name; trackio reads the rest from its environment variables",
-    "torch_compile": NOT_YET,
     "gradient_checkpointing": NOT_YET + " and, if memory is short, " + MEMORY,
     "activation_checkpointing": NOT_YET + " and, if memory is short, " + MEMORY,
     "bf16": DTYPE,

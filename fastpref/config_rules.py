@@ -63,6 +63,7 @@ def check_combinations(config: Any) -> None:
                 "set overwrite_output_dir: false or another output_dir",
             )
     _check_precision(config)
+    _check_compile(config)
     _check_optimizer(config)
     _check_best(config)
     _check_probes(config)
@@ -115,6 +116,27 @@ def _check_precision(config: Any) -> None:
         raise ConfigError(
             "master_weights", "false is for weights_dtype: bfloat16; remove one of the two"
         )
+
+
+def _check_compile(config: Any) -> None:
+    if not config.torch_compile:
+        return
+    remedy = "set torch_compile: false"
+    if config.track in ("sketch", "exact"):
+        raise ConfigError(
+            "torch_compile",
+            f"track: {config.track} puts taps into the layers, which a compiled block does not "
+            f"call one by one; {remedy}, or track: head",
+        )
+    if config.gradient_checkpointing in ("selective", "auto"):
+        raise ConfigError(
+            "torch_compile",
+            f"gradient_checkpointing: {config.gradient_checkpointing} keeps single results of a "
+            f"block, which a compiled one does not show; {remedy}, or gradient_checkpointing: "
+            "full or none",
+        )
+    if config.trainable == "head":
+        raise ConfigError("torch_compile", f"trainable: head computes no block; {remedy}")
 
 
 def _check_optimizer(config: Any) -> None:

@@ -67,7 +67,7 @@ def checkpoint_layers(module: nn.Module, mode: str) -> int:
             "max_tokens_per_microbatch lower."
         )
     for layer in layers:
-        layer.forward = _recomputed(layer.forward, mode)
+        layer.forward = recomputed(layer.forward, mode)
     return len(layers)
 
 
@@ -78,7 +78,8 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-def _recomputed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
+def recomputed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    """``forward`` of a layer with its checkpointing; both stand in its attribute `recomputed`."""
     context: dict[str, Any] = {}
     if mode == "selective":
         context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
@@ -91,6 +92,7 @@ def _recomputed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
         run = attention.bound(forward)
         return checkpoint(run, *args, use_reentrant=False, **context, **kwargs)
 
+    checkpointed.recomputed = forward, mode  # type: ignore[attr-defined]
     return checkpointed
 
 

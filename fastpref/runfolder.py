@@ -30,6 +30,7 @@ MAY_CHANGE = {
     "device",
     "attn_implementation",  # the same numbers to rounding, as on another device
     "gradient_checkpointing",
+    "torch_compile",  # to rounding too
     "peak_tflops",
     "profile",
     "max_steps",

@@ -23,6 +23,7 @@ from fastpref.checkpoint import (
     remove_checkpoints_after,
     save_checkpoint,
 )
+from fastpref.compile import compile_blocks, demand_compiler
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset, load_dataset
 from fastpref.data.loader import Loader, StepPlan
@@ -88,6 +89,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     config = resolved(config)
     runfolder.check(config)
     demand_packages(config)
+    if config.torch_compile:
+        demand_compiler(resolve_device(config.device))
     if config.trainable == "lora":
         lora.check_available()
     tokenizer = load_tokenizer(config)
@@ -122,6 +125,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
         if config.probe_influence and taps:
             probing.watch(model, taps)
         check_probes(model, probes, config.max_tokens_per_microbatch)
+    if config.torch_compile:  # after the checks, which call the blocks in other ways
+        compile_blocks(model.module)
     if model.frozen_body:
         dataset = with_states(config, model, dataset, progress)
     if loss.needs_reference:

@@ -176,7 +176,11 @@ def _tiles(run: RunFiles, rows: Sequence[Summary]) -> str:
 
 
 def _throughput(perf: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Medians of the quantities per second that the run logged of its training."""
+    """Of the run's steady state, where it came to its end; else medians of the quantities per
+    second that it logged of its training."""
+    ended = [row for row in perf if row.get("seconds_per_step")]
+    if ended:
+        return _steady(ended[-1])
     perf = [row for row in perf if "split" not in row]  # those are of evaluations, or of all
     names = sorted({key for row in perf for key in row if key.endswith("_per_second")})
     tiles = []
@@ -185,6 +189,26 @@ def _throughput(perf: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         if values:
             what = name.removesuffix("_per_second").replace("_", " ")
             tiles.append((f"{np.median(values):,.0f}", f"{what} / s, median"))
+    return tiles
+
+
+def _steady(line: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """From the last line of perf.jsonl."""
+    warm = line.get("warm_up_steps") or 0
+    rest = f", without the first {warm} steps" if line.get("steady_steps") else ""
+    tiles = [(f"{line['seconds_per_step']:.3g} s", f"a step{rest}")]
+    for name, what in (("pairs_per_second", "pairs / s"), ("tokens_per_second", "tokens / s")):
+        if line.get(name):
+            tiles.append((f"{line[name]:,.0f}", what))
+    if line.get("tflops_per_second"):
+        tiles.append((f"{line['tflops_per_second']:.3g}", "useful TFLOP / s"))
+    for name, what in (
+        ("mfu", "model FLOPs utilisation"),
+        ("data_wait", "data wait"),
+        ("record_overhead", "recording"),
+    ):
+        if line.get(name) is not None:
+            tiles.append((f"{100 * line[name]:.1f} %", what))
     return tiles
 
 

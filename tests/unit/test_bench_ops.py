@@ -220,4 +220,4 @@ def test_dry_run_of_the_correctness_part_holds(tmp_path: Path) -> None:
     output = tmp_path / "correctness.jsonl"
     assert main(["gpu", "--part", "correctness", "--dry_run", "--output", str(output)]) == 0
     lines = [json.loads(line) for line in output.read_text().splitlines()][1:]
-    assert len(lines) == 55 and all(line["ok"] for line in lines)
+    assert len(lines) == 59 and all(line["ok"] for line in lines)

@@ -389,7 +389,7 @@ def test_lora_options_as_they_are_typed(tmp_path: Path) -> None:
         ("save_strategy", "set save_steps"),
         ("logging_nan_inf_filter", "stops the run"),
         ("ddp_find_unused_parameters", "own reduction"),
-        ("torch_compile_mode", "not in this version"),
+        ("torch_compile_mode", "set torch_compile"),
         ("trackio_space_id", "environment"),
         ("dataloader_num_workers", "remove it"),
         ("chat_template_path", "set chat_template"),
