@@ -18,7 +18,7 @@ from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel, prepare
 
 
-def model(layers: int = 3) -> PairModel:
+def model(layers: int = 4) -> PairModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -81,12 +81,13 @@ def test_compiled_blocks_give_the_plain_numbers_and_share_their_graphs(kind: str
     plain = [results(own, count) for count in (3, 5, 9)]
     dynamo.reset()
     dynamo.utils.counters.clear()
-    assert compile_blocks(own.module) == 3
+    assert compile_blocks(own.module) == 4
     found = [results(own, 3), results(own, 5)]
     graphs = dynamo.utils.counters["stats"]["unique_graphs"]
     found.append(results(own, 9))
-    # Three blocks and three sizes of batch: a graph before attention, and those after it.
-    assert graphs <= 8 and dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    # Four blocks and three sizes of batch. A block has three graphs, before attention and after it;
+    # LoRA's first block has its own, as its input wants no gradient.
+    assert graphs < 3 * 4 and dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     for a, b in zip(plain, found, strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(y, x, rtol=1e-4, atol=2e-6)
