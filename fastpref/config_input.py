@@ -74,6 +74,17 @@ class InputOptions:
         ("all", "lora", "head"),
     )
 
+    load_in_4bit: bool = option(
+        False,
+        "lora",
+        "Keep the frozen linear layers in 4 bits (QLoRA, bitsandbytes); docs/lora.md.",
+    )
+    bnb_4bit_quant_type: str = option(
+        "nf4", "lora", "Numbers of 4 bits that weights are rounded to.", ("nf4", "fp4")
+    )
+    use_bnb_nested_quant: bool = option(
+        False, "lora", "Also quantise the scales of the blocks of 4-bit weights."
+    )
     adapter_name_or_path: str | None = option(
         None,
         "lora",

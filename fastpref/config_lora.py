@@ -10,7 +10,10 @@ from fastpref.config_values import ConfigError
 from fastpref.loss_table import TABLE
 
 # What a run may decide about an adapter that it did not make.
-OF_ANY_ADAPTER = {"adapter_name_or_path", "adapter_reference", "lora_dropout", "save_merged"}
+OF_ANY_ADAPTER = {
+    *("adapter_name_or_path", "adapter_reference", "lora_dropout", "save_merged"),
+    *("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"),
+}
 
 
 def is_pattern(name: str) -> bool:
@@ -63,6 +66,7 @@ def check_lora(config: Any) -> None:
             "its own; remove it, or leave adapter_name_or_path out for a fresh adapter",
         )
     _check_targets(config)
+    _check_quantised(config)
     ranks = [config.lora_r, *(r for _, r in _patterns(config, "lora_rank_pattern"))]
     _patterns(config, "lora_alpha_pattern")
     odd = [r for r in ranks if r % 2]
@@ -72,6 +76,25 @@ def check_lora(config: Any) -> None:
         raise ConfigError("lora_bias", "not with use_dora, and with init_lora_weights: true only")
     if config.use_dora and config.init_lora_weights == "mica":
         raise ConfigError("init_lora_weights", "mica and use_dora exclude each other")
+
+
+def _check_quantised(config: Any) -> None:
+    if not config.load_in_4bit:
+        for field, default in (("bnb_4bit_quant_type", "nf4"), ("use_bnb_nested_quant", False)):
+            if getattr(config, field) != default:
+                raise ConfigError(field, "an option of load_in_4bit; set that too, or remove it")
+        return
+    if config.dtype == "float64":
+        raise ConfigError("load_in_4bit", "has no products in float64; set dtype: auto or bfloat16")
+    for field, why in (
+        ("save_merged", "an adapter cannot be added into weights of 4 bits; merge it into the "
+         "model that was quantised, after the run"),
+        ("lora_target_parameters", "parameters have no adapter over weights of 4 bits"),
+    ):  # fmt: skip
+        if getattr(config, field):
+            raise ConfigError(field, f"not with load_in_4bit: {why}; remove one of the two")
+    if config.init_lora_weights == "mica":
+        raise ConfigError("init_lora_weights", "mica reads weights that load_in_4bit rounds away")
 
 
 def _patterns(config: Any, field: str) -> list[tuple[str, int]]:

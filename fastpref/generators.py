@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 _Numpy = tuple[str, np.ndarray, int, int, float]  # what numpy's legacy get_state gives
 
 
-def gather_generators(device: torch.device) -> dict[str, Tensor]:
-    """State of every rank's random generators as "rank<r>.<generator>" tensors on the CPU."""
+def own_generators(device: torch.device) -> dict[str, Tensor]:
+    """State of this rank's random generators, by name, on the CPU."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = cast(_Numpy, np.random.get_state(legacy=True))
     own = {
@@ -31,8 +31,26 @@ def gather_generators(device: torch.device) -> dict[str, Tensor]:
     }
     if device.type == "cuda":
         own["cuda"] = torch.cuda.get_rng_state(device)
+    return own
+
+
+def set_generators(own: dict[str, Tensor]) -> None:
+    """Put this rank's generators where `own_generators` found them."""
+    torch.set_rng_state(own["torch"])
+    version, *words = own["python"].tolist()
+    gauss = float(own["python_gauss"])
+    random.setstate((version, tuple(words), None if np.isnan(gauss) else gauss))
+    *keys, position, has_gauss = own["numpy"].tolist()
+    cached = float(own["numpy_gauss"])
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"])
+
+
+def gather_generators(device: torch.device) -> dict[str, Tensor]:
+    """State of every rank's random generators as "rank<r>.<generator>" tensors on the CPU."""
     gathered: dict[str, Tensor] = {}
-    for key, tensor in own.items():
+    for key, tensor in own_generators(device).items():
         for rank, part in enumerate(dist.all_gather(tensor.to(device))):
             gathered[f"rank{rank}.{key}"] = part.cpu()
     return gathered
@@ -47,12 +65,4 @@ def restore_generators(saved: dict[str, Tensor], folder: Path) -> None:
             "%s: saved by fewer ranks; rank %d's generators start anew", folder, dist.rank()
         )
         return
-    torch.set_rng_state(own["torch"])
-    version, *words = own["python"].tolist()
-    gauss = float(own["python_gauss"])
-    random.setstate((version, tuple(words), None if np.isnan(gauss) else gauss))
-    *keys, position, has_gauss = own["numpy"].tolist()
-    cached = float(own["numpy_gauss"])
-    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
-    if "cuda" in own and torch.cuda.is_available():
-        torch.cuda.set_rng_state(own["cuda"])
+    set_generators(own)

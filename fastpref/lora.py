@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fastpref import lora_settings
 from fastpref.config import Config
 from fastpref.lora_settings import SETTINGS, WEIGHTS
+from fastpref.quantised import demand_frozen, numbers
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def attach(module: nn.Module, config: Config) -> Any:
     else:
         settings, where = lora_settings.fresh(module, config), "trainable: lora"
     head = lora_settings.find_head(module)
+    demand_frozen(module, settings.modules_to_save or ())
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.default_generator.manual_seed(config.seed)
         # peft's own use of old names; that B's biases may not merge is said by `demand_mergeable`.
@@ -230,7 +232,7 @@ def merge(adapter: Any) -> Any:
 
 
 def _say(module: nn.Module, targeted: Sequence[str], config: Config) -> None:
-    learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    learning = sum(numbers(p) for p in module.parameters() if p.requires_grad)
     reference = "the model without it"
     if config.adapter_name_or_path and config.adapter_reference == "initial":
         reference = f"the model with {config.adapter_name_or_path} as it is now"
@@ -241,7 +243,7 @@ def _say(module: nn.Module, targeted: Sequence[str], config: Config) -> None:
         ", ".join(sorted({name.rpartition(".")[2] for name in targeted})),
         _whole(module),
         learning,
-        sum(p.numel() for p in module.parameters()) - learning,
+        sum(map(numbers, module.parameters())) - learning,
         reference,
     )
 

@@ -13,7 +13,7 @@ import torch
 from fastpref_kernels import LinearLogprob, linear_logprob
 from torch import Tensor, nn
 
-from fastpref import attention, lora
+from fastpref import attention, lora, quantised
 from fastpref.architecture import NO_INTERFACE, logit_transform
 from fastpref.attention import Layout
 from fastpref.attention_backends import SDPA, Backend, choose_backend, demand_backend
@@ -273,6 +273,8 @@ def load_model(config: Config, tokenizer: Any = None) -> PairModel:
     demand_backend(config.attn_implementation, device, resolve_dtype(config.dtype, device))
     if config.trainable == "lora":
         lora.check_available()
+    if config.load_in_4bit:
+        quantised.demand_packages()
     tokenizer = tokenizer or load_tokenizer(config)
     model = _load(config, _policy(config), tokenizer)
     model = replace(model, router=_router(model, config))
@@ -301,6 +303,7 @@ def _skeleton(config: Config, source: Source) -> PairModel:
     cpu = torch.device("cpu")
     dtype = resolve_dtype(config.dtype, cpu)
     module = AutoModelForCausalLM.from_config(model_config, dtype=_kept_dtype(config, dtype, cpu))
+    quantised.stand_in(module, config)
     prepare(module)
     checkpoint_layers(module, config.gradient_checkpointing)
     return PairModel(module, None, cpu, dtype, "")
@@ -332,7 +335,10 @@ def _load(config: Config, source: Source, tokenizer: Any) -> PairModel:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     kept = _kept_dtype(config, dtype, device)
-    module, identity = read_weights(source, kept, config.max_length, device)
+    more = quantised.loading_options(config, dtype, device)
+    module, identity = read_weights(source, kept, config.max_length, device, more)
+    identity += quantised.identity(config)
+    quantised.settle(module)
     if kept is torch.bfloat16:  # other log-probs than those of the files' own precision
         identity += " weights:bfloat16"
     prepare(module)

@@ -99,13 +99,14 @@ def _adamw_8bit(groups: Groups, config: Config, paged: bool = False) -> torch.op
     return optimizer
 
 
-def import_bitsandbytes(asked: str) -> Any:
-    """The package; ValueError that names what ``asked`` for it and the remedy where it is not."""
+def import_bitsandbytes(asked: str, extra: str = "8bit") -> Any:
+    """The package; ValueError that names what ``asked`` for it and the remedy, an ``extra`` of
+    fastpref, where it is not."""
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise ValueError(
-            f'{asked} needs bitsandbytes ({error}): pip install "fastpref[8bit]"'
+            f'{asked} needs bitsandbytes ({error}): pip install "fastpref[{extra}]"'
         ) from None
 
 

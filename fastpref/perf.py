@@ -95,6 +95,7 @@ class Perf:
         self.now = Sums()  # since clocks of the device were read last
         self.line = Sums()  # before that, since the last line
         self.warm, self.steady = Sums(), Sums()  # before that, in the warm-up and after it
+        self._counted = (0, 0.0)  # tokens and arithmetic before the batches of a step
         self._parts: dict[str, float | None] = {}  # of the last line, what the device's clocks say
         self._data, self._recording = Stretches(device), Stretches(device)
         self._began = self._paused = 0.0
@@ -103,6 +104,7 @@ class Perf:
         """``batches``, whose making is timed and whose arithmetic is counted. ``reference``: a
         moving one scores them too."""
         source = iter(batches)
+        self._counted = self.now.tokens, self.now.flops
         while True:
             with named("data"), self._data():
                 batch = next(source, None)
@@ -117,6 +119,10 @@ class Perf:
                     reference=reference,
                 )
             yield batch
+
+    def undo(self) -> None:
+        """The batches of the last `batches` were no step's: that is tried again."""
+        self.now.tokens, self.now.flops = self._counted
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -49,6 +49,7 @@ REMEDIES: tuple[dict[str, Any], ...] = (  # in the order of what they cost
     {"weights_dtype": "bfloat16"},
     {"optim": "adamw_8bit"},
     {"trainable": "lora"},
+    {"load_in_4bit": True},
 )
 
 

@@ -30,6 +30,7 @@ from fastpref.live_bytes import LiveBytes, Scratch
 from fastpref.model import HeadNorms, PairModel, reference_skeleton, skeleton
 from fastpref.optim import EIGHT_BIT
 from fastpref.prepare import make_optimizer
+from fastpref.quantised import numbers
 from fastpref.recompute import decoder_layers
 from fastpref.slopes import wanted_stats
 
@@ -121,7 +122,7 @@ def rehearse(config: Config, batch: PairBatch, *, accumulates: bool, gpu: bool) 
         _clear(trained)
         for hook in hooks:
             hook.remove()
-        counts = [sum(p.numel() for p in own) for own in (model.module.parameters(), trained)]
+        counts = [sum(map(numbers, own)) for own in (model.module.parameters(), trained)]
     if config.ref_model_name_or_path and not config.sync_ref_model:
         phases["reference log-probs"] = {
             "weights": phases["self-check"]["weights"],

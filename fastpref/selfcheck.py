@@ -22,6 +22,7 @@ from fastpref.data.pack import fed_tokens, pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.diagnosis import find_cause, out_of_memory
 from fastpref.model import PairModel
+from fastpref.quantised import computing_in
 from fastpref.router import Router
 
 # Largest accepted difference, relative to the root mean square of the plain values. What packing
@@ -45,6 +46,13 @@ def check_model(
     what differs and the cause where it is known.
     """
     exact = _exact(model)
+    with computing_in(model.module, exact.dtype):
+        return _check_model(model, exact, pairs, max_tokens)
+
+
+def _check_model(
+    model: PairModel, exact: PairModel, pairs: Sequence[TokenPair], max_tokens: int | None
+) -> float:
     if max_tokens is not None and exact.dtype is not model.dtype:
         max_tokens //= 2
     compared = _compared_pairs(pairs, max_tokens)
@@ -124,7 +132,8 @@ def _compared_pairs(pairs: Sequence[TokenPair], max_tokens: int | None) -> list[
 def _exact(model: PairModel) -> PairModel:
     """``model`` in the highest precision that its weights have, with attention that takes it."""
     model = dataclasses.replace(model, attention=SDPA)
-    lowest = min((p.dtype for p in model.module.parameters()), key=lambda d: torch.finfo(d).bits)
+    kinds = {p.dtype for p in model.module.parameters() if p.is_floating_point()}
+    lowest = min(kinds, key=lambda d: torch.finfo(d).bits)
     if model.dtype is lowest or torch.finfo(lowest).bits < torch.finfo(torch.float32).bits:
         return model
     return dataclasses.replace(model, dtype=lowest)

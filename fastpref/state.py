@@ -21,6 +21,7 @@ from fastpref.model import PairModel
 from fastpref.observe import StepView, Window
 from fastpref.probes import Probing
 from fastpref.reference import is_live
+from fastpref.retry import TokenBudget
 from fastpref.schedule import Schedule
 from fastpref.track import RateTracker
 
@@ -39,6 +40,7 @@ class State:
     taps: Taps | None = None  # what sees every pair's gradient (track)
     balancer: Balancer | None = None  # what weighs the behaviors' losses (balance)
     masters: Masters | None = None  # float32 copies of bfloat16 weights, which the optimizer moves
+    budget: TokenBudget | None = None  # tokens of a micro-batch, which memory may have halved
     head_start: Tensor | None = None  # (V, D) initial head weight, where the head alone learns
     probing: Probing | None = None  # what scores fixed responses (probe_every)
     tracker: RateTracker | None = None  # what measures update rates (rate_every)
@@ -80,6 +82,8 @@ class State:
             counters["balance"] = self.balancer.state_dict()
         if self.probing:
             counters["probes"] = self.probing.state_dict()
+        if self.budget and (halved := self.budget.state_dict()):
+            counters["budget"] = halved
         module, tokenizer = self.model.module, self.model.tokenizer
         reference = self.reference.module if self.reference else None
         return TrainState(
@@ -117,3 +121,5 @@ class State:
             self.balancer.load_state_dict(counters["balance"])
         if self.probing:
             self.probing.load_state_dict(counters["probes"])
+        if self.budget:
+            self.budget.load_state_dict(counters.get("budget", {}))

@@ -28,8 +28,9 @@ from torch import Tensor
 from fastpref import dist
 from fastpref.batch import PairBatch
 from fastpref.config import Config
+from fastpref.diagnosis import out_of_memory
 from fastpref.dynamics.taps import Taps
-from fastpref.errors import NonFiniteError
+from fastpref.errors import NonFiniteError, OutOfMemory
 from fastpref.gradients import PairGradients, head_norms, put_together
 from fastpref.losses import Loss, PairLogp, pair_norms, rewards, sequence_sums
 from fastpref.model import HeadNorms, PairModel
@@ -110,16 +111,34 @@ def train_step(
     finite. To know that, the device is waited for; without ``wait`` it is not, and the caller
     must ask `demand_finite` later: a fused optimizer then leaves the weights as they are, by the
     device's own decision, and others make them as bad as the gradient is.
+    Raises OutOfMemory, with weights and optimizer as they were, where forward or backward did not
+    fit (with losses that tie several ranks together, what torch raises).
     """
     for parameter in model.trained:
         parameter.grad = None
     with model.dropout():
-        results = _accumulate(model, batches, loss, config, num_pairs, norms, reference, taps)
-    total = torch.stack([r.loss.double().sum() for r in results]).sum() if results else None
-    mean = dist.all_reduce_sum(
-        torch.zeros((), dtype=torch.float64, device=model.device) if total is None else total
-    )
+        try:
+            results = _accumulate(model, batches, loss, config, num_pairs, norms, reference, taps)
+            lack = None
+        except Exception as error:
+            # Where losses tie ranks together the others wait for this one within `_accumulate`.
+            if not out_of_memory(error) or (_ties_ranks(model, loss) and dist.world_size() > 1):
+                raise
+            results, lack = [], str(error)
+    # Behind the handler, with whose error the frames that held activations have gone.
+    if lack is not None:
+        _let_go(model)
+        if dist.world_size() == 1:
+            raise OutOfMemory(lack)
+    sums = torch.zeros(2, dtype=torch.float64, device=model.device)
+    if results:
+        sums[0] = torch.stack([r.loss.double().sum() for r in results]).sum()
+    sums[1] = float(lack is not None)
+    mean, lacking = dist.all_reduce_sum(sums).unbind()
     dist.all_reduce_gradients(model.trained)
+    if dist.world_size() > 1 and lacking.item():
+        _let_go(model)
+        raise OutOfMemory(lack or f"on {lacking.item():.0f} other of {dist.world_size()} ranks.")
     grad_norm, clip_coef = clip_gradients(model.trained, config.max_grad_norm)
     mean /= num_pairs
     aux_loss = None
@@ -150,6 +169,19 @@ def _step_if_finite(optimizer: torch.optim.Optimizer, result: StepResult) -> Non
         optimizer.step()
     finally:
         del held.found_inf
+
+
+def _ties_ranks(model: PairModel, loss: Loss) -> bool:
+    """Whether ranks speak with each other between forward and backward."""
+    return bool(loss.batch_coupled or model.router)
+
+
+def _let_go(model: PairModel) -> None:
+    """Of gradients, and of what the allocator keeps for later."""
+    for parameter in model.trained:
+        parameter.grad = None
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _accumulate(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastpref import dist, lora, require_matching_kernels, runfolder
+from fastpref import dist, lora, quantised, require_matching_kernels, runfolder
 from fastpref.answers import initial_probes
 from fastpref.balance import demand_shares, find_balancer
 from fastpref.batch import PairBatch
@@ -37,6 +37,7 @@ from fastpref.errors import NonFiniteError, Preempted
 from fastpref.evaluate import Evaluator, evaluation_names
 from fastpref.features import with_states
 from fastpref.flops import Shape
+from fastpref.generators import own_generators, set_generators
 from fastpref.head import freeze_body
 from fastpref.journal import Journal
 from fastpref.loggers import demand_packages
@@ -57,6 +58,7 @@ from fastpref.prepare import (
 from fastpref.probes import Probing
 from fastpref.progress import Bar, Clock
 from fastpref.reference import copy_reference, sync_reference
+from fastpref.retry import TokenBudget
 from fastpref.schedule import Schedule, rate_factor
 from fastpref.selfcheck import check_model, check_probes
 from fastpref.state import State
@@ -93,6 +95,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
         demand_compiler(resolve_device(config.device))
     if config.trainable == "lora":
         lora.check_available()
+    if config.load_in_4bit:
+        quantised.demand_packages()
     tokenizer = load_tokenizer(config)
     dataset = load_dataset(config, tokenizer, progress)
     demand_shares(config, dataset)
@@ -146,7 +150,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     scheduler = Schedule(optimizer, config, last_step)
     state = State(model, optimizer, scheduler, Window(), best, key, reference)
     state.taps, state.balancer, state.probing = taps, balancer, probing
-    state.masters = masters
+    state.masters, state.budget = masters, TokenBudget(loader, model.device)
     if model.frozen_body:
         state.head_start = model.head.weight.detach().clone()
     if probing:
@@ -173,6 +177,7 @@ def run_loop(
 ) -> Path:
     """The steps after ``state.step`` up to ``last_step``; returns the run folder."""
     run, model, best = Path(config.output_dir), state.model, state.best
+    state.budget = state.budget or TokenBudget(loader, model.device)
     main = dist.is_main()
     recorder = None
     if config.record:
@@ -361,26 +366,17 @@ def _step(
     if state.probing:
         due = due or state.probing.measures(plan.step)
     tracked = config.record and config.track != "none" and due
-    batches: Iterator[PairBatch] = (
-        dataset.pack([dataset.train[i] for i in own]).to(model.device) for own in plan.micro_batches
-    )
-    if state.balancer:
-        batches = map(state.balancer.weigh, batches)
-    norms = "exact" if tracked else None
-    reference = state.live_reference(config)
+    attempt = functools.partial(_attempt, config, loss, dataset, state, perf, tracked, wait)
+    generators = own_generators(model.device) if config.lora_dropout else {}
+
+    def undo() -> None:
+        perf.undo()
+        if generators:
+            set_generators(generators)
+
+    assert state.budget
     try:
-        result = train_step(
-            model,
-            perf.batches(batches, reference is not None),
-            loss,
-            config,
-            plan.num_pairs,
-            state.optimizer,
-            norms,
-            reference,
-            state.taps if tracked else None,
-            wait=wait,
-        )
+        result = state.budget.run(attempt, plan, undo)
     except NonFiniteError as error:
         raise NonFiniteError(f"step {plan.step}: {error}") from None
     state.scheduler.step()
@@ -388,11 +384,46 @@ def _step(
     return result
 
 
+def _attempt(
+    config: Config,
+    loss: Loss,
+    dataset: Dataset,
+    state: State,
+    perf: Perf,
+    tracked: bool,
+    wait: bool,
+    plan: StepPlan,
+) -> StepResult:
+    """The step, which may run out of memory before it has changed anything."""
+    model = state.model
+    batches: Iterator[PairBatch] = (
+        dataset.pack([dataset.train[i] for i in own]).to(model.device) for own in plan.micro_batches
+    )
+    if state.balancer:
+        batches = map(state.balancer.weigh, batches)
+    norms = "exact" if tracked else None
+    reference = state.live_reference(config)
+    return train_step(
+        model,
+        perf.batches(batches, reference is not None),
+        loss,
+        config,
+        plan.num_pairs,
+        state.optimizer,
+        norms,
+        reference,
+        state.taps if tracked else None,
+        wait=wait,
+    )
+
+
 def _write_window(journal: Journal, perf: Perf, state: State, plan: StepPlan, rate: float) -> None:
     """A line of what the steps since the last one showed."""
     line: dict[str, object] = {"step": plan.step, "epoch": plan.epoch, "split": TRAIN}
     line |= {"learning_rate": rate, "num_tokens": state.num_tokens}
     line |= {f"behavior/{name}/loss_weight": w for name, w in state.loss_weights().items()}
+    if state.budget and state.budget.retries:
+        line["oom_retries"] = state.budget.retries
     journal.metrics(line | state.window.metrics())
     journal.perf({"step": plan.step, **perf.window()})
 

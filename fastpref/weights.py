@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +83,11 @@ def read_model_config(source: Source, max_length: int) -> tuple[Any, str, dict[s
 
 
 def read_weights(
-    source: Source, dtype: torch.dtype, max_length: int, device: torch.device
+    source: Source,
+    dtype: torch.dtype,
+    max_length: int,
+    device: torch.device,
+    more: Mapping[str, Any] | None = None,  # what `from_pretrained` is told beside
 ) -> tuple[Any, str]:
     """The causal LM of ``source`` on the CPU, and what names these very weights.
 
@@ -97,8 +101,9 @@ def read_weights(
     identity = weights_identity(name, options.get("revision"), device)
     with _loading(source):
         module, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True,
+            **options, **(more or {}),
+        )  # fmt: skip
     absent = sorted([*found["missing_keys"], *map(str, found.get("mismatched_keys", ()))])
     if absent:
         raise ValueError(

@@ -13,6 +13,7 @@ FROZEN = """
 model_name_or_path model_revision ref_model_name_or_path ref_model_revision
 dtype weights_dtype master_weights gradient_checkpointing torch_compile attn_implementation
 device trainable
+load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant
 adapter_name_or_path adapter_reference lora_r lora_alpha lora_dropout lora_target_modules
 lora_exclude_modules lora_target_parameters lora_layers_to_transform lora_layers_pattern
 lora_rank_pattern lora_alpha_pattern lora_modules_to_save lora_train_biases lora_bias use_rslora
