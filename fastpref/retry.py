@@ -50,6 +50,12 @@ class TokenBudget:
             return attempt(plan)
         except OutOfMemory as error:
             reason = str(error)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"step {plan.step}: out of memory where a step cannot be tried again, in the "
+                "optimizer or, with several ranks, among losses that tie them together (aot, sft, "
+                f"cpo, load balancing): {error} {REMEDY} Or set max_tokens_per_microbatch lower."
+            ) from error
         plan = self.smaller(plan, reason)
         undo()
         try:

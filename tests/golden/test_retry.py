@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import fastpref.step
 from fastpref.config import Config
 from fastpref.dynamics.recorder import read_records
 from fastpref.train import train
+from tests.ranks import run_two_ranks
 
 ROWS = ("loss", "margin", "pair_id", "gnorm_head")
 
@@ -149,3 +151,37 @@ def test_a_pair_that_does_not_fit_alone_is_refused(
     failing(lambda call, tokens: True)
     with pytest.raises(ValueError, match="single pair of .* tokens, which cannot be cut"):
         run(base, tmp_path / "run", train_batch_size=1)
+
+
+@pytest.mark.slow
+def test_both_ranks_try_again_where_one_ran_out(base: Config, tmp_path: Path) -> None:
+    plain = run(base, tmp_path / "plain", max_steps=3, save_steps=3)
+    file = tmp_path / "config.yaml"
+    two = dataclasses.replace(base, output_dir=str(tmp_path / "two"), max_steps=3, save_steps=3)
+    file.write_text(two.to_yaml(), encoding="utf-8")
+    run_two_ranks(__file__, str(file))
+    one, other = weights(plain), weights(tmp_path / "two")
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-9) for name in one)
+    assert [line.get("oom_retries") for line in lines(tmp_path / "two")] == [None, 1, 1]
+
+
+def _rank(file: str) -> None:
+    """A run as one of two ranks, of which the second runs out of memory in its second step."""
+    from fastpref import dist
+    from fastpref.config import load_config
+
+    real, calls = fastpref.step.backward, [0]
+
+    def backward(*args: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if dist.rank() == 1 and calls[0] == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(*args, **named)
+
+    fastpref.step.backward = backward
+    train(load_config(file), progress=False)
+    print("all held")
+
+
+if __name__ == "__main__":
+    _rank(sys.argv[1])

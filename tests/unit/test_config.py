@@ -407,7 +407,7 @@ def test_answers_about_other_names_name_only_real_fields() -> None:
     """`set NAME` and `NAME:` in an answer must exist here."""
     for name in ELSEWHERE:
         assert name not in Config.__dataclass_fields__
-        for told in re.findall(r"\bset ([a-z_]+)", explain_unknown(name)):
+        for told in re.findall(r"\bset ([a-z0-9_]+)", explain_unknown(name)):
             assert told in Config.__dataclass_fields__, (name, told)
 
 

@@ -233,3 +233,33 @@ def test_a_plan_reads_no_weights(folders: dict[str, Path], tmp_path: Path) -> No
     own, bare = (planned(folder, 10**10) for folder in (folders["llama"], tmp_path))
     assert own.total == bare.total
     assert dataclasses.asdict(own.step) == dataclasses.asdict(bare.step)
+
+
+def test_training_plans_before_it_loads_and_refuses(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    tiny_data: Path,
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from fastpref import train as training
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tiny_tokenizer.save_pretrained(folder)
+    text = (folders["llama"] / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(text, encoding="utf-8")  # and no weights
+    config = config_of(folder, dataset_name=(str(tiny_data),), output_dir=str(tmp_path / "run"))
+    small = Memory("a small GPU (cuda:0)", 2 * 10**6, True)
+    monkeypatch.setattr(Memory, "of", staticmethod(lambda device: small))
+    with pytest.raises(ValueError, match=r"does not fit: .* a small GPU \(cuda:0\) has 1.91 MiB"):
+        training.train(config, progress=False)
+    assert not (tmp_path / "run").exists()
+    little = Memory("memory of this machine", 2 * 10**6, False)
+    monkeypatch.setattr(Memory, "of", staticmethod(lambda device: little))
+    with caplog.at_level("INFO", "fastpref"):
+        with pytest.raises(ValueError, match="cannot be loaded"):  # only now are weights missed
+            training.train(config, progress=False)
+    assert "it may swap, or be killed" in caplog.text
+    assert "total at the peak" in caplog.text and "optimizer (moments, masters)" in caplog.text
