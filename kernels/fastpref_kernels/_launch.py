@@ -218,13 +218,16 @@ def check_linear_logprob(
     norms: str | None,
     sketch_dim: int,
     sketch_buckets: int,
+    sketch_seed: int,
+    sketch_key: str,
 ) -> int:
     """Check what can be told without reading a tensor; returns the number of segments S."""
     _check_tensors(hidden, weight, target, segment_id, bias)
     _check_numbers(softcap, logit_scale, temperature, cache, group_size)
     _check_names(stats, norms)
     if norms in ("sketch", "both"):
-        check_sketch("linear_logprob", sketch_dim, sketch_buckets, "sketch_dim", "sketch_buckets")
+        sketch = (sketch_dim, sketch_buckets, sketch_seed, sketch_key)
+        check_sketch("linear_logprob", *sketch, prefix="sketch_")
     if counts is not None and num_segments is None:
         num_segments = len(counts)
     segments = _count_segments(hidden, segment_id, num_segments)
@@ -266,10 +269,10 @@ def _check_tensors(
             f"linear_logprob: expected segment_id ({hidden.shape[0]},) int32 or int64, got "
             f"{tuple(segment_id.shape)} {segment_id.dtype}."
         )
-    if bias is not None and (bias.shape != weight.shape[:1] or not bias.dtype.is_floating_point):
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in DTYPES):
         raise ValueError(
-            f"linear_logprob: expected bias ({weight.shape[0]},) of a floating dtype, got "
-            f"{tuple(bias.shape)} {bias.dtype}."
+            f"linear_logprob: expected bias ({weight.shape[0]},) of float64, float32, bfloat16 or "
+            f"float16, got {tuple(bias.shape)} {bias.dtype}."
         )
     for name, tensor in (
         ("weight", weight),
@@ -300,8 +303,10 @@ def _check_numbers(
             "linear_logprob: cache must be -1 (keep every tile) or a number of tiles >= 0, got "
             f"{cache!r}."
         )
-    if group_size < 1:
-        raise ValueError(f"linear_logprob: group_size must be at least 1, got {group_size!r}.")
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(
+            f"linear_logprob: group_size must be an int of at least 1, got {group_size!r}."
+        )
 
 
 def _check_names(stats: Sequence[str], norms: str | None) -> None:
@@ -325,19 +330,31 @@ def _check_names(stats: Sequence[str], norms: str | None) -> None:
 
 
 def check_sketch(
-    op: str, k: int, buckets: int | None, k_name: str = "k", buckets_name: str = "buckets"
+    op: str, k: int, buckets: int | None, seed: int, key: str, *, prefix: str = ""
 ) -> None:
     """A sketch has at least one row and column, a vocabulary goes through a power of two buckets
-    (None: not a vocabulary)."""
+    (None: not a vocabulary). `prefix`: what the caller's names begin with."""
+    k_name, buckets_name = f"{prefix}dim" if prefix else "k", f"{prefix}buckets"
     if not isinstance(k, int) or k < 1:
-        raise ValueError(f"{op}: {k_name} must be at least 1, got {k!r}. Common are 16, 32 and 64.")
+        raise ValueError(
+            f"{op}: {k_name} must be an int of at least 1, got {k!r}. Common are 16, 32 and 64."
+        )
     if buckets is not None and (
-        not LEAST_BUCKETS <= buckets <= MOST_BUCKETS or buckets & (buckets - 1)
+        not isinstance(buckets, int)
+        or not LEAST_BUCKETS <= buckets <= MOST_BUCKETS
+        or buckets & (buckets - 1)
     ):
         raise ValueError(
             f"{op}: {buckets_name} must be a power of two from {LEAST_BUCKETS} to {MOST_BUCKETS}, "
             f"got {buckets!r}. K buckets give a squared norm a standard error of at most "
             "sqrt(2 / K) of it."
+        )
+    # 1, 1.0 and True hash to different signs, and such sketches would compare in silence.
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"{op}: {prefix}seed must be an int, got {seed!r}.")
+    if not isinstance(key, str):
+        raise ValueError(
+            f"{op}: {prefix}key must be a string, the name of the weight, got {key!r}."
         )
 
 
@@ -362,8 +379,13 @@ def _count_segments(hidden: Tensor, segment_id: Tensor | None, num_segments: int
     return int(segment_id[-1]) + 1 if rows else 0
 
 
-def check_counts(op: str, rows: int, segments: int, counts: Sequence[int]) -> None:
+def check_counts(op: str, rows: int, segments: int, counts: Sequence[int] | Tensor) -> None:
     """As many counts as segments, and as many rows as the counts say."""
+    if isinstance(counts, Tensor):
+        raise ValueError(
+            f"{op}: counts must be ints on the host, got a tensor {tuple(counts.shape)} on "
+            f"{counts.device}. Give what row_counts(segment_id, num_segments) returns."
+        )
     if len(counts) != segments:
         raise ValueError(f"{op}: expected counts of {segments} segments, got {len(counts)}.")
     if min(counts, default=0) < 0 or sum(counts) != rows:

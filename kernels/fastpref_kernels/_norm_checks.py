@@ -78,8 +78,10 @@ def check_segments(
     """Numbers of segments that fit together; returns g, which is 1 for None."""
     if num_segments < 0:
         raise ValueError(f"{name}: num_segments must be >= 0, got {num_segments}.")
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"{name}: group_size must be at least 1 or None, got {group_size!r}.")
+    if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
+        raise ValueError(
+            f"{name}: group_size must be an int of at least 1 or None, got {group_size!r}."
+        )
     size = group_size or 1
     if num_segments % size:
         raise ValueError(

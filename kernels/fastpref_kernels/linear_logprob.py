@@ -113,6 +113,8 @@ def linear_logprob(
         norms=norms,
         sketch_dim=sketch_dim,
         sketch_buckets=sketch_buckets,
+        sketch_seed=sketch_seed,
+        sketch_key=sketch_key,
     )
     triton = _launch.resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
     plan = make_plan(hidden, weight, bias, cache, group_size if norms else 0, triton)

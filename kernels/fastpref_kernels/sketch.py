@@ -56,7 +56,7 @@ def linear_sketch(
     Errors    ValueError as `linear_norms`, and for k < 1 or buckets that are no power of two
     """
     name = "linear_sketch"
-    _launch.check_sketch(name, k, buckets)
+    _launch.check_sketch(name, k, buckets, seed, key)
     _norm_checks.check_rows(name, ("x", x), ("dy", dy))
     _norm_checks.check_matrix(name, "x", x)
     _norm_checks.check_matrix(name, "dy", dy)
@@ -95,7 +95,7 @@ def lora_sketch(
     ".lora_B".
     """
     name = "lora_sketch"
-    _launch.check_sketch(name, k, None)
+    _launch.check_sketch(name, k, None, seed, key)
     inner, outer = adapter_sides(name, x, dy, lora_a, lora_b)
     _norm_checks.check_ids(name, "segment_id", segment_id, "x", x)
     _norm_checks.check_segments(name, x.shape[0], num_segments, None, counts)
@@ -133,7 +133,7 @@ def embedding_sketch(
     `buckets` is the head's `sketch_buckets`. `scale` and `padding_idx` as in `embedding_norms`.
     """
     name = "embedding_sketch"
-    _launch.check_sketch(name, k, buckets)
+    _launch.check_sketch(name, k, buckets, seed, key)
     _norm_checks.check_rows(name, ("dy", dy))
     _norm_checks.check_matrix(name, "dy", dy)
     _norm_checks.check_ids(name, "token_id", token_id, "dy", dy)
@@ -167,12 +167,19 @@ def column_sketch(
     of D is projected to k k numbers at once.
     """
     name = "column_sketch"
-    _launch.check_sketch(name, k, None)
+    _launch.check_sketch(name, k, None, seed, key)
     _norm_checks.check_rows(name, ("dy", dy), *([] if x is None else [("x", x)]))
     if dy.dim() > 3 or (x is not None and x.shape != dy.shape):
         raise ValueError(
             f"{name}: expected dy, and x if given, of one shape, (T, D) or (T, H, D), got "
             f"{tuple(dy.shape)} and {None if x is None else tuple(x.shape)}."
+        )
+    if not eps >= 0:
+        raise ValueError(f"{name}: eps must be >= 0, got {eps!r}.")
+    if centred and x is None:
+        raise ValueError(
+            f"{name}: centred=True is of a LayerNorm's weight and needs x, what it normalises; its "
+            "bias takes centred=False."
         )
     _norm_checks.check_ids(name, "segment_id", segment_id, "dy", dy)
     _norm_checks.check_segments(name, dy.shape[0], num_segments, None, None)
@@ -205,7 +212,7 @@ def weight_sketch(
     Numerics  the difference is formed and summed up in float64: an update is small beside a weight
     """
     name = "weight_sketch"
-    _launch.check_sketch(name, k, buckets)
+    _launch.check_sketch(name, k, buckets, seed, key)
     if new.dim() not in (1, 2):
         raise ValueError(
             f"{name}: expected new (p, d) or (D,), got {tuple(new.shape)}; sketch the experts of a "

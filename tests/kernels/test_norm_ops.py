@@ -154,7 +154,9 @@ def linear(**changes: Any) -> Any:
         ({"segment_id": torch.zeros(5)}, "int32 or int64, got .* torch.float32"),
         ({"num_segments": -1}, "num_segments must be >= 0, got -1"),
         ({"group_size": 3}, "num_segments=4 is not a multiple of group_size=3"),
-        ({"group_size": 0}, "group_size must be at least 1 or None, got 0"),
+        ({"group_size": 0}, "group_size must be an int of at least 1 or None, got 0"),
+        ({"group_size": 2.0}, "group_size must be an int of at least 1 or None, got 2.0"),
+        ({"counts": torch.tensor([2, 2, 0, 1])}, "counts must be ints on the host.*row_counts"),
         ({"counts": [2, 2, 1]}, "counts of 4 segments, got 3"),
         ({"counts": [2, 2, 0, 2]}, "5 together, got a smallest of 0 and a sum of 6"),
         ({"dy": torch.zeros(4, 2)}, r"dy with the 5 rows of x, got \(4, 2\)"),
@@ -191,12 +193,18 @@ KEY: dict[str, Any] = {"seed": 0, "key": "a", **SAME}
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda: linear_sketch(X, DY, IDS, 0, **KEY), "linear_sketch: k must be at least 1, got 0"),
+        (
+            lambda: linear_sketch(X, DY, IDS, 0, **KEY),
+            "linear_sketch: k must be an int of at least 1, got 0",
+        ),
         (lambda: linear_sketch(X, DY, BACK, 2, **KEY), r"linear_sketch: .*\[2\]=1 follows 2"),
         (lambda: linear_sketch(X, DY[:4], IDS, 2, **KEY), r"dy with the 5 rows of x"),
-        (lambda: embedding_sketch(TOKENS, X, IDS, -1, **KEY), "k must be at least 1, got -1"),
+        (
+            lambda: embedding_sketch(TOKENS, X, IDS, -1, **KEY),
+            "k must be an int of at least 1, got -1",
+        ),
         (lambda: embedding_sketch(X, X, IDS, 2, **KEY), "expected token_id"),
-        (lambda: column_sketch(DY, IDS, 0, **KEY), "column_sketch: k must be at least 1"),
+        (lambda: column_sketch(DY, IDS, 0, **KEY), "column_sketch: k must be an int of at least 1"),
         (lambda: column_sketch(DY, IDS, 2, x=X, **KEY), r"of one shape, .* \(5, 2\) and \(5, 3\)"),
         (lambda: column_sketch(DY, BACK, 2, **KEY), "column_sketch: .* follows"),
         (lambda: weight_sketch(X, DY, 2, seed=0, key="a"), r"old of new's shape \(5, 3\)"),
@@ -216,8 +224,11 @@ KEY: dict[str, Any] = {"seed": 0, "key": "a", **SAME}
         (lambda: row_counts(IDS.float(), 4), r"row_counts: expected segment_id .* torch.float32"),
         (lambda: row_counts(IDS[None], 4), r"expected segment_id \(T,\) .* \(1, 5\)"),
         (lambda: unique_ids(TOKENS, IDS.short(), **SAME), "unique_ids: .* torch.int16"),
-        (lambda: linear_sketch(X, DY, IDS, 2.0, **KEY), "k must be at least 1, got 2.0"),
-        (lambda: weight_sketch(X, None, 2.0, seed=0, key="a"), "k must be at least 1, got 2.0"),
+        (lambda: linear_sketch(X, DY, IDS, 2.0, **KEY), "k must be an int of at least 1, got 2.0"),
+        (
+            lambda: weight_sketch(X, None, 2.0, seed=0, key="a"),
+            "k must be an int of at least 1, got 2.0",
+        ),
         (lambda: linear_sketch(X, DY, IDS, 2, buckets=0, **KEY), "buckets must be a power .* 0"),
         (lambda: embedding_sketch(TOKENS, X, IDS, 2, buckets=100, **KEY), "power .* got 100"),
         (lambda: weight_sketch(X, None, 2, seed=0, key="a", buckets=-64), "power .* got -64"),
@@ -240,6 +251,22 @@ KEY: dict[str, Any] = {"seed": 0, "key": "a", **SAME}
         (
             lambda: lora_norms(X, DY, Z(4, 3), Z(3, 4), IDS, scale=1.0, **SAME),
             r"lora_b with the 2 outputs of dy as rows, got \(3, 4\)",
+        ),
+        (
+            lambda: column_sketch(X, IDS, 2, x=X, eps=-1.0, **KEY),
+            "column_sketch: eps must be >= 0, got -1.0",
+        ),
+        (
+            lambda: column_sketch(X, IDS, 2, centred=True, **KEY),
+            "column_sketch: centred=True .* needs x",
+        ),
+        (
+            lambda: weight_sketch(X, None, 2, seed=1.0, key="a"),
+            "weight_sketch: seed must be an int, got 1.0",
+        ),
+        (
+            lambda: weight_sketch(X, None, 2, seed=1, key=None),
+            "weight_sketch: key must be a string.*got None",
         ),
         (
             lambda: tied_norms(TOKENS, X, IDS, Z(2, 3), Z(3, 1), TOKENS[:2], **SAME),
