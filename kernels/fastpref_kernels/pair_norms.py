@@ -276,8 +276,11 @@ def _pair_gram_op(
 ) -> Tensor:
     chosen, name = backend.split()
     if counts is None or not x.is_cuda:
-        # On the CPU reading is free, and the order is checked whoever counted.
-        counts = row_counts(segment_id, segments, name=name)
+        # On the CPU reading is free, and order and counts are checked whoever counted.
+        found = row_counts(segment_id, segments, name=name)
+        if counts is not None and found != list(counts):
+            _launch.check_rows_of_segments(name, segment_id, counts)
+        counts = found
     with surroundings(x.device):
         products = torch_segment_products
         if chosen == "triton":

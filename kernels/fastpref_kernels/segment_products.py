@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._launch import surroundings
+from ._launch import check_rows_of_segments, surroundings
 from .spans import row_counts, starts
 
 
@@ -75,10 +75,12 @@ def _segment_products_op(
     backend: str,
 ) -> Tensor:
     chosen, name = backend.split()
-    if not left.is_cuda:
-        counts = row_counts(segment_id, segments, name=name)
-    if counts is None:
-        counts = row_counts(segment_id, segments, name=name)
+    if counts is None or not left.is_cuda:
+        # On the CPU reading is free, and order and counts are checked whoever counted.
+        found = row_counts(segment_id, segments, name=name)
+        if counts is not None and found != list(counts):
+            check_rows_of_segments(name, segment_id, counts)
+        counts = found
     with surroundings(left.device):
         if chosen == "triton":
             from .triton_sketch import triton_segment_products

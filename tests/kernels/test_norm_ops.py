@@ -158,6 +158,7 @@ def linear(**changes: Any) -> Any:
         ({"group_size": 2.0}, "group_size must be an int of at least 1 or None, got 2.0"),
         ({"counts": torch.tensor([2, 2, 0, 1])}, "counts must be ints on the host.*row_counts"),
         ({"counts": [2, 2, 1]}, "counts of 4 segments, got 3"),
+        ({"counts": [1, 3, 0, 1]}, r"counts\[0\]=1, but segment_id holds 2 rows of segment 0"),
         ({"counts": [2, 2, 0, 2]}, "5 together, got a smallest of 0 and a sum of 6"),
         ({"dy": torch.zeros(4, 2)}, r"dy with the 5 rows of x, got \(4, 2\)"),
         ({"dy": [torch.zeros(5, 2), torch.zeros(3, 2)]}, r"dy\[1\] with the 5 rows of x"),
@@ -251,6 +252,10 @@ KEY: dict[str, Any] = {"seed": 0, "key": "a", **SAME}
         (
             lambda: lora_norms(X, DY, Z(4, 3), Z(3, 4), IDS, scale=1.0, **SAME),
             r"lora_b with the 2 outputs of dy as rows, got \(3, 4\)",
+        ),
+        (
+            lambda: linear_sketch(X, DY, IDS, 2, counts=[2, 1, 1, 1], **KEY),
+            r"linear_sketch: counts\[1\]=1, but segment_id holds 2 rows of segment 1",
         ),
         (
             lambda: column_sketch(X, IDS, 2, x=X, eps=-1.0, **KEY),
