@@ -57,5 +57,5 @@ clean: ## remove the environment and the tools' caches; runs/ stays
 	@touch $@
 
 .venv/.dev: .venv/.runtime
-	$(PIP) install --quiet --no-compile -c constraints.txt -e ".[dev,trl,lora,8bit,datasets,tensorboard]"
+	$(PIP) install --quiet --no-compile -c constraints.txt -e ".[dev,trl,lora,8bit,qlora,datasets,tensorboard]"
 	@touch $@

@@ -42,7 +42,7 @@ def run(
     try:
         from opacus.grad_sample import GradSampleModuleFastGradientClipping
     except ImportError:
-        return {}, values, "not installed (pip install fastpref[bench]; opacus, 260 kB, Apache-2.0)"
+        return {}, values, "not installed (pip install fastpref[bench]; opacus, 310 kB, Apache-2.0)"
     subject = Subject(TINY, PERSONA, PAIRS, torch.device("cpu"))
     pairs = subject.steps[0]
     watched = GradSampleModuleFastGradientClipping(

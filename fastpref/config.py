@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from fastpref.config_course import CourseOptions
+from fastpref.config_course import DEFAULT_TOKENS, CourseOptions
 from fastpref.config_loss import resolve_losses
 from fastpref.config_names import ELSEWHERE, ELSEWHERE_PREFIXES
 from fastpref.config_rules import check_combinations
@@ -83,6 +83,17 @@ class Config(CourseOptions):
             value = list(value) if isinstance(value, tuple) else value
             lines.append(yaml.safe_dump({spec.name: value}, allow_unicode=True, width=10**6))
         return "".join(lines)
+
+
+def unplanned(config: Config) -> Config:
+    """``config`` with its defaults in the place of what is left to the planner (`auto`, 0), which
+    training alone asks: what the other commands go by."""
+    left = config.gradient_checkpointing == "auto"
+    return dataclasses.replace(
+        config,
+        gradient_checkpointing="none" if left else config.gradient_checkpointing,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch or DEFAULT_TOKENS,
+    )
 
 
 def field_names() -> tuple[str, ...]:

@@ -9,6 +9,8 @@ from fastpref.config_options import LR_SCHEDULER_KWARGS, OPTIM_ARGS
 from fastpref.config_values import Options, option
 from fastpref.probe_types import DEFAULT_PROBE_TYPES, PROBE_TYPES
 
+DEFAULT_TOKENS = 16384  # of a micro-batch, where nobody plans
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class CourseOptions(InputOptions):
@@ -139,7 +141,7 @@ class CourseOptions(InputOptions):
         32, "batch", "Pairs per optimizer step, over all ranks together.", within="at least 1"
     )
     max_tokens_per_microbatch: int = option(
-        16384,
+        DEFAULT_TOKENS,
         "batch",
         "Packed tokens per forward, with trainable: head scored rows: the memory dial; results do "
         "not depend on it. 0: the most that fit, up to 16384 (docs/plan.md).",

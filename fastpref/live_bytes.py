@@ -24,15 +24,20 @@ class LiveBytes(TorchDispatchMode):
     """Inside, every new storage counts as of the kind `kind`; `peak` is the composition at the
     moment when all kinds together were the most.
 
-    ``special``: op -> the kind of what it makes, and what it holds while it runs.
+    ``special``: op -> the kind of what it makes, and what it holds while it runs. ``stand_ins``: op
+    -> what is called in its place, of those that fake tensors refuse.
     """
 
-    def __init__(self, special: dict[Any, tuple[str, Scratch]]) -> None:
+    def __init__(
+        self,
+        special: dict[Any, tuple[str, Scratch]],
+        stand_ins: dict[Any, Callable[..., Tensor]],
+    ) -> None:
         super().__init__()
         self.kind = "activations"
         self.now: dict[str, int] = {}
         self.peak: dict[str, int] = {}
-        self._special = special
+        self._special, self._stand_ins = special, stand_ins
         self._kinds: dict[int, str] = {}  # of storages alive, by id
         self._refs: dict[int, weakref.ref[Any]] = {}
         self._most = 0
@@ -70,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """The op itself, and what it made."""
-        out = func(*args, **(kwargs or {}))
+        out = self._stand_ins.get(func, func)(*args, **(kwargs or {}))
         kind, scratch = self._special.get(func, (self.kind, None))
         for value in tree_iter(out):
             if isinstance(value, Tensor):

@@ -18,13 +18,11 @@ from fastpref.architecture import NO_INTERFACE, logit_transform
 from fastpref.attention import Layout
 from fastpref.attention_backends import SDPA, Backend, choose_backend, demand_backend
 from fastpref.batch import PairBatch, ProbeBatch
-from fastpref.config import Config
+from fastpref.config import Config, unplanned
 from fastpref.recompute import checkpoint_layers
 from fastpref.router import Load, Router, find_router
 from fastpref.tracing import named
 from fastpref.weights import Source, read_model_config, read_tokenizer, read_weights
-
-DEFAULT_TOKENS = 16384  # of a micro-batch, where nobody plans
 
 log = logging.getLogger(__name__)
 
@@ -342,9 +340,7 @@ def _load(config: Config, source: Source, tokenizer: Any) -> PairModel:
     if kept is torch.bfloat16:  # other log-probs than those of the files' own precision
         identity += " weights:bfloat16"
     prepare(module)
-    # Left to the planner, which training alone asks.
-    again = config.gradient_checkpointing
-    checkpoint_layers(module, "none" if again == "auto" else again)
+    checkpoint_layers(module, unplanned(config).gradient_checkpointing)
     return PairModel(module, tokenizer, device, dtype, identity)
 
 
@@ -371,7 +367,21 @@ def _router(model: PairModel, config: Config) -> Router | None:
             f"(router_aux_loss_coef={router.coef}) wants the routing of a whole step before its "
             "gradient, and dropout would change it in between. Set one of the two to 0."
         )
+    if router and config.torch_compile:
+        raise ValueError(
+            "torch_compile: the load-balancing loss of this model's routers (router_aux_loss_coef="
+            f"{router.coef}) reads what they chose, which a compiled block does not show. Set "
+            "torch_compile: false, or router_aux_loss_coef: 0."
+        )
     return router
+
+
+def routes(config: Config) -> bool:
+    """Whether the balance of routers is part of the loss, from the model's configuration alone."""
+    if config.trainable == "head":
+        return False
+    model_config = read_model_config(_policy(config), config.max_length)[0]
+    return find_router(model_config, config.router_aux_loss_coef) is not None
 
 
 def _adapted(model: PairModel, config: Config) -> PairModel:

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from fastpref import dist
-from fastpref.config import Config
+from fastpref.config import Config, unplanned
+from fastpref.config_course import DEFAULT_TOKENS
 from fastpref.data.dataset import Dataset
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.memory import Memory, gib
-from fastpref.model import DEFAULT_TOKENS, resolve_device, resolve_dtype
+from fastpref.model import resolve_device, resolve_dtype, routes
 from fastpref.recompute import MODES
 from fastpref.rehearsal import Rehearsed, rehearse
 
@@ -82,8 +83,13 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has that much; a CPU's memory refuses nothing."""
-        return self.total <= self.memory.size or not self.memory.gpu
+        """Whether the device has that much."""
+        return self.total <= self.memory.size
+
+    @property
+    def refused(self) -> bool:
+        """Whether the run cannot go on: a CPU, which can swap, refuses nothing."""
+        return self.memory.gpu and not self.fits
 
     def table(self) -> str:
         """For people."""
@@ -120,9 +126,9 @@ def plan_run(config: Config, dataset: Dataset) -> Config:
         log.warning("memory: not planned: %s", error)
         return unplanned(config)
     log.info("memory\n%s", plan.table())
-    if not plan.fits:
+    if plan.refused:
         raise ValueError(refusal(plan, dataset.train, dataset.sizes(dataset.train)))
-    if plan.total > memory.size:
+    if not plan.fits:
         log.warning(
             "memory: the run takes about %s and %s has %s left: it may swap, or be killed. %s",
             gib(plan.total).strip(),
@@ -131,16 +137,6 @@ def plan_run(config: Config, dataset: Dataset) -> Config:
             _smaller(plan),
         )
     return plan.config
-
-
-def unplanned(config: Config) -> Config:
-    """``config`` with what is left to the planner as it is without one."""
-    left = config.gradient_checkpointing == "auto"
-    return dataclasses.replace(
-        config,
-        gradient_checkpointing="none" if left else config.gradient_checkpointing,
-        max_tokens_per_microbatch=config.max_tokens_per_microbatch or DEFAULT_TOKENS,
-    )
 
 
 def made_pairs(prompt: int, completion: int, count: int) -> list[TokenPair]:
@@ -191,6 +187,7 @@ class _Planner:
         self, config: Config, pairs: Sequence[TokenPair], sizes: np.ndarray, memory: Memory
     ) -> None:
         self.pairs, self.memory = pairs, memory
+        self.whole = routes(config)  # routed tokens are fed, also those that predict nothing
         device = torch.device("cuda" if memory.gpu else "cpu")
         dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
         self.config = dataclasses.replace(config, dtype=dtype)
@@ -212,7 +209,7 @@ class _Planner:
         found = []
         for own in self._windows(max(tokens, self.longest)):
             pairs = [self.pairs[i] for i in own]
-            batch = pack_pairs(pairs, whole=False)
+            batch = pack_pairs(pairs, whole=self.whole)
             try:
                 step = rehearse(config, batch, accumulates=several, gpu=self.memory.gpu)
             except ValueError:

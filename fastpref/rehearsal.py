@@ -79,7 +79,7 @@ def rehearse(config: Config, batch: PairBatch, *, accumulates: bool, gpu: bool) 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     fake = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
-    live = LiveBytes(_head_ops(gpu))
+    live = LiveBytes(_head_ops(gpu), {torch.ops.aten._grouped_mm.default: _grouped_mm})
     with torch.device("meta"), _quiet():
         model = skeleton(config)
         if config.trainable == "head":
@@ -285,6 +285,21 @@ def _head_ops(gpu: bool) -> dict[Any, tuple[str, Scratch]]:
         ops.linear_logprob_forward.default: ("head", forward),
         ops.linear_logprob_backward.default: ("head", backward),
     }
+
+
+def _grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What torch's products of experts give, of which fake tensors know those in bfloat16 alone:
+    (T, K) x (E, K, N), or the gradient of the latter, (K, T) x (T, N)."""
+    if a.ndim == b.ndim == 2:
+        assert offs is not None
+        return a.new_empty((len(offs), a.shape[0], b.shape[1]), dtype=out_dtype or a.dtype)
+    return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=out_dtype or a.dtype)
 
 
 def _gram_numbers(plan: Plan, counts: Sequence[int] | None) -> int:

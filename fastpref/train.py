@@ -42,7 +42,7 @@ from fastpref.head import freeze_body
 from fastpref.journal import Journal
 from fastpref.loggers import demand_packages
 from fastpref.losses import Loss, get_loss
-from fastpref.model import load_model, load_tokenizer, resolve_device
+from fastpref.model import load_model, load_tokenizer, resolve_device, routes
 from fastpref.observe import StepView, Trail, Window, record_step
 from fastpref.perf import Perf, device_peak, warm_up_steps
 from fastpref.planner import plan_run
@@ -101,6 +101,8 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     dataset = load_dataset(config, tokenizer, progress)
     demand_shares(config, dataset)
     probes = build_probes(config, tokenizer, dataset) if config.probe_every else []
+    if routes(config):
+        dataset = dataclasses.replace(dataset, sizes=functools.partial(fed_tokens, whole=True))
     config = plan_run(config, dataset)
     torch.manual_seed(config.seed)
     model = load_model(config, tokenizer)
@@ -108,8 +110,6 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     key = data_key(model, dataset)
     dist.check_same("data", key, model.device)
     demand_vocabulary(dataset.train + dataset.held_out, len(model.head.weight))
-    if model.router:
-        dataset = dataclasses.replace(dataset, sizes=functools.partial(fed_tokens, whole=True))
     loader = make_loader(config, dataset)
     demand_budget(dataset.sizes(dataset.held_out), config.max_tokens_per_microbatch)
     last_step = total_steps(config, loader.steps_per_epoch)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     show_log()
     from fastpref.data.pack import demand_budget, fed_tokens, scored_rows
     from fastpref.memory import Memory, read_size
-    from fastpref.model import resolve_device
+    from fastpref.model import resolve_device, routes
     from fastpref.planner import Unknown, made_pairs, make_plan, refusal
 
     memory = (
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         else Memory.of_gpu(read_size(args.memory))
     )
     pairs = made_pairs(prompt, completion, config.train_batch_size)
-    sizes = (scored_rows if config.trainable == "head" else fed_tokens)(pairs)
+    head = config.trainable == "head"
+    sizes = scored_rows(pairs) if head else fed_tokens(pairs, whole=routes(config))
     if config.max_tokens_per_microbatch:
         demand_budget(sizes, config.max_tokens_per_microbatch)
     try:
@@ -62,6 +63,6 @@ def run(args: argparse.Namespace) -> int:
             f"weights: {error}"
         ) from error
     print(plan.table())
-    if not plan.fits:
+    if plan.refused:
         raise ValueError(refusal(plan, pairs, sizes))
     return 0

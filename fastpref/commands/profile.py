@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastpref.commands import add_field_options, show_log
-from fastpref.config import Config, field_names, load_config
+from fastpref.config import Config, field_names, load_config, unplanned
 
 if TYPE_CHECKING:
     from fastpref.data.dataset import Dataset
@@ -124,7 +124,7 @@ def configuration(origin: Origin, given: Mapping[str, Any]) -> Config:
     merged = defaults | fields | own
     if "adapter_name_or_path" in merged:
         merged.setdefault("trainable", "lora")
-    return load_config(None, merged)
+    return unplanned(load_config(None, merged))
 
 
 def look(

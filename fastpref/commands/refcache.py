@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 from fastpref.commands import add_config_options, config_from_options, show_log
+from fastpref.config import unplanned
 
 add_arguments = add_config_options
 
@@ -19,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
 
     With `trainable: head` also that of the body's states, from which the log-probs then come.
     """
-    config = config_from_options(args)
+    config = unplanned(config_from_options(args))
     show_log()
     from fastpref.data.dataset import load_dataset
     from fastpref.data.pack import demand_vocabulary

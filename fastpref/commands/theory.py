@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastpref.commands import add_field_options, show_log
-from fastpref.config import Config, field_names, load_config
+from fastpref.config import Config, field_names, load_config, unplanned
 
 if TYPE_CHECKING:
     from fastpref.data.tokenize import TokenPair
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     overrides = {k: v for k, v in OWN_DEFAULTS.items() if v is not None} | given
     if learning_rate not in (None, "null"):
         overrides["learning_rate"] = learning_rate
-    config = load_config(None, overrides)
+    config = unplanned(load_config(None, overrides))
     per_step = config.learning_rate if "learning_rate" in overrides else None
 
     from fastpref.report.files import write_whole

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from bench.measure import peak_of
-from fastpref.config import Config
+from fastpref.config import Config, unplanned
 from fastpref.data.pack import fed_tokens, pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.losses import get_loss
 from fastpref.memory import Memory, read_size
-from fastpref.model import load_model
-from fastpref.planner import made_pairs, make_plan, refusal, unplanned
+from fastpref.model import load_model, routes
+from fastpref.planner import made_pairs, make_plan, refusal
 from fastpref.prepare import make_optimizer
 from fastpref.rehearsal import rehearse
 from fastpref.step import train_step
@@ -35,7 +35,16 @@ SIZES: dict[str, Any] = {
 
 
 def architectures() -> dict[str, Any]:
-    from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config
+    from transformers import (
+        Gemma3TextConfig,
+        GPT2Config,
+        LlamaConfig,
+        MixtralConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
+
+    experts = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
 
     return {
         "gpt2": GPT2Config(
@@ -45,6 +54,12 @@ def architectures() -> dict[str, Any]:
         "llama": LlamaConfig(**SIZES),
         "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
         "gemma3": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=32),
+        "mixtral": MixtralConfig(**SIZES, **experts, num_local_experts=4),
+        "qwen3_moe": Qwen3MoeConfig(
+            **SIZES, **experts, num_experts=4, head_dim=16, moe_intermediate_size=48,
+            output_router_logits=True,
+        ),
+        "tiny": LlamaConfig(**SIZES | {"num_hidden_layers": 1}),
     }  # fmt: skip
 
 
@@ -75,7 +90,7 @@ def measured(config: Config, micro_batches: int) -> tuple[int, int]:
     """Bytes of weights, masters and optimizer state; and what a step adds to them at its peak."""
     model = load_model(config, tokenizer="none is needed")
     optimizer, masters = make_optimizer(config, model)
-    batches = [pack_pairs(some_pairs(8))] * micro_batches
+    batches = [pack_pairs(some_pairs(8), whole=model.router is not None)] * micro_batches
     count = sum(batch.num_pairs for batch in batches)
     norms = "exact" if config.track == "head" else None
 
@@ -103,30 +118,38 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("llama", {}, 1),
     ("llama", {}, 2),
     ("llama", {"trainable": "lora"}, 2),
-    ("llama", BF16, 1),
-    ("llama", NARROW, 2),
     ("llama", {**NARROW, "optim": "adamw_8bit"}, 2),
-    ("llama", {"gradient_checkpointing": "selective"}, 1),
     ("llama", {"gradient_checkpointing": "full"}, 2),
     ("llama", {"track": "head"}, 1),
-    ("llama", {**NARROW, "trainable": "lora", "gradient_checkpointing": "full"}, 1),
-    ("gpt2", {}, 1),
     ("gpt2", {**NARROW, "gradient_checkpointing": "selective"}, 2),
     ("qwen3", {**BF16, "gradient_checkpointing": "full"}, 1),
+    ("mixtral", {}, 1),
+    ("mixtral", {"router_aux_loss_coef": 0.02, "gradient_checkpointing": "full"}, 2),
+    ("qwen3_moe", {"router_aux_loss_coef": 0.02}, 2),
+    ("gemma3", {"gradient_checkpointing": "selective", "trainable": "lora"}, 2),
+]
+MORE: list[tuple[str, dict[str, Any], int]] = [
+    ("llama", BF16, 1),
+    ("llama", {**NARROW, "trainable": "lora", "gradient_checkpointing": "full"}, 1),
+    ("gpt2", {}, 1),
     ("qwen3", {"trainable": "lora", "optim": "adamw_8bit"}, 1),
     ("gemma3", NARROW, 1),
-    ("gemma3", {"gradient_checkpointing": "selective", "trainable": "lora"}, 2),
+    ("llama", NARROW, 2),
+    ("llama", {"gradient_checkpointing": "selective"}, 1),
 ]
 
 
-@pytest.mark.parametrize(("architecture", "changes", "micro_batches"), CASES)
+@pytest.mark.parametrize(
+    ("architecture", "changes", "micro_batches"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+)
 def test_a_plan_is_within_15_percent_of_the_measured_peak(
     folders: dict[str, Path], architecture: str, changes: dict[str, Any], micro_batches: int
 ) -> None:
     settings: dict[str, Any] = {"dtype": "float32", "track": "none", "max_length": 128}
     config = Config(model_name_or_path=str(folders[architecture]), **settings | changes)
     kept, step = measured(config, micro_batches)
-    batch = pack_pairs(some_pairs(8))
+    batch = pack_pairs(some_pairs(8), whole=routes(config))
     planned = rehearse(config, batch, accumulates=micro_batches > 1, gpu=False).total
     assert planned == pytest.approx(kept + step, rel=TOLERANCE)
     assert planned - kept == pytest.approx(step, rel=TOLERANCE)  # without what stands still
@@ -146,6 +169,7 @@ def planned(folder: Path, size: int, **changes: Any) -> Any:
     return make_plan(config, pairs, fed_tokens(pairs), Memory("a device", size, True))
 
 
+@pytest.mark.slow
 def test_what_is_left_to_the_planner_shrinks_with_the_memory(folders: dict[str, Path]) -> None:
     wide = planned(folders["llama"], 10**10)
     assert wide.config.gradient_checkpointing == "none" and wide.fits
@@ -163,7 +187,7 @@ def test_what_is_left_to_the_planner_shrinks_with_the_memory(folders: dict[str, 
 
 def test_a_budget_is_never_below_the_longest_pair(folders: dict[str, Path]) -> None:
     pairs = [*made_pairs(10, 4, 40), *made_pairs(90, 30, 1)]
-    config = config_of(folders["llama"], **LEFT)
+    config = config_of(folders["tiny"], **LEFT)
     plan = make_plan(config, pairs, fed_tokens(pairs), Memory("a device", 1, True))
     assert plan.config.max_tokens_per_microbatch >= 90 + 29 + 29
     assert not plan.fits
@@ -173,7 +197,7 @@ def test_what_cannot_fit_is_refused_with_numbers_and_settings_that_do(
     folders: dict[str, Path],
 ) -> None:
     pairs = made_pairs(40, 24, 64)
-    config = config_of(folders["llama"], dtype="bfloat16")
+    config = config_of(folders["tiny"], dtype="bfloat16")
     sizes = fed_tokens(pairs)
     wide = make_plan(config, pairs, sizes, Memory("a device", 10**10, True))
     tight = Memory("a device", wide.total // 5, True)
@@ -182,6 +206,36 @@ def test_what_cannot_fit_is_refused_with_numbers_and_settings_that_do(
     assert "gradient_checkpointing: full" in text
     hopeless = make_plan(config, pairs, sizes, Memory("a device", 10**5, True))
     assert "Nothing makes it fit" in refusal(hopeless, pairs, sizes)
+
+
+def test_a_cpu_has_the_least_that_fits_too_and_refuses_nothing(folders: dict[str, Path]) -> None:
+    pairs = made_pairs(40, 24, 64)
+    config = config_of(folders["tiny"], **LEFT)
+
+    def plan(size: int) -> Any:
+        return make_plan(config, pairs, fed_tokens(pairs), Memory("this machine", size, False))
+
+    wide = plan(10**10)
+    assert wide.config.gradient_checkpointing == "none" and wide.fits
+    tight = plan(wide.total // 2)
+    assert tight.fits and tight.config.gradient_checkpointing != "none"
+    none = plan(1)
+    assert not none.fits and not none.refused
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_the_command_plans_mixtures_of_experts(
+    folders: dict[str, Path], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastpref.cli import main
+
+    options = ["--model_name_or_path", str(folders[name]), "--max_length", "128"]
+    options += ["--router_aux_loss_coef", "0.1", "--memory", "8GB", "--train_batch_size", "4"]
+    assert main(["plan", *options]) == 0
+    # Prompt and both completions: every token is routed, also the last.
+    assert "(4 pairs, 768 tokens" in capsys.readouterr().out
+    assert main(["plan", *options, "--torch_compile"]) == 2
+    assert "Set torch_compile: false, or router_aux_loss_coef: 0" in capsys.readouterr().err
 
 
 def test_without_a_plan_there_are_defaults() -> None:
@@ -211,7 +265,7 @@ def test_the_command_prints_the_table_or_refuses(
 ) -> None:
     from fastpref.cli import main
 
-    options = ["--model_name_or_path", str(folders["llama"]), "--max_length", "128"]
+    options = ["--model_name_or_path", str(folders["tiny"]), "--max_length", "128"]
     assert main(["plan", *options, "--memory", "8GB"]) == 0
     shown = capsys.readouterr().out
     for line in ("weights ", "gradients ", "optimizer ", "activations", "head ", "total ", "GPU"):
@@ -224,7 +278,7 @@ def test_the_command_prints_the_table_or_refuses(
     assert "expected a size" in capsys.readouterr().err
     assert main(["plan", *options, "--prompt_tokens", "0"]) == 2
     assert "--prompt_tokens: expected 1 or more" in capsys.readouterr().err
-    assert main(["plan", "--model_name_or_path", str(folders["llama"].parent)]) == 2
+    assert main(["plan", "--model_name_or_path", str(folders["tiny"].parent)]) == 2
 
 
 def test_a_plan_reads_no_weights(folders: dict[str, Path], tmp_path: Path) -> None:

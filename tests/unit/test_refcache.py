@@ -487,6 +487,10 @@ def test_numbers_that_are_not_finite_are_not_kept(
     assert not list(tmp_path.iterdir())
 
 
+# Of training alone, which plans.
+LEFT = ("--max_tokens_per_microbatch", "0", "--gradient_checkpointing", "auto")
+
+
 def test_the_command(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], forwards: list[int]
 ) -> None:
@@ -500,7 +504,7 @@ def test_the_command(
     (file,) = tmp_path.iterdir()
     for said in ("80 pairs have", "computed now", f"key  {file.stem}", f"file {file}"):
         assert said in first
-    assert main([*words, "--learning_rate", "1", "--ref_check_pairs", "0"]) == 0
+    assert main([*words, "--learning_rate", "1", "--ref_check_pairs", "0", *LEFT]) == 0
     assert capsys.readouterr().out == first.replace(
         "computed now", "found in the cache, nothing computed"
     )

@@ -73,6 +73,7 @@ def test_numbers_files_and_screen(
     tiny_model_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--beta", "0.05", "--learning_rate", "0.2", "--train_batch_size", "8")
+    words += ("--max_tokens_per_microbatch", "0")  # left to a planner that there is not here
     code, shown, _ = theory(capsys, tiny_model_dir, data, tmp_path, *words)
     assert code == 0
     rows = {row["behavior"]: row for row in read_csv(tmp_path / "behaviors.csv")}
