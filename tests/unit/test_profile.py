@@ -540,3 +540,11 @@ def test_an_adapter_brings_its_base(
 def test_numbers_with_errors() -> None:
     assert with_error(62.93, 3.24) == "62.9±3.2" and with_error(0.0012, 0.00031) == "0.0012±0.0003"
     assert with_error(1234.5, 99.0) == "1234±99" and with_error(1e-7, 2e-8) == "1.0e-07±2e-08"
+
+
+def test_what_is_left_to_the_planner_is_as_without_one() -> None:
+    from fastpref.commands.profile import configuration
+    from fastpref.origin import Origin
+
+    config = configuration(Origin({"model_name_or_path": "m"}), {"max_tokens_per_microbatch": "0"})
+    assert config.max_tokens_per_microbatch == 16384
