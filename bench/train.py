@@ -359,7 +359,12 @@ def quiet() -> Iterator[None]:
 
     os.environ["TQDM_DISABLE"] = "1"
     hf_logging.set_verbosity_error()
-    logging.getLogger("fastpref").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    own = logging.getLogger("fastpref")
+    before = own.level
+    own.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        own.setLevel(before)

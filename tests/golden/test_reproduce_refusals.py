@@ -225,9 +225,9 @@ def test_asked_to_end(
 
         step = module.train_step
 
-        def last(*own: Any) -> Any:
+        def last(*own: Any, **named: Any) -> Any:
             signal.raise_signal(signal.SIGTERM)
-            return step(*own)
+            return step(*own, **named)
 
         monkeypatch.setattr(module, "train_step", last)
         return train(*args, **options)

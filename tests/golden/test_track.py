@@ -176,11 +176,11 @@ def test_a_run_that_fails_leaves_what_it_recorded(
     straight = run(base, tmp_path / "straight", save_steps=2)
     real, calls = fastpref.train.train_step, []
 
-    def fails(*arguments: Any) -> Any:
+    def fails(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == 6:
             raise NonFiniteError("made up")
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(fastpref.train, "train_step", fails)
     with pytest.raises(NonFiniteError, match="step 6: made up"):

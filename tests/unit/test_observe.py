@@ -30,6 +30,7 @@ def test_truncated_pairs_are_marked_however_many_there_are() -> None:
         more={},
         scalar=lambda name: 1.0,
         has=lambda name: False,
+        numbers=lambda name: None,
     )
     began = time.process_time()
     record_step(recorder, view, truncated, 0.1)
