@@ -41,6 +41,17 @@ RESERVE = 30.0  # seconds that a case is taken to need at least
 HEADLINES = ("8b_full_512_256_tuned", "3b_full_512_256_default", "8b_lora_512_256_tuned")
 
 
+def _chosen(only: Sequence[str] | None) -> list[Case]:
+    """The cases that ``only`` names, or all, in their order; SystemExit where one is none."""
+    known = {case.name: case for case in cases()}
+    unknown = [name for name in only or () if name not in known]
+    if unknown:
+        raise SystemExit(
+            f"bench gpu: --only: there is no case {', '.join(unknown)}. Cases: {', '.join(known)}"
+        )
+    return [case for name, case in known.items() if only is None or name in only]
+
+
 @dataclass
 class Facts:
     """Of a contender in a case."""
@@ -55,7 +66,7 @@ class Facts:
 def run(session: Session) -> dict[str, dict[str, float] | None]:
     """Measure every case there is time for; the values that targets are stated for."""
     missing = lacking(session)
-    chosen = [c for c in cases() if session.only is None or c.name in session.only]
+    chosen = _chosen(session.only)
     values: dict[str, dict[str, float] | None] = dict.fromkeys(NAMES)
     shown = {}
     for case in chosen:

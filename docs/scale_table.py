@@ -40,11 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full, bfloat16 weights, 8-bit AdamW": {"weights_dtype": "bfloat16", "optim": "adamw_8bit"},
     "full, bfloat16 alone": {"weights_dtype": "bfloat16", "master_weights": False},
     "LoRA, bfloat16 weights": {"weights_dtype": "bfloat16", "trainable": "lora"},
+    "QLoRA": {"weights_dtype": "bfloat16", "trainable": "lora", "load_in_4bit": True},
 }
-QLORA = "QLoRA"
-# NF4 and one float32 scale for every 64 weights (Dettmers et al. 2023, arXiv 2305.14314, without
-# double quantisation), of linear layers; embedding, head and norms stay in bfloat16.
-NF4_BYTES = 0.5 + 4 / 64
 
 
 @dataclass(frozen=True)
@@ -93,10 +90,7 @@ def rows(model: str) -> Iterator[Row]:
     """Those of a model, each as soon as it is known."""
     for setting, chosen in SETTINGS.items():
         for mode in ("none", "full"):
-            row = planned(model, setting, chosen, mode)
-            yield row
-            if setting.startswith("LoRA"):
-                yield quantised(row)
+            yield planned(model, setting, chosen, mode)
 
 
 def planned(model: str, setting: str, chosen: dict[str, Any], mode: str) -> Row:
@@ -138,20 +132,6 @@ def plan(model: str, layers: int, chosen: dict[str, Any], mode: str) -> Plan:
         )
         pairs = made_pairs(PROMPT, COMPLETION, config.train_batch_size)
         return make_plan(config, pairs, fed_tokens(pairs), Memory.of_gpu(H200))
-
-
-def quantised(lora: Row) -> Row:
-    """QLoRA by arithmetic: LoRA's row with its linear layers in 4 bits, and the largest of them in
-    bfloat16 while it is multiplied."""
-    hidden, inner, layers, heads, key_heads, _ = SHAPES[lora.model]
-    head = hidden // heads
-    linear = layers * hidden * (2 * hidden + 2 * key_heads * head + 3 * inner)
-    weights = lora.weights - (2 - NF4_BYTES) * linear
-    one = 2.0 * hidden * inner
-    activations = lora.activations + one
-    return Row(
-        lora.model, QLORA, lora.checkpointing, weights, lora.gradients, lora.optimizer, activations
-    )
 
 
 HEAD = (

@@ -16,7 +16,9 @@ p, c, r: fed tokens of the prefix, the chosen, the rejected rest. MFU (Chowdhery
 arXiv 2204.02311, appendix B) is that over seconds and the device's peak; theirs counts every
 score, masked ones too, ours the visible ones.
 
-What is not taken off: the gradient of the first layer's inputs where embeddings are frozen.
+What is not taken off: the row in which the completions of a pair part, which R counts for each of
+the two that it scores, as the head computes it; and the gradient of the first layer's inputs where
+embeddings are frozen.
 """
 
 from __future__ import annotations

@@ -105,6 +105,7 @@ def test_the_recipe_in_plain_transformers_agrees_in_float64(trainable: str, reci
             assert abs(a.metrics["loss"] - 0.6931) > 1e-3  # another model is the reference
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_every_kind_of_case(tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("trl")
     names = ["8b_full_512_256_tuned", "3b_full_hh_default", "1b_lora_persona_default"]
@@ -146,6 +147,11 @@ def test_no_case_begins_when_time_is_nearly_up(tmp_path: Path) -> None:
     values = gpu_e2e.run(session)
     assert session.not_reached == [case.name for case in e2e_cases.cases()]
     assert set(values.values()) == {None}
+
+
+def test_a_case_that_there_is_not_is_refused_with_the_names(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no case 8b_nosuch\. Cases: 8b_full_512_256_tuned, "):
+        gpu_e2e.run(dataclasses.replace(_session(tmp_path), only=("8b_nosuch",)))
 
 
 def test_a_case_that_fails_takes_no_other_with_it(
