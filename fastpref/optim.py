@@ -86,8 +86,6 @@ def _adafactor(groups: Groups, config: Config) -> torch.optim.Optimizer:
 def _adamw_8bit(groups: Groups, config: Config, paged: bool = False) -> torch.optim.Optimizer:
     """bitsandbytes' block-wise 8-bit moments (Dettmers et al. 2022, arXiv 2110.02861); weights of
     less than 4096 numbers keep moments of 32 bits. Paged: CUDA moves them to the host and back."""
-    if paged and not torch.cuda.is_available():
-        raise ValueError("optim: paged_adamw_8bit needs CUDA. Set optim: adamw_8bit.")
     bitsandbytes = import_bitsandbytes(f"optim: {config.optim}")
     optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
         groups,
@@ -97,6 +95,14 @@ def _adamw_8bit(groups: Groups, config: Config, paged: bool = False) -> torch.op
         is_paged=paged,
     )
     return optimizer
+
+
+def demand_optimizer(config: Config) -> None:
+    """ValueError that names the remedy where `optim` needs what is not here."""
+    if config.optim == "paged_adamw_8bit" and not torch.cuda.is_available():
+        raise ValueError("optim: paged_adamw_8bit needs CUDA. Set optim: adamw_8bit.")
+    if config.optim in ("adamw_8bit", "paged_adamw_8bit"):
+        import_bitsandbytes(f"optim: {config.optim}")
 
 
 def import_bitsandbytes(asked: str, extra: str = "8bit") -> Any:

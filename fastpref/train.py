@@ -44,6 +44,7 @@ from fastpref.loggers import demand_packages
 from fastpref.losses import Loss, get_loss
 from fastpref.model import load_model, load_tokenizer, resolve_device, routes
 from fastpref.observe import StepView, Trail, Window, record_step
+from fastpref.optim import demand_optimizer
 from fastpref.perf import Perf, device_peak, warm_up_steps
 from fastpref.planner import plan_run
 from fastpref.prepare import (
@@ -91,6 +92,7 @@ def _train(config: Config, loss: Loss, progress: bool) -> Path:
     config = resolved(config)
     runfolder.check(config)
     demand_packages(config)
+    demand_optimizer(config)
     if config.torch_compile:
         demand_compiler(resolve_device(config.device))
     if config.trainable == "lora":

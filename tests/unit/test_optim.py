@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 from fastpref.config import Config
 from fastpref.optim import build_optimizer, clip_gradients
+from fastpref.train import train
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 50}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -155,3 +158,21 @@ def test_clipping_shows_a_norm_that_is_not_finite() -> None:
     weight.grad = torch.tensor([1.0, float("nan"), 1.0])
     norm, _ = clip_gradients([weight], 1.0)
     assert not bool(torch.isfinite(norm))
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_what_an_optimizer_lacks_is_found_before_anything_is_read_or_written(
+    optim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
+    config = Config(
+        dataset_name=(str(tmp_path / "missing.jsonl"),),
+        output_dir=str(tmp_path / "run"),
+        device="cpu",
+        optim=optim,
+    )
+    paged = optim.startswith("paged") and not torch.cuda.is_available()
+    remedy = "needs CUDA. Set optim: adamw_8bit" if paged else r'pip install "fastpref\[8bit\]"'
+    with pytest.raises(ValueError, match=remedy):
+        train(config)
+    assert not (tmp_path / "run").exists()
