@@ -27,8 +27,7 @@ from . import _launch, _norm_checks
 from ._launch import surroundings
 from .column_sums import column_sums
 from .pair_gram import is_narrow, narrow_gram, pair_gram
-from .segment_products import multiply, torch_segment_products, wide_dtype
-from .spans import row_counts
+from .segment_products import counted, multiply, torch_segment_products, wide_dtype
 
 
 def linear_norms(
@@ -275,12 +274,7 @@ def _pair_gram_op(
     backend: str,
 ) -> Tensor:
     chosen, name = backend.split()
-    if counts is None or not x.is_cuda:
-        # On the CPU reading is free, and order and counts are checked whoever counted.
-        found = row_counts(segment_id, segments, name=name)
-        if counts is not None and found != list(counts):
-            _launch.check_rows_of_segments(name, segment_id, counts)
-        counts = found
+    counts = counted(counts, segment_id, segments, name)
     with surroundings(x.device):
         products = torch_segment_products
         if chosen == "triton":

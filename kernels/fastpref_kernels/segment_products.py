@@ -60,6 +60,19 @@ def torch_segment_products(left: Tensor, right: Tensor, counts: Sequence[int]) -
     return out
 
 
+def counted(
+    counts: Sequence[int] | None, segment_id: Tensor, segments: int, name: str
+) -> Sequence[int]:
+    """``counts``, or the rows of every segment where they are not given. On the CPU reading is
+    free, and order and counts are checked whoever counted."""
+    if counts is not None and segment_id.is_cuda:
+        return counts
+    found = row_counts(segment_id, segments, name=name)
+    if counts is not None and found != list(counts):
+        check_rows_of_segments(name, segment_id, counts)
+    return found
+
+
 @torch.library.custom_op(
     "fastpref::segment_products",
     mutates_args=(),
@@ -75,12 +88,7 @@ def _segment_products_op(
     backend: str,
 ) -> Tensor:
     chosen, name = backend.split()
-    if counts is None or not left.is_cuda:
-        # On the CPU reading is free, and order and counts are checked whoever counted.
-        found = row_counts(segment_id, segments, name=name)
-        if counts is not None and found != list(counts):
-            check_rows_of_segments(name, segment_id, counts)
-        counts = found
+    counts = counted(counts, segment_id, segments, name)
     with surroundings(left.device):
         if chosen == "triton":
             from .triton_sketch import triton_segment_products
