@@ -112,7 +112,8 @@ def _model(session: Session, backend: Backend) -> Found:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fastpref.data.tokenize import TokenPair
-    from fastpref.model import PairModel, prepare
+    from fastpref.loading import prepare
+    from fastpref.model import PairModel
     from fastpref.selfcheck import TOLERANCE, check_model
 
     cuda = session.device.type == "cuda"

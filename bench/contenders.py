@@ -41,14 +41,14 @@ from fastpref.dynamics.recorder import read_jsonl
 from fastpref.features import with_features
 from fastpref.flops import Shape as Useful
 from fastpref.head import freeze_body
+from fastpref.loading import load_model
+from fastpref.loop import run_loop
 from fastpref.losses import get_loss
-from fastpref.model import load_model
 from fastpref.observe import Window
 from fastpref.optim import build_optimizer
 from fastpref.refcache import PLAN_TOKENS, reference_logp
 from fastpref.schedule import Schedule
 from fastpref.state import State
-from fastpref.train import run_loop
 
 COMPARED = ("loss", "logps/chosen", "logps/rejected", "num_tokens")
 

@@ -29,8 +29,9 @@ from fastpref.data.loader import StepPlan
 from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
 from fastpref.data.tokenize import TokenPair
 from fastpref.dynamics.taps import attach
+from fastpref.loading import prepare
 from fastpref.losses import get_loss
-from fastpref.model import PairModel, prepare
+from fastpref.model import PairModel
 from fastpref.observe import StepView
 from fastpref.optim import build_optimizer, clip_gradients
 from fastpref.refcache import reference_logp

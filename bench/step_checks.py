@@ -37,8 +37,9 @@ def _parts(session: Session, track: str) -> Any:
     from fastpref.data.pack import pack_pairs
     from fastpref.data.tokenize import TokenPair
     from fastpref.dynamics.taps import attach
+    from fastpref.loading import prepare
     from fastpref.losses import get_loss
-    from fastpref.model import PairModel, prepare
+    from fastpref.model import PairModel
     from fastpref.step import StepResult, train_step
 
     config = LlamaConfig(

@@ -24,8 +24,9 @@ from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
 from fastpref.data.tokenize import TokenPair
 from fastpref.dynamics.pair_parts import WAITING
 from fastpref.dynamics.taps import attach
+from fastpref.loading import prepare
 from fastpref.losses import get_loss
-from fastpref.model import PairModel, prepare
+from fastpref.model import PairModel
 from fastpref.observe import StepView
 from fastpref.optim import build_optimizer
 from fastpref.step import StepResult, train_step

@@ -93,7 +93,7 @@ def _check_class(name: str, model_config: Any) -> None:
     if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"transformers {__version__} has no causal LM for model_type {name!r}.")
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
-    # A heuristic of transformers' own; `fastpref.model.prepare` looks at what it did.
+    # A heuristic of transformers' own; `fastpref.loading.prepare` looks at what it did.
     if not found._can_set_attn_implementation():
         raise ValueError(f"{found.__name__} ({name}) {NO_INTERFACE}. Not supported.")
 

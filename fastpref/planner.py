@@ -23,8 +23,8 @@ from fastpref.config_course import DEFAULT_TOKENS
 from fastpref.data.dataset import Dataset
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
+from fastpref.loading import resolve_device, resolve_dtype, routes
 from fastpref.memory import Memory, gib
-from fastpref.model import resolve_device, resolve_dtype, routes
 from fastpref.recompute import MODES
 from fastpref.rehearsal import Rehearsed, rehearse
 

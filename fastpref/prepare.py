@@ -14,8 +14,9 @@ from fastpref.attention_backends import demand_backend, find_backend
 from fastpref.config import Config, load_config
 from fastpref.data.dataset import Dataset
 from fastpref.data.loader import Loader
+from fastpref.loading import resolve_device, resolve_dtype
 from fastpref.masters import Masters
-from fastpref.model import PairModel, resolve_device, resolve_dtype
+from fastpref.model import PairModel
 from fastpref.optim import build_optimizer
 from fastpref.refcache import cache_key
 from fastpref.refmodel import find_reference

@@ -13,7 +13,8 @@ import torch
 from fastpref.config import Config
 from fastpref.data.pack import Packer, pack_pairs
 from fastpref.data.tokenize import TokenPair
-from fastpref.model import PairModel, load_reference
+from fastpref.loading import load_reference
+from fastpref.model import PairModel
 from fastpref.refcache import Found, look_up
 from fastpref.selfcheck import check_model
 

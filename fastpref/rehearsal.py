@@ -27,7 +27,8 @@ from fastpref.config import Config
 from fastpref.dynamics.pair_parts import WAITING
 from fastpref.head import freeze_body
 from fastpref.live_bytes import LiveBytes, Scratch
-from fastpref.model import HeadNorms, PairModel, reference_skeleton, skeleton
+from fastpref.loading import reference_skeleton, skeleton
+from fastpref.model import HeadNorms, PairModel
 from fastpref.optim import EIGHT_BIT
 from fastpref.prepare import make_optimizer
 from fastpref.quantised import numbers

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fastpref import model as pair_model
+from fastpref import loading
 from fastpref.architecture import check_architecture
 from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel
@@ -133,7 +133,7 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float64, **changes: A
 
 def packed(module: Any) -> PairModel:
     """``module`` as fastpref computes with it, in the precision of its weights; in place."""
-    pair_model.prepare(module)
+    loading.prepare(module)
     return PairModel(module, None, torch.device("cpu"), module.dtype, "")
 
 

@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name}_tokens: expected {least} or more, got {value}")
     show_log()
     from fastpref.data.pack import demand_budget, fed_tokens, scored_rows
+    from fastpref.loading import resolve_device, routes
     from fastpref.memory import Memory, read_size
-    from fastpref.model import resolve_device, routes
     from fastpref.planner import Unknown, made_pairs, make_plan, refusal
 
     memory = (

@@ -137,7 +137,7 @@ def look(
     from fastpref.data.dataset import load_dataset
     from fastpref.data.pack import fed_tokens, pack_pairs
     from fastpref.head import freeze_body
-    from fastpref.model import load_model, load_tokenizer
+    from fastpref.loading import load_model, load_tokenizer
     from fastpref.profile import profile
     from fastpref.selfcheck import check_model
 

@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     from fastpref.data.dataset import load_dataset
     from fastpref.data.pack import demand_vocabulary
     from fastpref.features import with_states
+    from fastpref.loading import load_model, load_tokenizer
     from fastpref.losses import get_loss
-    from fastpref.model import load_model, load_tokenizer
     from fastpref.refmodel import find_reference
     from fastpref.selfcheck import check_model
 

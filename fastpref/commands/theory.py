@@ -99,7 +99,7 @@ def predict(
     """
     from fastpref.data.dataset import load_dataset
     from fastpref.frozen import demand_head, freeze
-    from fastpref.model import load_model
+    from fastpref.loading import load_model
     from fastpref.theory.overview import overview
 
     model = load_model(config)

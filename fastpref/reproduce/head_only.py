@@ -22,7 +22,8 @@ from fastpref.data.tokenize import TokenPair
 from fastpref.features import with_states
 from fastpref.frozen import first_tokens, prefix_features
 from fastpref.head import freeze_body
-from fastpref.model import PairModel, load_model, resolve_device
+from fastpref.loading import load_model, resolve_device
+from fastpref.model import PairModel
 from fastpref.refmodel import find_reference
 from fastpref.reproduce.behaviors import choose, find_files
 from fastpref.reproduce.names import STATEMENTS

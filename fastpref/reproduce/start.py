@@ -20,7 +20,8 @@ from fastpref.data.dataset import load_dataset
 from fastpref.dynamics.recorder import read_records
 from fastpref.dynamics.schema import HELD_OUT, TRAIN_SAMPLE
 from fastpref.frozen import Frozen, demand_head, freeze
-from fastpref.model import PairModel, load_model
+from fastpref.loading import load_model
+from fastpref.model import PairModel
 from fastpref.reproduce.runs import curves, step_columns, trained_pairs
 from fastpref.theory.adamw import adamw_recursion
 from fastpref.theory.dual import dpo_loss

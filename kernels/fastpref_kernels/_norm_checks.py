@@ -5,12 +5,13 @@ Shapes: T rows, S segments, g group_size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ._launch import DTYPES, check_counts
+from ._head_checks import DTYPES, check_counts
 
 _NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
@@ -68,6 +69,18 @@ def check_ids(name: str, label: str, ids: Tensor, lead: str, model: Tensor) -> N
     check_device(name, lead, model, label, ids)
 
 
+def check_count(name: str, label: str, value: int) -> None:
+    """A whole number that is not negative."""
+    if not isinstance(value, (int, torch.SymInt)) or value < 0:
+        raise ValueError(f"{name}: {label} must be >= 0 and an int, got {value!r}.")
+
+
+def check_scale(name: str, scale: float) -> None:
+    """A finite number."""
+    if not abs(scale) < math.inf:
+        raise ValueError(f"{name}: scale must be finite, got {scale!r}.")
+
+
 def check_segments(
     name: str,
     rows: int,
@@ -76,8 +89,7 @@ def check_segments(
     counts: Sequence[int] | None,
 ) -> int:
     """Numbers of segments that fit together; returns g, which is 1 for None."""
-    if num_segments < 0:
-        raise ValueError(f"{name}: num_segments must be >= 0, got {num_segments}.")
+    check_count(name, "num_segments", num_segments)
     if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
         raise ValueError(
             f"{name}: group_size must be an int of at least 1 or None, got {group_size!r}."

@@ -44,6 +44,7 @@ def embedding_norms(
     _norm_checks.check_ids(name, "token_id", token_id, "dy", dy)
     _norm_checks.check_ids(name, "segment_id", segment_id, "dy", dy)
     size = _norm_checks.check_segments(name, dy.shape[0], num_segments, group_size, None)
+    _norm_checks.check_scale(name, scale)
     gram = _embedding_gram_op(token_id, dy.detach(), segment_id, num_segments, size, padding_idx)
     gram = gram * (scale * scale)
     return gram.flatten() if group_size is None else gram
@@ -118,6 +119,7 @@ def tied_norms(
     _norm_checks.check_ids(name, "row_segment", row_segment, "hidden", hidden)
     _norm_checks.check_device(name, "dy", dy, "hidden", hidden)
     size = _norm_checks.check_segments(name, dy.shape[0], num_segments, group_size, None)
+    _norm_checks.check_scale(name, scale)
     gram = _tied_gram_op(
         column,
         dy.detach(),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._launch import check_counts, check_rows_of_segments
+from ._head_checks import check_counts, check_rows_of_segments
 from .linear_logprob import linear_logprob
 from .pair_checks import check_options
 from .pair_loss import PairLoss, pair_loss

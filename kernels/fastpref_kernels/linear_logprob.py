@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _launch, torch_tiles
+from . import _head_checks, _launch, torch_tiles
 from ._plan import Plan, make_plan
 from ._route import is_plain
 from .count_sketch import BUCKETS
@@ -22,7 +22,7 @@ from .head_norms import HeadNorms, SketchPlan
 from .row_sums import row_statistics
 from .segment import segment_expand, segment_sum
 
-_SEGMENT_STATS, _ROW_FLOATS = _launch.SEGMENT_STATS, ("log1m_pmax", "row_norm_sq", "row_logp")
+_SEGMENT_STATS, _ROW_FLOATS = _head_checks.SEGMENT_STATS, ("log1m_pmax", "row_norm_sq", "row_logp")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def linear_logprob(
     Errors    ValueError with the offending value; on CUDA a target out of range gives NaN instead.
     Oracle    reference.linear_logprob
     """
-    segments = _launch.check_linear_logprob(
+    segments = _head_checks.check_linear_logprob(
         hidden,
         weight,
         target,
@@ -186,7 +186,7 @@ def forward(
     """logp, segment statistics, argmax, other statistics per row, the three of `NormResults` (all
     None where not asked for), the four of `torch_tiles.Saved`."""
     vocab = weight.shape[0]
-    _launch.check_values(target, segment_id, vocab, segments, counts)
+    _head_checks.check_values(target, segment_id, vocab, segments, counts)
     transform, what = _transform(bias, scales), Plan(*plan)
     names = frozenset(stats.split(",")) - {""}
     norms = None

@@ -71,7 +71,7 @@ def check_options(beta: float, loss_type: str, label_smoothing: float, group_siz
     if loss_type not in LOSS_TYPES:
         raise ValueError(
             f"pair_loss: loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}."
-            f"{_launch._nearest(str(loss_type), LOSS_TYPES)}"
+            f"{_launch.nearest(str(loss_type), LOSS_TYPES)}"
         )
     if not 0 < beta < math.inf:
         raise ValueError(f"pair_loss: beta must be positive and finite, got {beta!r}.")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _launch
+from . import _head_checks, _launch
 from .pair_checks import LOSS_TYPES, check_pair_loss
 from .segment import segment_sum
 
@@ -159,7 +159,7 @@ def _forward_op(
     """loss (P,) and the table (len(COLUMNS), P)."""
     what = Plan(*plan)
     if segment_id is not None:
-        _launch.check_segments("pair_loss", segment_id, what.group * pairs)
+        _head_checks.check_segments("pair_loss", segment_id, what.group * pairs)
     if what.triton:
         from .pair_kernels import forward
 

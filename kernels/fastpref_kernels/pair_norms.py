@@ -184,6 +184,7 @@ def lora_norms(
     """Squared norms of an adapter y = W x + scale B (A x): A has input x and gradient scale B^T dy,
     B has input A x and gradient scale dy."""
     name = "lora_norms"
+    _norm_checks.check_scale(name, scale)
     inner, outer = adapter_sides(name, x, dy, lora_a, lora_b)
     a, b = (
         _linear_norms(name, inputs, outputs, segment_id, num_segments, group_size, counts, backend)

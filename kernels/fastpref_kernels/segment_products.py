@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._launch import check_rows_of_segments, surroundings
+from ._head_checks import check_rows_of_segments
+from ._launch import surroundings
 from .spans import row_counts, starts
 
 

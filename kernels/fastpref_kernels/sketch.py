@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _launch, _norm_checks
+from . import _head_checks, _launch, _norm_checks
 from .column_sums import column_sums
 from .count_sketch import project_vocabulary, vocabulary_signs
 from .pair_norms import adapter_sides
@@ -56,12 +56,14 @@ def linear_sketch(
     Errors    ValueError as `linear_norms`, and for k < 1 or buckets that are no power of two
     """
     name = "linear_sketch"
-    _launch.check_sketch(name, k, buckets, seed, key)
+    _head_checks.check_sketch(name, k, buckets, seed, key)
     _norm_checks.check_rows(name, ("x", x), ("dy", dy))
     _norm_checks.check_matrix(name, "x", x)
     _norm_checks.check_matrix(name, "dy", dy)
     _norm_checks.check_ids(name, "segment_id", segment_id, "x", x)
     _norm_checks.check_segments(name, x.shape[0], num_segments, None, counts)
+    _norm_checks.check_count(name, "first_input", first_input)
+    _norm_checks.check_count(name, "first_output", first_output)
     inside = Projection.of(seed, key, "in")
     outside = Projection.of(seed, key, "out")
     inputs = project(x, inside, k, first_row=first_input, backend=backend, name=name)
@@ -95,10 +97,11 @@ def lora_sketch(
     ".lora_B".
     """
     name = "lora_sketch"
-    _launch.check_sketch(name, k, None, seed, key)
+    _head_checks.check_sketch(name, k, None, seed, key)
     inner, outer = adapter_sides(name, x, dy, lora_a, lora_b)
     _norm_checks.check_ids(name, "segment_id", segment_id, "x", x)
     _norm_checks.check_segments(name, x.shape[0], num_segments, None, counts)
+    _norm_checks.check_scale(name, scale)
     sketches = []
     for matrix, inputs, outputs in (("lora_A", x, outer), ("lora_B", inner, dy)):
         left, right = (
@@ -133,12 +136,13 @@ def embedding_sketch(
     `buckets` is the head's `sketch_buckets`. `scale` and `padding_idx` as in `embedding_norms`.
     """
     name = "embedding_sketch"
-    _launch.check_sketch(name, k, buckets, seed, key)
+    _head_checks.check_sketch(name, k, buckets, seed, key)
     _norm_checks.check_rows(name, ("dy", dy))
     _norm_checks.check_matrix(name, "dy", dy)
     _norm_checks.check_ids(name, "token_id", token_id, "dy", dy)
     _norm_checks.check_ids(name, "segment_id", segment_id, "dy", dy)
     _norm_checks.check_segments(name, dy.shape[0], num_segments, None, counts)
+    _norm_checks.check_scale(name, scale)
     inputs = project(dy, Projection.of(seed, key, "in"), k, backend=backend, name=name)
     rows = token_id.to(torch.int64)
     outputs = _row_signs(rows, k, inputs.dtype, seed, key, buckets)
@@ -167,7 +171,7 @@ def column_sketch(
     of D is projected to k k numbers at once.
     """
     name = "column_sketch"
-    _launch.check_sketch(name, k, None, seed, key)
+    _head_checks.check_sketch(name, k, None, seed, key)
     _norm_checks.check_rows(name, ("dy", dy), *([] if x is None else [("x", x)]))
     if dy.dim() > 3 or (x is not None and x.shape != dy.shape):
         raise ValueError(
@@ -212,7 +216,9 @@ def weight_sketch(
     Numerics  the difference is formed and summed up in float64: an update is small beside a weight
     """
     name = "weight_sketch"
-    _launch.check_sketch(name, k, buckets, seed, key)
+    _head_checks.check_sketch(name, k, buckets, seed, key)
+    _norm_checks.check_count(name, "first_input", first_input)
+    _norm_checks.check_count(name, "first_output", first_output)
     if new.dim() not in (1, 2):
         raise ValueError(
             f"{name}: expected new (p, d) or (D,), got {tuple(new.shape)}; sketch the experts of a "

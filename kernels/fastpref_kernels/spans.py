@@ -42,6 +42,8 @@ def row_counts(segment_id: Tensor, num_segments: int, *, name: str = "row_counts
             f"{name}: expected segment_id (T,) int32 or int64, got {tuple(segment_id.shape)} "
             f"{segment_id.dtype}."
         )
+    if not isinstance(num_segments, int) or num_segments < 0:
+        raise ValueError(f"{name}: num_segments must be >= 0 and an int, got {num_segments!r}.")
     if not segment_id.numel():
         return [0] * num_segments
     ids = segment_id.to(torch.int64)

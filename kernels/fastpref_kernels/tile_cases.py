@@ -11,7 +11,8 @@ import torch
 
 from . import triton_tiles
 from ._aot import AotCase, case_of
-from ._launch import ROW_STATS, SEGMENT_STATS, TRITON_TILES, Launch, TritonTile, recorded
+from ._head_checks import ROW_STATS, SEGMENT_STATS
+from ._launch import TRITON_TILES, Launch, TritonTile, recorded
 from .count_sketch import BUCKETS, Buckets, CountSketch
 from .torch_tiles import Transform
 

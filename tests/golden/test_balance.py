@@ -19,8 +19,8 @@ from fastpref.data.dataset import load_dataset
 from fastpref.data.pack import pack_pairs
 from fastpref.dynamics.balancing import ShareController
 from fastpref.dynamics.recorder import read_records
+from fastpref.loading import load_model
 from fastpref.losses import LOSSES
-from fastpref.model import load_model
 from fastpref.refcache import with_reference
 from fastpref.step import backward
 from fastpref.train import train

@@ -24,7 +24,7 @@ from fastpref.data.dataset import Dataset, load_dataset
 from fastpref.data.tokenize import TokenPair
 from fastpref.dynamics.recorder import read_records
 from fastpref.features import with_features
-from fastpref.model import load_model, load_tokenizer
+from fastpref.loading import load_model, load_tokenizer
 from fastpref.train import train
 
 ONE_TOKEN = {  # Im & Li's setting: one-token answers, plain SGD

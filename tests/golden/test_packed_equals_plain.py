@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpref import model as pair_model
+from fastpref import loading
 from fastpref.config import Config
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
@@ -100,7 +100,7 @@ def test_values_and_every_gradient(name: str, tolerance: float, loss_type: str) 
     # Packed.
     module.zero_grad()
     module.train()
-    pair_model.prepare(module)
+    loading.prepare(module)
     packed = PairModel(module, None, torch.device("cpu"), torch.float64, "")
     batch = pack_pairs(PAIRS)
     batch = type(batch)(**{**vars(batch), "ref_chosen": REFERENCE[0], "ref_rejected": REFERENCE[1]})
@@ -130,7 +130,7 @@ def test_values_and_every_gradient(name: str, tolerance: float, loss_type: str) 
 
 def test_order_and_composition_of_a_batch_change_nothing() -> None:
     module = build("llama").double()
-    pair_model.prepare(module)
+    loading.prepare(module)
     packed = PairModel(module, None, torch.device("cpu"), torch.float64, "")
     with torch.no_grad():
         together = packed.logp(pack_pairs(PAIRS)).logp.view(-1, 3)

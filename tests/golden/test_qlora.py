@@ -16,7 +16,7 @@ from fastpref import optim, quantised
 from fastpref.config import Config
 from fastpref.data.pack import pack_pairs
 from fastpref.dynamics.recorder import read_records
-from fastpref.model import load_model
+from fastpref.loading import load_model
 from fastpref.planner import made_pairs
 from fastpref.rehearsal import rehearse
 from fastpref.train import train

@@ -17,7 +17,7 @@ from fastpref.config import Config
 from fastpref.data.dataset import load_dataset
 from fastpref.dynamics.recorder import read_records
 from fastpref.frozen import prefix_features
-from fastpref.model import load_model
+from fastpref.loading import load_model
 from fastpref.theory.distinguish import behavior_statistics
 from fastpref.theory.mixture import interaction, shares_at
 from fastpref.theory.pairs import frozen_pairs

@@ -20,7 +20,8 @@ from fastpref.data.dataset import load_dataset, sample_pairs
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.dynamics.recorder import read_records
-from fastpref.model import PairModel, load_model
+from fastpref.loading import load_model
+from fastpref.model import PairModel
 from fastpref.train import train
 
 STEP = 3  # measured; there are checkpoints of every step

@@ -221,7 +221,7 @@ def test_asked_to_end(
     train = runs.train
 
     def stopped(*args: Any, **options: Any) -> Path:
-        from fastpref import train as module
+        from fastpref import loop as module
 
         step = module.train_step
 

@@ -216,7 +216,7 @@ def test_two_ranks_equal_one(config: Config, tmp_path: Path) -> None:
 
 
 def test_refused(config: Config, tiny_model_dir: Path) -> None:
-    from fastpref.model import load_model
+    from fastpref.loading import load_model
 
     with pytest.raises(ValueError, match="router_aux_loss_coef=0.1: llama is no mixture"):
         load_model(

@@ -123,7 +123,7 @@ def preempted(config: Config, folder: Path, step: int, monkeypatch: pytest.Monke
             count(perf, plan)
 
         patch.setattr(Perf, "step", note)
-        patch.setattr("fastpref.train._any_rank", lambda flag, device: seen[-1] == step)
+        patch.setattr("fastpref.loop._any_rank", lambda flag, device: seen[-1] == step)
         with pytest.raises(Preempted, match=f"stopped after step {step};"):
             run(config, folder)
 

@@ -16,7 +16,7 @@ import torch
 from fastpref_kernels import sketch_dot, weight_sketch
 from torch import Tensor
 
-from fastpref import model as pair_model
+from fastpref import loading
 from fastpref.config import Config
 from fastpref.data.pack import pack_pairs
 from fastpref.dynamics.taps import Taps, attach
@@ -41,7 +41,7 @@ def clean_norms(module: Any) -> Any:
 
 
 def pairs_model(module: Any, dtype: torch.dtype = torch.float64) -> PairModel:
-    pair_model.prepare(module)
+    loading.prepare(module)
     return PairModel(module, None, torch.device("cpu"), dtype, "")
 
 

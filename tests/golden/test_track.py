@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import fastpref.train
+import fastpref.loop
 from fastpref import transfer
 from fastpref.config import Config
 from fastpref.dynamics.recorder import read_records
@@ -174,7 +174,7 @@ def test_a_run_that_fails_leaves_what_it_recorded(
 ) -> None:
     """Its last step too, whose copy was on the way; and goes on to the straight run's records."""
     straight = run(base, tmp_path / "straight", save_steps=2)
-    real, calls = fastpref.train.train_step, []
+    real, calls = fastpref.loop.train_step, []
 
     def fails(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
@@ -182,7 +182,7 @@ def test_a_run_that_fails_leaves_what_it_recorded(
             raise NonFiniteError("made up")
         return real(*arguments, **named)
 
-    monkeypatch.setattr(fastpref.train, "train_step", fails)
+    monkeypatch.setattr(fastpref.loop, "train_step", fails)
     with pytest.raises(NonFiniteError, match="step 6: made up"):
         run(base, tmp_path / "run", save_steps=2)
     assert read_records(tmp_path / "run", "steps")["step"].to_pylist() == [1, 2, 3, 4, 5]

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastpref import lora
 from fastpref.config import Config
 from fastpref.dynamics.recorder import read_jsonl, read_records
-from fastpref.model import load_model
+from fastpref.loading import load_model
 from fastpref.train import train
 from tests.golden.test_trl_parity import BATCH, BETA, distance, pairs
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastpref_kernels import _launch, gram_products, linear_logprob, reference
+from fastpref_kernels import _head_checks, gram_products, linear_logprob, reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -104,7 +104,7 @@ def test_same_bits_with_and_without(
             num_segments=12,
             group_size=3,
             norms=asked,
-            stats=_launch.SEGMENT_STATS + _launch.ROW_STATS if asked else (),
+            stats=_head_checks.SEGMENT_STATS + _head_checks.ROW_STATS if asked else (),
         )
         results.append((out.logp, *torch.autograd.grad(out.logp, (hidden, weight), case.grad)))
     for without, with_norms in zip(*results, strict=True):

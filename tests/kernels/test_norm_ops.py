@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -152,7 +153,8 @@ def linear(**changes: Any) -> Any:
         ({"num_segments": 2}, r"segment_id\[4\]=3 is outside 0..1"),
         ({"segment_id": torch.zeros(4).int()}, r"expected segment_id \(5,\) .* got \(4,\)"),
         ({"segment_id": torch.zeros(5)}, "int32 or int64, got .* torch.float32"),
-        ({"num_segments": -1}, "num_segments must be >= 0, got -1"),
+        ({"num_segments": -1}, "num_segments must be >= 0 and an int, got -1"),
+        ({"num_segments": 4.0}, "num_segments must be >= 0 and an int, got 4.0"),
         ({"group_size": 3}, "num_segments=4 is not a multiple of group_size=3"),
         ({"group_size": 0}, "group_size must be an int of at least 1 or None, got 0"),
         ({"group_size": 2.0}, "group_size must be an int of at least 1 or None, got 2.0"),
@@ -231,6 +233,13 @@ KEY: dict[str, Any] = {"seed": 0, "key": "a", **SAME}
             "k must be an int of at least 1, got 2.0",
         ),
         (lambda: linear_sketch(X, DY, IDS, 2, buckets=0, **KEY), "buckets must be a power .* 0"),
+        (lambda: linear_sketch(X, DY, IDS, 2, first_input=-1, **KEY), "first_input must be >= 0 "),
+        (lambda: weight_sketch(X, None, 2, seed=0, key="a", first_output=1.5), "an int, got 1.5"),
+        (
+            lambda: embedding_norms(TOKENS, X, IDS, scale=math.nan, **SAME),
+            "must be finite, got nan",
+        ),
+        (lambda: row_counts(IDS, -1), "row_counts: num_segments must be >= 0 and an int, got -1"),
         (lambda: embedding_sketch(TOKENS, X, IDS, 2, buckets=100, **KEY), "power .* got 100"),
         (lambda: weight_sketch(X, None, 2, seed=0, key="a", buckets=-64), "power .* got -64"),
         (lambda: lora_norms(X, DY, A, B, BACK, scale=1.0, **SAME), "lora_norms: .* follows"),

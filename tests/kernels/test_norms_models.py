@@ -11,7 +11,7 @@ import torch
 from fastpref_kernels import linear_norms, tied_norms, unique_ids, weight_sketch
 from torch import Tensor, nn
 
-from fastpref import model as pair_model
+from fastpref import loading
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.model import PairModel
@@ -141,7 +141,7 @@ def packed(name: str) -> Seen:
     """One packed batch with shared prefixes."""
     model = build(name)
     captures = capture(model)
-    pair_model.prepare(model)
+    loading.prepare(model)
     batch = pack_pairs(PAIRS)
     hidden = PairModel(model, None, torch.device("cpu"), torch.float64, "").hidden(batch)
     logits = model.lm_head(hidden.index_select(0, batch.rows)[None])[0]

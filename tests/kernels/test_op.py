@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastpref_kernels import _launch, linear_logprob
+from fastpref_kernels import _head_checks, _launch, linear_logprob
 from fastpref_kernels import linear_logprob as public
 from fastpref_kernels._plan import Plan
 from fastpref_kernels.linear_logprob import _backward_op, _forward_op
@@ -109,7 +109,7 @@ def test_op_and_its_body_called_directly_give_the_same_bits(
     """A mode that looks on sees one op a direction, and changes nothing."""
     set_width(monkeypatch, 64)
     case = make_case(20, 8, 300, dtype=dtype, segments=6, softcap=9.0, bias=True)
-    stats = () if norms is None else _launch.SEGMENT_STATS + _launch.ROW_STATS
+    stats = () if norms is None else _head_checks.SEGMENT_STATS + _head_checks.ROW_STATS
 
     def step() -> list[torch.Tensor]:
         assert case.bias is not None

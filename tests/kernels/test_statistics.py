@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastpref_kernels import _launch, linear_logprob, reference
+from fastpref_kernels import _head_checks, linear_logprob, reference
 from torch import Tensor
 
 from tests.kernels.cases import Case, make_case, set_width
 
-STATS = _launch.SEGMENT_STATS + _launch.ROW_STATS
+STATS = _head_checks.SEGMENT_STATS + _head_checks.ROW_STATS
 
 
 def both(case: Case, stats: tuple[str, ...] = STATS) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastpref_kernels import _launch, gram_tile, linear_logprob, reference, triton_norms
+from fastpref_kernels import _head_checks, gram_tile, linear_logprob, reference, triton_norms
 from fastpref_kernels.spans import group_counts
 
 from tests.kernels.cases import TRITON_DEVICE, Case, call, make_case
@@ -237,7 +237,7 @@ def test_same_bits_with_and_without(norms: str, monkeypatch: pytest.MonkeyPatch)
         leaves = [x.clone().requires_grad_() for x in (at.hidden, at.weight)]
         moved = replace(at, hidden=leaves[0], weight=leaves[1])
         more = {"sketch_buckets": 64} if asked else {}
-        stats = _launch.SEGMENT_STATS + _launch.ROW_STATS if asked else ()
+        stats = _head_checks.SEGMENT_STATS + _head_checks.ROW_STATS if asked else ()
         out = triton(moved, 3, norms=asked, stats=stats, **more)
         results.append((out.logp, *torch.autograd.grad(out.logp.sum(), leaves)))
     for without, with_norms in zip(*results, strict=True):

@@ -15,7 +15,8 @@ from fastpref.compile import compile_blocks, demand_compiler
 from fastpref.config import Config
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
-from fastpref.model import PairModel, prepare
+from fastpref.loading import prepare
+from fastpref.model import PairModel
 
 
 def model(layers: int = 4) -> PairModel:

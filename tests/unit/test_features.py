@@ -22,7 +22,8 @@ from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.features import Features, body_identity, feature_key, with_features
 from fastpref.head import freeze_body
-from fastpref.model import PairModel, load_model
+from fastpref.loading import load_model
+from fastpref.model import PairModel
 from fastpref.refcache import reference_logp, reference_plan, with_reference
 
 

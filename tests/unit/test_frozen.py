@@ -15,7 +15,8 @@ from fastpref.config import load_config
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.frozen import check_features, first_tokens, prefix_features
-from fastpref.model import PairModel, load_model, prepare
+from fastpref.loading import load_model, prepare
+from fastpref.model import PairModel
 
 YES, NO, EOS = 7, 9, 0
 

@@ -15,8 +15,9 @@ from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
 from fastpref.features import with_features
 from fastpref.head import freeze_body
+from fastpref.loading import prepare
 from fastpref.losses import LOSSES
-from fastpref.model import PairModel, prepare
+from fastpref.model import PairModel
 from fastpref.step import backward
 
 V = 61

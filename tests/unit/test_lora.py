@@ -17,8 +17,9 @@ from fastpref import lora
 from fastpref.config import Config
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
+from fastpref.loading import load_model
 from fastpref.losses import LOSSES
-from fastpref.model import PairModel, load_model
+from fastpref.model import PairModel
 from fastpref.optim import build_optimizer
 from fastpref.selfcheck import check_model
 from fastpref.step import backward

@@ -14,7 +14,7 @@ import torch
 
 from fastpref import lora, lora_settings
 from fastpref.config import Config
-from fastpref.model import load_model, load_tokenizer
+from fastpref.loading import load_model, load_tokenizer
 
 pytest.importorskip("peft")
 

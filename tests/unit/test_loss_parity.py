@@ -23,8 +23,9 @@ from torch import nn
 from fastpref.config import Config
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
+from fastpref.loading import load_model
 from fastpref.losses import get_loss
-from fastpref.model import PairModel, load_model
+from fastpref.model import PairModel
 from fastpref.observe import metric_sums, metrics_of
 from fastpref.reference import sequence_logp
 from fastpref.step import PairResult, backward

@@ -14,9 +14,9 @@ from bench.measure import peak_of
 from fastpref.config import Config, unplanned
 from fastpref.data.pack import fed_tokens, pack_pairs
 from fastpref.data.tokenize import TokenPair
+from fastpref.loading import load_model, routes
 from fastpref.losses import get_loss
 from fastpref.memory import Memory, read_size
-from fastpref.model import load_model, routes
 from fastpref.planner import made_pairs, make_plan, refusal
 from fastpref.prepare import make_optimizer
 from fastpref.rehearsal import rehearse

@@ -17,8 +17,9 @@ from fastpref.data.dataset import Dataset, load_dataset
 from fastpref.data.tokenize import TokenPair
 from fastpref.dynamics.recorder import read_records
 from fastpref.dynamics.sampling import FoldSums, estimated, quantities
+from fastpref.loading import load_model
 from fastpref.losses import get_loss
-from fastpref.model import PairModel, load_model
+from fastpref.model import PairModel
 from fastpref.profile import Profile, profile
 from fastpref.refcache import with_reference
 from fastpref.report.profile_tables import with_error

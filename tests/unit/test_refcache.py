@@ -22,7 +22,8 @@ from fastpref.config import Config
 from fastpref.data.dataset import load_dataset
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TRUNCATION_MODES, TokenPair
-from fastpref.model import PairModel, load_model
+from fastpref.loading import load_model
+from fastpref.model import PairModel
 from fastpref.refcache import (
     cache_key,
     look_up,

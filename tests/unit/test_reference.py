@@ -17,7 +17,7 @@ from fastpref.config import Config
 from fastpref.data.dataset import load_dataset
 from fastpref.data.pack import pack_pairs
 from fastpref.dynamics.recorder import read_records
-from fastpref.model import load_model
+from fastpref.loading import load_model
 from fastpref.reference import (
     copy_reference,
     is_live,

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastpref import model as pair_model
-from fastpref import runfolder
+from fastpref import loading, runfolder
 from fastpref.config import Config
 from fastpref.data.dataset import load_dataset
 from fastpref.data.tokenize import TokenPair
-from fastpref.model import PairModel, load_model
+from fastpref.loading import load_model
+from fastpref.model import PairModel
 from fastpref.refcache import with_reference
 from fastpref.refmodel import find_reference
 from fastpref.train import train
@@ -83,7 +83,7 @@ def test_the_values_are_the_other_models_and_it_is_freed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     alive: list[Any] = []
-    load = pair_model._load
+    load = loading._load
 
     def noted(*given: Any) -> PairModel:
         loaded = load(*given)
@@ -91,7 +91,7 @@ def test_the_values_are_the_other_models_and_it_is_freed(
         alive.append(weakref.ref(loaded.module))
         return loaded
 
-    monkeypatch.setattr(pair_model, "_load", noted)
+    monkeypatch.setattr(loading, "_load", noted)
     gc.disable()
     try:
         found, name = find_reference(config, model, model.tokenizer, pairs, progress=False)
@@ -206,7 +206,7 @@ def test_the_command_does_not_load_a_model_that_is_not_the_reference(
     def unwanted(*_: Any) -> None:
         raise AssertionError("the policy is not needed")
 
-    monkeypatch.setattr(pair_model, "load_model", unwanted)
+    monkeypatch.setattr(loading, "load_model", unwanted)
     names = ("model_name_or_path", "ref_model_name_or_path", "ref_cache_dir", "max_length")
     words = [word for name in names for word in (f"--{name}", str(getattr(config, name)))]
     assert main(["refcache", *words, "--dataset_name", *config.dataset_name]) == 0

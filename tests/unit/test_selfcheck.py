@@ -12,7 +12,8 @@ import torch
 from fastpref import attention_dense, selfcheck
 from fastpref.config import Config
 from fastpref.data.tokenize import TokenPair
-from fastpref.model import PairModel, load_model, prepare
+from fastpref.loading import load_model, prepare
+from fastpref.model import PairModel
 from fastpref.selfcheck import TOLERANCE, check_model
 from tests.architectures import PAIRS, packed, tiny_model
 

@@ -15,8 +15,8 @@ from fastpref.config import Config
 from fastpref.data.dataset import load_dataset
 from fastpref.data.pack import pack_pairs
 from fastpref.errors import NonFiniteError
+from fastpref.loading import load_model
 from fastpref.losses import LOSSES, PairLogp, get_loss
-from fastpref.model import load_model
 from fastpref.optim import build_optimizer
 from fastpref.refcache import with_reference
 from fastpref.step import backward, evaluate, train_step

@@ -208,13 +208,13 @@ class Crossed(nn.Module):
 
 @pytest.mark.parametrize("mode", ["sketch", "exact"])
 def test_what_no_layer_tells_a_first_batch_shows(mode: str) -> None:
-    from fastpref import model as pair_model
+    from fastpref import loading
     from fastpref.model import PairModel
     from fastpref.tapcheck import check_taps
     from tests.kernels.test_norms_models import PAIRS
 
     module = build("llama")
-    pair_model.prepare(module)
+    loading.prepare(module)
     model = PairModel(module, None, torch.device("cpu"), torch.float64, "")
     assert check_taps(model, attach(module, mode), PAIRS) < 1e-6
     assert all(p.grad is None for p in module.parameters())

@@ -14,8 +14,9 @@ from fastpref.config import Config
 from fastpref.data.dataset import Dataset, load_dataset
 from fastpref.data.pack import pack_pairs
 from fastpref.dynamics.taps import attach
+from fastpref.loading import load_model
 from fastpref.losses import LOSSES
-from fastpref.model import PairModel, load_model
+from fastpref.model import PairModel
 from fastpref.optim import build_optimizer
 from fastpref.refcache import with_reference
 from fastpref.schedule import Schedule

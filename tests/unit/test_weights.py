@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastpref.config import Config
-from fastpref.model import PairModel, load_model, load_tokenizer
+from fastpref.loading import load_model, load_tokenizer
+from fastpref.model import PairModel
 from fastpref.weights import Source
 from tests.architectures import PAIRS, V
 

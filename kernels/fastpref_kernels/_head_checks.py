@@ -1,0 +1,288 @@
+"""Argument checks of the head's functions, and those that norms and sketches share with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._launch import nearest
+
+SEGMENT_STATS = (
+    "entropy",
+    "sum_sq_prob",
+    "log_sum_sq_prob",
+    "residual_sq",
+    "top1",
+    "argmax_logp",
+    "mean_logit",
+)
+ROW_STATS = ("argmax", "log1m_pmax", "row_norm_sq", "row_logp")
+LEAST_BUCKETS, MOST_BUCKETS = 64, 8192  # of the vocabulary, in a CountSketch
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    segment_id: Tensor | None,
+    bias: Tensor | None,
+    *,
+    num_segments: int | None,
+    counts: Sequence[int] | None,
+    group_size: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    cache: int,
+    stats: Sequence[str],
+    norms: str | None,
+    sketch_dim: int,
+    sketch_buckets: int,
+    sketch_seed: int,
+    sketch_key: str,
+) -> int:
+    """Check what can be told without reading a tensor; returns the number of segments S."""
+    _check_tensors(hidden, weight, target, segment_id, bias)
+    _check_numbers(softcap, logit_scale, temperature, cache, group_size)
+    _check_names(stats, norms)
+    if norms in ("sketch", "both"):
+        sketch = (sketch_dim, sketch_buckets, sketch_seed, sketch_key)
+        check_sketch("linear_logprob", *sketch, prefix="sketch_")
+    if counts is not None and num_segments is None:
+        num_segments = len(counts)
+    segments = _count_segments(hidden, segment_id, num_segments)
+    if counts is not None:
+        check_counts("linear_logprob", hidden.shape[0], segments, counts)
+    if norms is not None and segments % group_size:
+        raise ValueError(
+            f"linear_logprob: norms need whole groups, but num_segments={segments} is not a "
+            f"multiple of group_size={group_size}. Pad the last group with empty segments."
+        )
+    return segments
+
+
+def _check_tensors(
+    hidden: Tensor, weight: Tensor, target: Tensor, segment_id: Tensor | None, bias: Tensor | None
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "linear_logprob: expected hidden (R, D) and weight (V, D), got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}."
+        )
+    if weight.shape[0] < 1:
+        raise ValueError("linear_logprob: weight has no rows; the vocabulary needs at least one.")
+    if hidden.dtype not in DTYPES or hidden.dtype != weight.dtype:
+        raise ValueError(
+            "linear_logprob: hidden and weight must have one dtype of float64, float32, bfloat16, "
+            f"float16, got {hidden.dtype} and {weight.dtype}. "
+            "Convert one, e.g. hidden.to(weight.dtype)."
+        )
+    if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(
+            f"linear_logprob: expected target ({hidden.shape[0]},) int64, got "
+            f"{tuple(target.shape)} {target.dtype}."
+        )
+    if segment_id is not None and (
+        segment_id.shape != target.shape or segment_id.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"linear_logprob: expected segment_id ({hidden.shape[0]},) int32 or int64, got "
+            f"{tuple(segment_id.shape)} {segment_id.dtype}."
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in DTYPES):
+        raise ValueError(
+            f"linear_logprob: expected bias ({weight.shape[0]},) of float64, float32, bfloat16 or "
+            f"float16, got {tuple(bias.shape)} {bias.dtype}."
+        )
+    for name, tensor in (
+        ("weight", weight),
+        ("target", target),
+        ("segment_id", segment_id),
+        ("bias", bias),
+    ):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"linear_logprob: hidden is on {hidden.device} but {name} on {tensor.device}; "
+                "move one."
+            )
+
+
+def _check_numbers(
+    softcap: float | None, logit_scale: float, temperature: float, cache: int, group_size: int
+) -> None:
+    for name, value in (("softcap", softcap), ("temperature", temperature)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(
+                f"linear_logprob: {name} must be positive and finite, got {value!r}."
+                + (" Use None for no softcap." if name == "softcap" else "")
+            )
+    if not abs(logit_scale) < math.inf:
+        raise ValueError(f"linear_logprob: logit_scale must be finite, got {logit_scale!r}.")
+    if not isinstance(cache, int) or cache < -1:
+        raise ValueError(
+            "linear_logprob: cache must be -1 (keep every tile) or a number of tiles >= 0, got "
+            f"{cache!r}."
+        )
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(
+            f"linear_logprob: group_size must be an int of at least 1, got {group_size!r}."
+        )
+
+
+def _check_names(stats: Sequence[str], norms: str | None) -> None:
+    known = SEGMENT_STATS + ROW_STATS
+    if isinstance(stats, str):
+        raise ValueError(
+            f"linear_logprob: stats must be a sequence of names, got the string {stats!r}; write "
+            f"({stats!r},)."
+        )
+    for name in stats:
+        if name not in known:
+            raise ValueError(
+                f"linear_logprob: unknown statistic {name!r}; known are "
+                f"{', '.join(known)}.{nearest(name, known)}"
+            )
+    if norms not in (None, "exact", "sketch", "both"):
+        raise ValueError(
+            f"linear_logprob: norms must be None, 'exact', 'sketch' or 'both', got {norms!r}."
+            f"{nearest(str(norms), ('exact', 'sketch', 'both'))}"
+        )
+
+
+def check_sketch(
+    op: str, k: int, buckets: int | None, seed: int, key: str, *, prefix: str = ""
+) -> None:
+    """A sketch has at least one row and column, a vocabulary goes through a power of two buckets
+    (None: not a vocabulary). `prefix`: what the caller's names begin with."""
+    k_name, buckets_name = f"{prefix}dim" if prefix else "k", f"{prefix}buckets"
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(
+            f"{op}: {k_name} must be an int of at least 1, got {k!r}. Common are 16, 32 and 64."
+        )
+    if buckets is not None and (
+        not isinstance(buckets, int)
+        or not LEAST_BUCKETS <= buckets <= MOST_BUCKETS
+        or buckets & (buckets - 1)
+    ):
+        raise ValueError(
+            f"{op}: {buckets_name} must be a power of two from {LEAST_BUCKETS} to {MOST_BUCKETS}, "
+            f"got {buckets!r}. K buckets give a squared norm a standard error of at most "
+            "sqrt(2 / K) of it."
+        )
+    # 1, 1.0 and True hash to different signs, and such sketches would compare in silence.
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"{op}: {prefix}seed must be an int, got {seed!r}.")
+    if not isinstance(key, str):
+        raise ValueError(
+            f"{op}: {prefix}key must be a string, the name of the weight, got {key!r}."
+        )
+
+
+def _count_segments(hidden: Tensor, segment_id: Tensor | None, num_segments: int | None) -> int:
+    rows = hidden.shape[0]
+    if segment_id is None:
+        if num_segments is not None and num_segments != rows:
+            raise ValueError(
+                "linear_logprob: without segment_id every row is a segment, so num_segments "
+                f"must be None or {rows}, got {num_segments}."
+            )
+        return rows
+    if num_segments is not None:
+        if not isinstance(num_segments, (int, torch.SymInt)) or num_segments < 0:
+            raise ValueError(
+                f"linear_logprob: num_segments must be >= 0 and an int, got {num_segments!r}."
+            )
+        return num_segments
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "linear_logprob: give num_segments under torch.compile; reading it off segment_id "
+            "breaks the graph."
+        )
+    return int(segment_id[-1]) + 1 if rows else 0
+
+
+def check_counts(op: str, rows: int, segments: int, counts: Sequence[int] | Tensor) -> None:
+    """As many counts as segments, and as many rows as the counts say."""
+    if isinstance(counts, Tensor):
+        raise ValueError(
+            f"{op}: counts must be ints on the host, got a tensor {tuple(counts.shape)} on "
+            f"{counts.device}. Give what row_counts(segment_id, num_segments) returns."
+        )
+    if len(counts) != segments:
+        raise ValueError(f"{op}: expected counts of {segments} segments, got {len(counts)}.")
+    if min(counts, default=0) < 0 or sum(counts) != rows:
+        raise ValueError(
+            f"{op}: counts must be the rows of every segment, >= 0 and {rows} together, got a "
+            f"smallest of {min(counts, default=0)} and a sum of {sum(counts)}."
+        )
+
+
+def check_values(
+    target: Tensor,
+    segment_id: Tensor | None,
+    vocab: int,
+    num_segments: int,
+    counts: Sequence[int] | None = None,
+) -> None:
+    """Range of targets, order, range and counts of segment ids; only on the CPU, where reading is
+    free.
+
+    On CUDA a target out of range makes its row's log-prob NaN, a segment id out of range trips an
+    index assertion.
+    """
+    if target.device.type != "cpu" or not target.numel():
+        return
+    low, high = (int(x) for x in target.aminmax())
+    if low < 0 or high >= vocab:
+        row = int(((target < 0) | (target >= vocab)).nonzero()[0])
+        value = int(target[row])
+        hint = " Only scored rows belong here: drop rows labelled -100." if value == -100 else ""
+        raise ValueError(
+            f"linear_logprob: target[{row}] = {value} is not a row of weight, which has rows "
+            f"0..{vocab - 1}.{hint}"
+        )
+    if segment_id is not None:
+        check_segments("linear_logprob", segment_id, num_segments)
+    if counts is not None:
+        check_rows_of_segments("linear_logprob", segment_id, counts)
+
+
+def check_rows_of_segments(op: str, segment_id: Tensor | None, counts: Sequence[int]) -> None:
+    """That `counts` are the rows of the segments; only on the CPU, where reading is free."""
+    if segment_id is not None and segment_id.device.type != "cpu":
+        return
+    if segment_id is None:
+        found = [1] * len(counts)
+    else:
+        found = torch.bincount(segment_id.to(torch.int64), minlength=len(counts)).tolist()
+    if found != list(counts):
+        wrong = next(i for i, (a, b) in enumerate(zip(found, counts, strict=True)) if a != b)
+        raise ValueError(
+            f"{op}: counts[{wrong}]={counts[wrong]}, but segment_id holds {found[wrong]} "
+            f"rows of segment {wrong}. Give what row_counts(segment_id, num_segments) returns."
+        )
+
+
+def check_segments(op: str, segment_id: Tensor, num_segments: int) -> None:
+    """Order and range of segment ids; only on the CPU, where reading is free."""
+    if segment_id.device.type != "cpu" or not segment_id.numel():
+        return
+    falls = segment_id[1:] < segment_id[:-1]
+    if bool(falls.any()):
+        row = int(falls.nonzero()[0]) + 1
+        raise ValueError(
+            f"{op}: segment_id must be non-decreasing, but "
+            f"segment_id[{row}]={int(segment_id[row])} follows {int(segment_id[row - 1])}. "
+            "Sort the rows by segment_id."
+        )
+    first, last = int(segment_id[0]), int(segment_id[-1])
+    if first < 0 or last >= num_segments:
+        row, value = (0, first) if first < 0 else (segment_id.shape[0] - 1, last)
+        raise ValueError(
+            f"{op}: segment_id[{row}]={value} is outside 0..{num_segments - 1} "
+            f"(num_segments={num_segments})."
+        )
