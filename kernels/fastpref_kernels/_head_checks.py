@@ -21,6 +21,7 @@ SEGMENT_STATS = (
 )
 ROW_STATS = ("argmax", "log1m_pmax", "row_norm_sq", "row_logp")
 LEAST_BUCKETS, MOST_BUCKETS = 64, 8192  # of the vocabulary, in a CountSketch
+FEW = 1024  # numbers that are read as a list in less time than an op takes to be called
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -236,7 +237,11 @@ def check_values(
     """
     if target.device.type != "cpu" or not target.numel():
         return
-    low, high = (int(x) for x in target.aminmax())
+    if target.shape[0] <= FEW:
+        ids = target.tolist()
+        low, high = min(ids), max(ids)
+    else:
+        low, high = (int(x) for x in target.aminmax())
     if low < 0 or high >= vocab:
         row = int(((target < 0) | (target >= vocab)).nonzero()[0])
         value = int(target[row])
@@ -271,15 +276,19 @@ def check_segments(op: str, segment_id: Tensor, num_segments: int) -> None:
     """Order and range of segment ids; only on the CPU, where reading is free."""
     if segment_id.device.type != "cpu" or not segment_id.numel():
         return
-    falls = segment_id[1:] < segment_id[:-1]
-    if bool(falls.any()):
-        row = int(falls.nonzero()[0]) + 1
+    if segment_id.shape[0] <= FEW:
+        ids = segment_id.tolist()
+        falls, first, last = ids != sorted(ids), ids[0], ids[-1]
+    else:
+        falls = int(segment_id.diff().amin()) < 0
+        first, last = int(segment_id[0]), int(segment_id[-1])
+    if falls:
+        row = int((segment_id.diff() < 0).nonzero()[0]) + 1
         raise ValueError(
             f"{op}: segment_id must be non-decreasing, but "
             f"segment_id[{row}]={int(segment_id[row])} follows {int(segment_id[row - 1])}. "
             "Sort the rows by segment_id."
         )
-    first, last = int(segment_id[0]), int(segment_id[-1])
     if first < 0 or last >= num_segments:
         row, value = (0, first) if first < 0 else (segment_id.shape[0] - 1, last)
         raise ValueError(

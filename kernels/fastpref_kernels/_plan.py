@@ -22,6 +22,10 @@ class Plan(NamedTuple):
     warps: int = 0  # of `TritonTile`; 0: the torch backend
     row_block: int = 0
 
+    def is_one_tile(self, vocab: int) -> bool:
+        """Whether the torch backend has the whole vocabulary at once."""
+        return not self.warps and vocab <= self.width
+
 
 def make_plan(
     hidden: Tensor,

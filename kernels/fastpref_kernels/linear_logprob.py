@@ -187,7 +187,12 @@ def forward(
     None where not asked for), the four of `torch_tiles.Saved`."""
     vocab = weight.shape[0]
     _head_checks.check_values(target, segment_id, vocab, segments, counts)
-    transform, what = _transform(bias, scales), Plan(*plan)
+    what = Plan(*plan)
+    wide = torch_tiles.accumulate_dtype(hidden.dtype)
+    plain = bias is None and len(scales) == 2 and not stats and not what.group_size
+    if plain and what.is_one_tile(vocab) and vocab > 1 and hidden.dtype == wide:
+        return _forward_one_tile(hidden, weight, target, segment_id, segments, scales, what)
+    transform = _transform(bias, scales)
     names = frozenset(stats.split(",")) - {""}
     norms = None
     if what.group_size or "row_norm_sq" in names:
@@ -200,7 +205,7 @@ def forward(
             hidden.shape[0],
             weight,
             what.kept * what.width >= vocab,
-            hidden.new_empty(0, dtype=torch_tiles.accumulate_dtype(hidden.dtype)),
+            hidden.new_empty(0, dtype=wide),
             bool(what.warps),
             counts,
         )
@@ -242,6 +247,29 @@ def forward(
         saved.exps,
         saved.offsets,
     )
+
+
+def _forward_one_tile(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    segment_id: Tensor | None,
+    segments: int,
+    scales: Sequence[float],
+    what: Plan,
+) -> tuple[Tensor | None, ...]:
+    with _launch.surroundings(hidden.device):
+        odds, saved = torch_tiles.forward_one_tile(
+            hidden,
+            weight,
+            target,
+            scales[0] / scales[1],
+            need_hidden=bool(what.need_hidden),
+            keep=bool(what.kept),
+        )
+        logp = segment_sum(F.logsigmoid(-odds), segment_id, segments)
+    state = (saved.row_state, saved.hidden_grad, saved.exps, saved.offsets)
+    return (logp, *[None] * 6, *state)
 
 
 @torch.library.custom_op(

@@ -28,15 +28,15 @@ def segment_sum(
         return rows
     wide = rows.dtype if rows.device.type == "mps" else torch.float64
     out = rows.new_zeros((*rows.shape[:-1], num_segments), dtype=wide)
-    index = segment_id.to(torch.int64)
     if rows.is_cuda:
+        index = segment_id.to(torch.int64)
         # Leading dimensions are few (the statistics asked for), so one sort each costs little.
         for total, row in zip(
             out.view(-1, num_segments), rows.reshape(-1, rows.shape[-1]), strict=True
         ):
             total.index_put_((index,), row.to(wide), accumulate=True)
     else:
-        out.index_add_(-1, index, rows.to(wide))
+        out.index_add_(-1, segment_id, rows.to(wide))
     return out.to(rows.dtype)
 
 
