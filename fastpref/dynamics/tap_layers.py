@@ -7,7 +7,7 @@ Shapes: T tokens of a packed batch, d inputs, p outputs, D features, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -209,23 +209,24 @@ class TokenRows:
         self.name = name
         self.dim: int | None = None  # of the tokens among (1, A, B, D)
 
-    def __call__(self, x: Tensor, tokens: int) -> Tensor:
-        """x (T, D), (1, T, D), (1, T, H, D) or (1, H, T, D)."""
+    def __call__(self, x: Tensor, *tokens: int) -> Tensor:
+        """x (T, D), (1, T, D), (1, T, H, D) or (1, H, T, D), for one T of ``tokens``: all of the
+        batch, and those that a narrowed block reads where the layer may see them alone."""
         if x.dim() >= 3 and x.shape[0] == 1:
             x = x.squeeze(0)
         if x.dim() == 3:
             dim = self._dim(x, tokens)
             x = x.transpose(0, 1) if dim == 1 else x
-        if x.dim() > 3 or x.shape[0] != tokens:
+        if x.dim() > 3 or x.shape[0] not in tokens:
             raise ValueError(
-                f"{self.name}: sees {tuple(x.shape)} where the batch has {tokens} tokens, one row "
-                "each: layers that are given some of the tokens, as experts are, have no taps. Set "
-                "track: head."
+                f"{self.name}: sees {tuple(x.shape)} where the batch has {tokens[0]} tokens, one "
+                "row each: layers that are given some of the tokens, as experts are, have no taps. "
+                "Set track: head."
             )
         return x
 
-    def _dim(self, x: Tensor, tokens: int) -> int:
-        fits = [dim for dim in (0, 1) if x.shape[dim] == tokens]
+    def _dim(self, x: Tensor, tokens: Sequence[int]) -> int:
+        fits = [dim for dim in (0, 1) if x.shape[dim] in tokens]
         if len(fits) == 1:
             self.dim = fits[0]
         elif fits and self.dim is None:
