@@ -37,8 +37,8 @@ def sequence_logp(
 def copy_reference(model: PairModel) -> PairModel:
     """A frozen copy of ``model``: the reference as it stands before the first step."""
     module = copy.deepcopy(model.module).requires_grad_(False)
-    # Checkpointing and torch.compile wrapped forwards that are bound to the layers of ``model``, and
-    # a copy of a function is the function itself.
+    # What checkpointing and torch.compile wrapped around a layer's forward is bound to the layer of
+    # ``model``: a copy of a function is the function itself.
     for layer in decoder_layers(module):
         layer.__dict__.pop("forward", None)
     return dataclasses.replace(model, module=module)
