@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastpref import last_block, recompute
+from fastpref import last_block, quantised, recompute
 from fastpref.compile import compile_blocks
+from fastpref.config import Config
 from fastpref.data.branches import Probe, pack_probes
 from fastpref.data.pack import pack_pairs
+from fastpref.dynamics.taps import Tap, attach
 from fastpref.flops import Shape
+from fastpref.gradients import pair_gradients
 from fastpref.loading import prepare
 from fastpref.model import PairModel
 from fastpref.selfcheck import check_model
-from tests.architectures import PAIRS, InFloat64, V, packed, pair, tiny_model
+from tests.architectures import PAIRS, InFloat64, V, packed, pair, tiny_config, tiny_model
 
 # Sequential blocks, norms behind the MLP, Conv1D, attention and MLP side by side, an MLP that is no
 # module of its own.
@@ -144,6 +147,22 @@ def test_outside_of_a_packed_batch_the_module_is_the_plain_one() -> None:
         assert torch.equal(module.generate(ids, max_new_tokens=4, do_sample=False), answer)
 
 
+def test_stand_ins_of_the_planner_are_known() -> None:
+    """On torch's meta device, quantised or not: what a run narrows its rehearsal narrows too."""
+    for four_bits in (False, True):
+        config = Config(
+            model_name_or_path="m",
+            dataset_name=("d",),
+            trainable="lora",
+            load_in_4bit=four_bits,
+        )
+        with torch.device("meta"):
+            module = type(tiny_model("llama"))(tiny_config("llama"))
+            quantised.stand_in(module, config)
+            prepare(module)
+        assert len(last_block.narrowed(module)) == 2
+
+
 def test_a_copy_computes_with_weights_of_its_own() -> None:
     model = packed(tiny_model("gpt2"))
     other = dataclasses.replace(model, module=copy.deepcopy(model.module))
@@ -188,6 +207,32 @@ def test_adapters_in_the_mlp() -> None:
     # Frozen weights have no gradient of their own.
     assert fewer == 2 * BATCH.unread * (2 * shape.last + shape.last_trained)
     assert 0 < shape.last_trained < shape.last
+
+
+def test_taps_in_the_mlp_see_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And their norms, sketches and products with a change are those of all tokens."""
+    model = packed(tiny_model("llama"))
+    taps = attach(model.module, "exact", sketch_dim=4)
+    change = {p: torch.ones_like(p) for p in model.trained}
+    rows, plain = dict[str, int](), Tap.tokens
+
+    def noted(self: Tap, x: Tensor, parts: Any) -> Tensor:
+        found = plain(self, x, parts)
+        rows[self.name] = len(found)
+        return found
+
+    monkeypatch.setattr(Tap, "tokens", noted)
+    ours = pair_gradients(model, taps, BATCH, change=change)
+    every, read = BATCH.num_tokens, BATCH.num_tokens - BATCH.unread
+    inside = {n for n, count in rows.items() if count == read}
+    assert inside == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert {rows[n] for n in rows.keys() - inside} == {every}
+    last_block.widen(model.module)
+    wide = pair_gradients(model, taps, BATCH, change=change)
+    assert set(rows.values()) == {every}
+    for name in ("norm_sq", "sketch", "change"):
+        x, y = getattr(ours, name), getattr(wide, name)
+        assert float((x - y).abs().max()) <= 1e-12 * float(y.abs().max())
 
 
 def test_bfloat16_under_autocast() -> None:
