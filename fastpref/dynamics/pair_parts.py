@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from fastpref.attention_layout import on_device
 from fastpref.batch import PairBatch
 from fastpref.dynamics.pair_ops import BlockOps, FusedOps, PairOps, Signs
 from fastpref.transfer import numbers
+
+if TYPE_CHECKING:
+    from fastpref.dynamics.tap_layers import Norm
 
 WAITING = 1 << 22  # numbers that wait to be summed together
 
@@ -161,16 +165,20 @@ class PairParts:
 
     def norm(
         self,
-        x: Tensor,  # (T, D) | (T, H, D)
+        x: Tensor,  # (T, D) | (T, H, D) its input; its output where it has a `gain`
         dy: Tensor,
-        eps: float,
-        centred: bool,
+        kind: Norm,
         weight: Place | None,
         bias: Place | None,
     ) -> None:
         """An RMSNorm or LayerNorm."""
         if weight is not None:
-            self._vector(weight, self.of_rows(dy).sums(dy, x, eps, centred))
+            ops, gain = self.of_rows(dy), kind.gain(weight.parameter, dy.dtype)
+            if gain is None:
+                sums = ops.sums(dy, x, kind.eps, kind.centred)
+            else:
+                sums = ops.sums(dy, x, None).div_(gain)
+            self._vector(weight, sums)
         if bias is not None:
             self.bias(dy, bias)
 

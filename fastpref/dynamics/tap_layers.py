@@ -41,6 +41,17 @@ class Norm:
 
     eps: float
     centred: bool
+    offset: float | None = None  # of a y that is (offset + weight) times that derivative
+
+    def gain(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """(D,) what the derivative is multiplied by in a y of this dtype, so that it can be had of
+        y, in half the passes over memory; None where it cannot, or a GPU would have to be waited
+        for."""
+        if self.offset is None or dtype.itemsize < 4 or weight.device.type != "cpu":
+            return None
+        gain = weight.detach().to(dtype) + self.offset
+        small = torch.finfo(dtype).smallest_normal ** 0.5
+        return gain if float(gain.abs().amin()) > small else None
 
 
 Kind = Linear | Embedding | Norm
@@ -106,7 +117,7 @@ def _norm(module: nn.Module) -> Norm | None:
     for centred in (False, True):
         at = [(x * size).to(wide) for size in (1.0, eps**0.5)]
         if all(_is_norm(module, own, rows, eps, centred) for rows in at):
-            return Norm(eps, centred)
+            return Norm(eps, centred, None if centred or "bias" in own else _offset(module, at[0]))
     return None
 
 
@@ -132,6 +143,17 @@ def _is_norm(
     return torch.allclose(one - zero, expected, **close) and torch.allclose(
         two - zero, 2.0 * expected, **close
     )
+
+
+def _offset(module: nn.Module, x: Tensor) -> float | None:
+    """What y is at a weight of 0, over what it gains until 1: 0, or Gemma's 1."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    zero, one = (
+        functional_call(module, {"weight": torch.full_like(weight, value, dtype=x.dtype)}, (x,))
+        for value in (0.0, 1.0)
+    )
+    found = [c for c in (0.0, 1.0) if torch.allclose(zero, c * (one - zero), rtol=1e-3, atol=1e-5)]
+    return found[0] if found else None
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

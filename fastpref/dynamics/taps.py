@@ -82,7 +82,13 @@ class Tap:
             return y
         if self.group < 0 or not y.requires_grad:
             return y
-        return tap_layers.Kept.apply(y, x.detach(), self, None)
+        kept = x if self._gain(y) is None else y
+        return tap_layers.Kept.apply(y, kept.detach(), self, None)
+
+    def _gain(self, y: Tensor) -> Tensor | None:
+        if not isinstance(self.kind, Norm) or self.weight is None:
+            return None
+        return self.kind.gain(self.weight.parameter, y.dtype)
 
     def _linear(self, x: Tensor, *more: Any, **named: Any) -> Any:
         if self.group < 0:
@@ -216,8 +222,7 @@ class Taps:
             return
         assert x is not None
         if isinstance(kind, Norm):
-            rows = tap.tokens(x, parts)
-            parts.norm(rows, dy, kind.eps, kind.centred, tap.weight, tap.bias)
+            parts.norm(tap.tokens(x, parts), dy, kind, tap.weight, tap.bias)
         elif tap.weight is not None:
             assert isinstance(tap.weight, VocabularyPlace)
             ids = x.reshape(-1)
