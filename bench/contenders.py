@@ -219,7 +219,7 @@ class Fastpref:
         shape, found = Useful.of(self.model.module), []
         for step in range(first, first + steps):
             batch = pack_pairs(self._pairs(step, 1))
-            found.append(shape.step(batch.lengths, batch.rows.numel()))
+            found.append(shape.step(batch.lengths, batch.rows.numel(), batch.unread))
         return found
 
     def _pairs(self, first: int, steps: int) -> list[TokenPair]:
@@ -237,15 +237,16 @@ class Fastpref:
         )
 
     def _sum(self, micro_batches: Any) -> Work:
-        tokens = scores = rows = gram = 0
+        tokens = scores = rows = gram = unread = 0
         for batch in map(pack_pairs, micro_batches):
             layout = build_dense(batch.lengths, "cpu")
             tokens += batch.num_tokens
             scores += sum(block.pairs * block.length**2 for block in layout.blocks)
             rows += batch.rows.numel()
             gram += int(torch.bincount(batch.segment_id // 3).square().sum())
+            unread += batch.unread
         if self.computes_body:
-            return Work(tokens, scores, rows, gram, 1, 1, 0, head_products=3)
+            return Work(tokens, scores, rows, gram, 1, 1, 0, head_products=3, unread=unread)
         return Work(0, 0, rows, gram, 0, 0, 0, head_products=2)
 
 

@@ -21,6 +21,7 @@ class Shape:
     attention_width: int  # heads x head size
     hidden: int
     vocab: int
+    behind_weights: int = 0  # of a layer's, those behind its attention
 
     @staticmethod
     def of(config: Any) -> Shape:
@@ -30,7 +31,8 @@ class Shape:
         last = config.hidden_size * config.intermediate_size
         own = config.hidden_size * (2 * width + 2 * kv) + 3 * last
         sizes = (config.hidden_size, config.vocab_size)
-        return Shape(config.num_hidden_layers, own, last, width, *sizes)
+        behind = config.hidden_size * width + 3 * last
+        return Shape(config.num_hidden_layers, own, last, width, *sizes, behind)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Work:
     backwards: int  # each as much as two forwards
     repeated: int  # forwards done again for the backward, up to each layer's last product
     head_products: int  # (rows, D, V) products
+    unread: int = 0  # of `tokens`, those that the last layer leaves out behind its attention
 
     @property
     def passes(self) -> int:
@@ -63,6 +66,7 @@ class Work:
             + self.backwards * (2 * linear + 2.5 * attention)
             + self.repeated * (again + attention)
         )
+        body -= 2.0 * self.unread * shape.behind_weights * self.passes
         head = 2.0 * self.rows * shape.hidden * shape.vocab * self.head_products
         norms = 2.0 * self.gram * shape.vocab
         return body + head + norms
@@ -72,6 +76,6 @@ def add_up(work: Sequence[Work]) -> Work:
     """Micro-batches as one step; all of them make the same passes."""
     total = {
         name: sum(getattr(own, name) for own in work)
-        for name in ("tokens", "scores", "rows", "gram")
+        for name in ("tokens", "scores", "rows", "gram", "unread")
     }
     return replace(work[0], **total)

@@ -240,7 +240,7 @@ def rates(
     """Of every contender what it does in a second, by the useful tokens and operations."""
     shape = Shape.of(shared.module)
     batches = [pack_pairs(own) for own in steps]
-    flops = fmean(shape.step(b.lengths, b.rows.numel()) for b in batches)
+    flops = fmean(shape.step(b.lengths, b.rows.numel(), b.unread) for b in batches)
     tokens, pairs = fmean(b.num_tokens for b in batches), len(steps[0])
     peak = peak_tflops(device, "bfloat16")
     found: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """Write the table of docs/scale.md by the planner of `fastpref plan`: `python docs/scale_table.py`.
 
 Layers are alike, so bytes of every kind are a line in their number: a model's are taken from plans
-of the same model with two and with four layers, which takes seconds where its own takes minutes.
+of the same model with eight and with ten layers, which takes seconds where its own takes minutes.
 Names of models (`1B 8B`) compute those rows alone and print them.
 """
 
@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "scale.md"
 MARK = "<!-- made by docs/scale_table.py; do not edit below -->\n"
 H200 = int(139 * 2**30)
 TOKENS, PROMPT, COMPLETION = 8192, 512, 256
-FEW_LAYERS = (2, 4)
+FEW_LAYERS = (8, 10)
 # hidden, inner, layers, heads, key heads, whether the head is the embedding
 SHAPES = {
     "1B": (2048, 8192, 16, 32, 8, True),

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpref import last_block
 from fastpref.attention_backends import SDPA, Backend
 from fastpref.attention_dense import DenseLayout, build_dense
 from fastpref.attention_layout import Terms, in_autocast
@@ -143,13 +144,14 @@ def ambient(layout: Layout) -> Iterator[None]:
 
 
 def bound(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as it runs here and now, whenever it is called: with the layout of `ambient`."""
-    layout = _ambient.get()
+    """``function`` as it runs here and now, whenever it is called: with the layout of `ambient`
+    and what `last_block.reading` tells."""
+    layout, read = _ambient.get(), last_block.current()
     if layout is None:
         return function
 
     def inside(*args: Any, **kwargs: Any) -> Any:
-        with ambient(layout):
+        with ambient(layout), last_block.reading(read):
             return function(*args, **kwargs)
 
     return inside

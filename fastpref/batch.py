@@ -8,9 +8,11 @@ nothing is predicted from it. T packed tokens, R rows, P pairs, S = 3 P segments
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,6 +98,17 @@ class PairBatch:
         rest = count[:, 1:].view(self.num_pairs, 2, half).sum(dim=2).T
         rows = torch.stack([first, first + rest[0]])
         return torch.where((rest > 0) & (self.prefix_len > 0), rows, -1)
+
+    def read_spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """(P,) each pair's first token that predicts a scored one, and (P,) the tokens from there
+        to the pair's end, in which all of `rows` lie; on the host."""
+        return _spans(self.lengths, [rows[0] for rows in self.segment_rows])
+
+    @property
+    def unread(self) -> int:
+        """Tokens before those of `read_spans`: nothing reads their final states. None with
+        `hidden`."""
+        return self.num_tokens - int(self.read_spans()[1].sum()) if self.num_tokens else 0
 
     def sequences_of_token(self) -> Tensor:
         """(T,) int64: in how many of its pair's sequences each token stands, a prefix's in two."""
@@ -223,9 +236,23 @@ class ProbeBatch:
         """The host does not know the rows of responses."""
         return None
 
+    def read_spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """(prompts,) as of a `PairBatch`: each prompt's last token, and those from there on."""
+        return _spans(self.lengths, [0] * self.num_pairs)
+
     def to(self, device: torch.device | str) -> ProbeBatch:
         """The same batch on ``device``, for which nobody waits."""
         return replace(self, **_moved(self, device))
+
+
+def _spans(
+    lengths: Sequence[Sequence[int]],  # fed tokens of each prefix and its branches
+    shared: Sequence[int],  # scored rows of each prefix but for its end's
+) -> tuple[np.ndarray, np.ndarray]:
+    fed = np.array([sum(own) for own in lengths], np.int64)
+    prefix = np.array([own[0] for own in lengths], np.int64)
+    unread = np.maximum(prefix - 1 - np.asarray(shared, np.int64), 0)
+    return np.cumsum(fed) - fed + unread, fed - unread
 
 
 def _moved(batch: PairBatch | ProbeBatch, device: torch.device | str) -> dict[str, Any]:

@@ -4,8 +4,9 @@ What is compiled is a block without its attention: norms, projections, rotations
 residual sums. Attention over packed branches stays what it is, opaque to the compiler, so that a
 backend's kernels and the batch's layout, which is another one every time, are no part of a graph.
 The number of tokens is a symbol, not a constant, so that a batch of another size compiles nothing;
-blocks of one kind share their graphs. Values are the plain ones to rounding: a compiler fuses, and
-so rounds fewer intermediate results.
+blocks of one kind share their graphs, the last one too, which for that is computed for every token
+(fastpref.last_block). Values are the plain ones to rounding: a compiler fuses, and so rounds fewer
+intermediate results.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpref import attention, recompute
+from fastpref import attention, last_block, recompute
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def compile_blocks(module: nn.Module) -> int:
             "names as such. Set torch_compile: false."
         )
     attention.hide_from_compiler()
+    last_block.widen(module)  # or the last block would be cut into many graphs of its own
     for block in blocks:
         own: Any = block.forward
         plain, mode = getattr(own, "recomputed", (own, None))

@@ -152,7 +152,7 @@ def body_states(
     Raises ValueError naming a pair whose states are not finite.
     """
     batch = pack_pairs(pairs)
-    hidden = model.hidden(batch.to(model.device)).to(_torch_dtype(dtype))
+    hidden = model.hidden(batch.to(model.device), scored_only=True).to(_torch_dtype(dtype))
     own = [index.number[pair.pair_id] for pair in pairs]
     fed, first = index.lengths[own].sum(axis=1), index.first[own]
     within = np.arange(int(fed.sum())) - np.repeat(np.cumsum(fed) - fed, fed)

@@ -3,12 +3,14 @@
 Only matrix products count, a multiplication and an addition as 2. Useful is what the loss and its
 gradient need once: no padding, no token twice (a pair's shared prefix is computed once), no masked
 score, no recomputation (checkpointing, the scores of flash attention's backward), no tracking and
-no optimizer. With T fed tokens, R scored rows, W weights multiplied with every token, W' of them
-trained, A visible (query, key) pairs of a layer with H heads of width d, hidden size D, vocabulary
-V:
+no optimizer. Nor does what the loss never reads: the last block behind its attention, of tokens
+that predict no scored one. With T fed tokens, N of them read by the head, R scored rows, W weights
+multiplied with every token and L with those that are read, W' and L' of them trained, A visible
+(query, key) pairs of a layer with H heads of width d, hidden size D, vocabulary V:
 
-    forward   2 T W  +  sum over layers of 2 A H (d_k + d_v)  +  2 R D V
-    backward  2 T (W + W')  +  twice the forward's attention  +  2 R D V, twice if the head learns
+    forward   2 (T W + N L)  +  sum over layers of 2 A H (d_k + d_v)  +  2 R D V
+    backward  2 T (W + W') + 2 N (L + L')  +  twice the forward's attention  +  2 R D V, twice if
+              the head learns
 
     A of a pair = a(p + c) + a(p + r) - a(p),   a(n) = 1 + 2 + ... + n, terms at most the window
 
@@ -16,9 +18,10 @@ p, c, r: fed tokens of the prefix, the chosen, the rejected rest. MFU (Chowdhery
 arXiv 2204.02311, appendix B) is that over seconds and the device's peak; theirs counts every
 score, masked ones too, ours the visible ones.
 
-What is not taken off: the row in which the completions of a pair part, which R counts for each of
-the two that it scores, as the head computes it; and the gradient of the first layer's inputs where
-embeddings are frozen.
+What is not taken off: the last block's queries of tokens that are not read, and all of that block
+where it is a mixture of experts; the row in which the completions of a pair part, which R counts
+for each of the two that it scores, as the head computes it; and the gradient of the first layer's
+inputs where embeddings are frozen.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+
+from fastpref.last_block import find
+from fastpref.recompute import last_layer
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,15 @@ class Attention:
 class Shape:
     """The sizes of a causal LM that decide its arithmetic."""
 
-    weights: float  # multiplied with every token, all layers; of experts those of one token
+    weights: float  # multiplied with tokens, all layers; of experts those of one token
     trained: float  # of these, the ones that learn
     attention: tuple[Attention, ...]
     hidden: int
     vocab: int
     head_trained: bool = True
     body_trained: bool = True  # something below the head learns, so that gradients go through
+    last: float = 0.0  # of `weights`, those multiplied with tokens that the head reads alone
+    last_trained: float = 0.0
 
     @staticmethod
     def of(module: Any) -> Shape:
@@ -62,11 +70,17 @@ class Shape:
         head = module.get_output_embeddings()
         embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
         apart = {id(p) for m in [head, *embeddings] for p in m.parameters()}
-        weights = trained = 0.0
+        found = last_layer(module)
+        behind = {id(p) for m in (find(*found) if found else []) for p in m.parameters()}
+        weights = trained = last = last_trained = 0.0
         for size, learns, key in _products(module, config):
-            if key not in apart:
-                weights += size
-                trained += size if learns else 0.0
+            if key in apart:
+                continue
+            weights += size
+            trained += size if learns else 0.0
+            if key in behind:
+                last += size
+                last_trained += size if learns else 0.0
         below = any(p.requires_grad and p is not head.weight for p in module.parameters())
         return Shape(
             weights,
@@ -76,6 +90,8 @@ class Shape:
             int(head.weight.shape[0]),
             bool(head.weight.requires_grad),
             below,
+            last,
+            last_trained,
         )
 
     @staticmethod
@@ -87,30 +103,35 @@ class Shape:
         with torch.device("meta"):
             return Shape.of(AutoModelForCausalLM.from_config(config))
 
-    def forward(self, lengths: Sequence[Sequence[int]], rows: int) -> float:
+    def forward(self, lengths: Sequence[Sequence[int]], rows: int, unread: int = 0) -> float:
         """FLOPs of one forward over pairs of these fed tokens (prefix, chosen, rejected; more
-        branches or fewer are fine), ``rows`` of them scored."""
-        body, attention = self._body(lengths)
+        branches or fewer are fine), ``rows`` of them scored, ``unread`` of the tokens ones that
+        predict no scored token."""
+        body, attention = self._body(lengths, unread)
         return body + attention + self._head(rows)
 
     def step(
         self,
         lengths: Sequence[Sequence[int]],
         rows: int,
+        unread: int = 0,
         *,
         states: bool = False,
         reference: bool = False,
     ) -> float:
-        """FLOPs of forward and backward. ``states``: the body's are there already, so that the head
-        is all; ``reference``: another model of this shape scores the pairs too."""
+        """FLOPs of forward and backward, of what `forward` takes. ``states``: the body's are there
+        already, so that the head is all; ``reference``: another model of this shape scores the
+        pairs too."""
         head = self._head(rows)
         total = head * (1 + self._backwards())
         if not states:
-            body, attention = self._body(lengths)
+            body, attention = self._body(lengths, unread)
             total += body + attention
             if self.body_trained:
-                total += body + body * self.trained / max(self.weights, 1.0) + 2 * attention
-        return total + (self.forward(lengths, rows) if reference else 0.0)
+                tokens = sum(map(sum, lengths))
+                learn = 2.0 * (tokens * self.trained - unread * self.last_trained)
+                total += body + learn + 2 * attention
+        return total + (self.forward(lengths, rows, unread) if reference else 0.0)
 
     def _backwards(self) -> int:
         """Products of the head's backward."""
@@ -119,7 +140,7 @@ class Shape:
     def _head(self, rows: int) -> float:
         return 2.0 * rows * self.hidden * self.vocab
 
-    def _body(self, lengths: Sequence[Sequence[int]]) -> tuple[float, float]:
+    def _body(self, lengths: Sequence[Sequence[int]], unread: int = 0) -> tuple[float, float]:
         if not len(lengths):
             return 0.0, 0.0
         tokens = float(sum(sum(own) for own in lengths))
@@ -127,7 +148,7 @@ class Shape:
             2.0 * kind.layers * kind.width * visible(lengths, kind.window)
             for kind in self.attention
         )
-        return 2.0 * tokens * self.weights, scores
+        return 2.0 * (tokens * self.weights - unread * self.last), scores
 
 
 def visible(lengths: Sequence[Sequence[int]], window: int | None = None) -> float:

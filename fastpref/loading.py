@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpref import attention, lora, quantised
+from fastpref import attention, last_block, lora, quantised
 from fastpref.architecture import NO_INTERFACE
 from fastpref.attention_backends import choose_backend, demand_backend
 from fastpref.config import Config, unplanned
 from fastpref.model import PairModel
-from fastpref.recompute import checkpoint_layers
+from fastpref.recompute import checkpoint_layers, last_layer
 from fastpref.router import Router, find_router
 from fastpref.weights import Source, read_model_config, read_tokenizer, read_weights
 
@@ -70,6 +70,8 @@ def _skeleton(config: Config, source: Source) -> PairModel:
     module = AutoModelForCausalLM.from_config(model_config, dtype=_kept_dtype(config, dtype, cpu))
     quantised.stand_in(module, config)
     prepare(module)
+    if config.torch_compile:
+        last_block.widen(module)
     checkpoint_layers(module, config.gradient_checkpointing)
     return PairModel(module, None, cpu, dtype, "")
 
@@ -180,7 +182,8 @@ def _with_attention(model: PairModel, name: str) -> PairModel:
 
 
 def prepare(module: nn.Module) -> None:
-    """Put `pair_attention` into a causal LM and switch its dropout off, in place."""
+    """Put `pair_attention` into a causal LM, switch its dropout off and narrow its last block
+    (fastpref.last_block), in place."""
     attention.register()
     module.set_attn_implementation(attention.NAME)  # type: ignore[operator]
     if module.config._attn_implementation != attention.NAME:  # type: ignore[union-attr]
@@ -194,6 +197,9 @@ def prepare(module: nn.Module) -> None:
             layer.attention_dropout = 0.0  # type: ignore[assignment]
     if next(module.parameters()).dtype is torch.float64:
         _experts_one_by_one(module)
+    found = last_layer(module)
+    if found:
+        last_block.narrow(*found)
 
 
 def _experts_one_by_one(module: Any) -> None:

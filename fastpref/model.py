@@ -13,7 +13,7 @@ import torch
 from fastpref_kernels import LinearLogprob, linear_logprob
 from torch import Tensor, nn
 
-from fastpref import attention, lora
+from fastpref import attention, last_block, lora
 from fastpref.architecture import logit_transform
 from fastpref.attention import Layout
 from fastpref.attention_backends import SDPA, Backend
@@ -104,17 +104,23 @@ class PairModel:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def hidden(self, batch: PairBatch | ProbeBatch) -> Tensor:
+    def hidden(self, batch: PairBatch | ProbeBatch, *, scored_only: bool = False) -> Tensor:
         """(T, D) final hidden states of the packed tokens, after the last norm; those that the
-        batch brings along, where it does."""
+        batch brings along, where it does.
+
+        ``scored_only``: those at ``batch.rows`` are all that is read. What no other state needs of
+        the rest is then not computed (fastpref.last_block), and the rest is not right.
+        """
         if batch.hidden is not None:
             return batch.hidden
-        return self._body(batch).last_hidden_state[0]
+        return self._body(batch, scored_only).last_hidden_state[0]
 
-    def _body(self, batch: PairBatch | ProbeBatch, **asked: bool) -> Any:
+    def _body(self, batch: PairBatch | ProbeBatch, scored_only: bool = False, **asked: bool) -> Any:
         with named("data"):
             layout = attention.build_layout(batch.lengths, self.device, self.attention)
-        return self._run(batch.tokens, batch.positions, layout, **asked)
+            read = last_block.read_tokens(batch, self.device) if scored_only else None
+        with last_block.reading(read):
+            return self._run(batch.tokens, batch.positions, layout, **asked)
 
     def _run(self, tokens: Tensor, positions: Tensor, layout: Layout, **asked: bool) -> Any:
         with named("forward"), self.autocast(), attention.ambient(layout):
@@ -152,18 +158,20 @@ class PairModel:
 
         `head_frozen`: the head counts as a constant, so that no gradient of it is made.
         """
-        return self._score(self.hidden(batch), batch, norms, stats, head_frozen=head_frozen)
+        hidden = self.hidden(batch, scored_only=True)
+        return self._score(hidden, batch, norms, stats, head_frozen=head_frozen)
 
     def row_logp(self, batch: ProbeBatch, stats: Sequence[str] = ()) -> Scored:
         """`logp` with every row a segment of its own."""
-        return self._score(self.hidden(batch), batch, None, stats, by_row=True)
+        hidden = self.hidden(batch, scored_only=True)
+        return self._score(hidden, batch, None, stats, by_row=True)
 
     def logp_and_features(
         self, batch: PairBatch, norms: HeadNorms | str | None = None, stats: Sequence[str] = ()
     ) -> tuple[Scored, Tensor]:
         """`logp`, and (P, D) each pair's feature as `fastpref.frozen` defines it: the state that
         predicts the first token in which the completions part, times the logit scale."""
-        hidden = self.hidden(batch)
+        hidden = self.hidden(batch, scored_only=True)
         row = batch.first_own_rows().amax(dim=0)  # one of them may be missing, not both
         features = hidden.index_select(0, batch.rows[row]) * self.head.logit_scale
         return self._score(hidden, batch, norms, stats), features

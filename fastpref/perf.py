@@ -115,6 +115,7 @@ class Perf:
                 self.now.flops += self.shape.step(
                     batch.lengths,
                     batch.rows.numel(),
+                    batch.unread,
                     states=batch.hidden is not None,
                     reference=reference,
                 )

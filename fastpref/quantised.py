@@ -125,7 +125,7 @@ class Planned(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., out_features)."""
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out: Tensor = _Product.apply(x, self.weight, (self.out_features, self.in_features))
         return out if self.bias is None else out + self.bias

@@ -78,6 +78,17 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
+def last_layer(module: nn.Module) -> tuple[nn.Module, int] | None:
+    """The last decoder layer of a causal LM and the width of its states; None where transformers
+    names none as such."""
+    decoder = getattr(module, "get_decoder", lambda: module)()
+    layers = decoder_layers(decoder)
+    if not layers:
+        return None
+    text = module.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+    return layers[-1], int(text.hidden_size)
+
+
 def recomputed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
     """``forward`` of a layer with its checkpointing; both stand in its attribute `recomputed`."""
     context: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from fastpref.batch import PairBatch
 from fastpref.config import Config
 from fastpref.losses import sequence_sums
 from fastpref.model import PairModel
+from fastpref.recompute import decoder_layers
 
 
 @torch.no_grad()
@@ -36,6 +37,10 @@ def sequence_logp(
 def copy_reference(model: PairModel) -> PairModel:
     """A frozen copy of ``model``: the reference as it stands before the first step."""
     module = copy.deepcopy(model.module).requires_grad_(False)
+    # What checkpointing and torch.compile wrapped around a layer's forward is bound to the layer of
+    # ``model``: a copy of a function is the function itself.
+    for layer in decoder_layers(module):
+        layer.__dict__.pop("forward", None)
     return dataclasses.replace(model, module=module)
 
 

@@ -83,9 +83,9 @@ class PairOps(Protocol):
         """(E, P, a, b) sums of y_t x_t^T, for E narrow matrices y (T, a), x (T, b)."""
 
     def sums(
-        self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
+        self, dy: Tensor, x: Tensor | None = None, eps: float | None = 0.0, centred: bool = False
     ) -> Tensor:
-        """(P, D) as `column_sums`."""
+        """(P, D) as `column_sums`; with eps None of dy times x as it is."""
 
     def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
         """(P,) as `linear_norms`."""
@@ -115,8 +115,10 @@ class FusedOps:
         )
 
     def sums(
-        self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
+        self, dy: Tensor, x: Tensor | None = None, eps: float | None = 0.0, centred: bool = False
     ) -> Tensor:
+        if eps is None:
+            dy, x, eps = dy if x is None else dy * x, None, 0.0
         return column_sums(dy, self.pair, len(self.counts), x=x, eps=eps, centred=centred)
 
     def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
@@ -144,7 +146,7 @@ class BlockOps:
         return self.blocks.products(torch.stack(list(y)), torch.stack(list(x)))
 
     def sums(
-        self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
+        self, dy: Tensor, x: Tensor | None = None, eps: float | None = 0.0, centred: bool = False
     ) -> Tensor:
         dtype = wide_dtype(dy) if x is None else wide_dtype(dy, x)
         out = dy.new_zeros(len(self.counts), dy.shape[-1], dtype=dtype)
@@ -152,7 +154,8 @@ class BlockOps:
         for i in range(0, len(dy), step):
             rows = dy[i : i + step].to(dtype)
             if x is not None:
-                rows = _times_normalised(rows, x[i : i + step].to(dtype), eps, centred)
+                own = x[i : i + step].to(dtype)
+                rows = rows * own if eps is None else _times_normalised(rows, own, eps, centred)
             if rows.dim() == 3:
                 rows = rows.sum(1)
             out.index_add_(0, self.pair[i : i + step], rows)

@@ -5,9 +5,12 @@ Shapes: T tokens, P pairs, G layer groups, d inputs, p outputs, D features, k sk
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from fastpref_kernels import embedding_norms
 from fastpref_kernels.count_sketch import BUCKETS
@@ -15,9 +18,13 @@ from fastpref_kernels.segment import add_rows_
 from fastpref_kernels.segment_products import multiply, wide_dtype
 from torch import Tensor, nn
 
+from fastpref.attention_layout import on_device
 from fastpref.batch import PairBatch
 from fastpref.dynamics.pair_ops import BlockOps, FusedOps, PairOps, Signs
 from fastpref.transfer import numbers
+
+if TYPE_CHECKING:
+    from fastpref.dynamics.tap_layers import Norm
 
 WAITING = 1 << 22  # numbers that wait to be summed together
 
@@ -53,15 +60,21 @@ class Factors:
     """Of linear layers of one input and key: sum over a pair's tokens of outputs_t inputs_t^T."""
 
     group: int
+    ops: PairOps  # of the tokens that the layers see
     inputs: Tensor  # (T, k) the projected input
     outputs: Tensor | None = None  # (T, k) the projected gradients so far that are not summed yet
 
 
 @dataclass
 class PairParts:
-    """The sums of one batch. Everything is added in the order of the backward."""
+    """The sums of one batch. Everything is added in the order of the backward.
 
-    pair: Tensor  # (T,) the pair of every token
+    Layers see all T tokens of it, or, in a narrowed block, the N that are read
+    (fastpref.last_block); both are called T where it makes no difference.
+    """
+
+    batch: PairBatch
+    signs: Signs
     tokens: int  # T
     ops: PairOps
     exact: bool
@@ -84,9 +97,10 @@ class PairParts:
         device = pair.device
         counts = [sum(lengths) for lengths in batch.lengths]
         return PairParts(
-            pair,
+            batch,
+            signs,
             len(pair),
-            (BlockOps if device.type == "cpu" else FusedOps)(pair, counts, signs),
+            _ops(pair, counts, signs),
             exact,
             k,
             torch.zeros(groups, pairs, dtype=torch.float32, device=device),
@@ -98,13 +112,34 @@ class PairParts:
         """P."""
         return self.norm_sq.shape[1]
 
+    @functools.cached_property
+    def read(self) -> int:
+        """N."""
+        return int(self.batch.read_spans()[1].sum())
+
+    @functools.cached_property
+    def read_ops(self) -> PairOps:
+        """Of the N tokens that are read."""
+        counts = self.batch.read_spans()[1]
+        device = self.batch.pair_of_token.device
+        (pair,) = on_device([np.repeat(np.arange(len(counts)), counts)], device)
+        return _ops(pair, counts.tolist(), self.signs)
+
+    def of_rows(self, x: Tensor) -> PairOps:
+        """The operations for rows x (T, ...), which are all tokens or those that are read."""
+        if len(x) == self.tokens:
+            return self.ops
+        assert len(x) == self.read
+        return self.read_ops
+
     def project_input(self, x: Tensor, place: Place) -> Factors:
         """Of the input x (T, d) of linear layers."""
-        return Factors(place.group, self.ops.project(x, place.key, "in", self.k))
+        ops = self.of_rows(x)
+        return Factors(place.group, ops, ops.project(x, place.key, "in", self.k))
 
     def project_output(self, factors: Factors, dy: Tensor, place: Place) -> None:
         """The gradient dy (T, p) of a layer's output, as it comes, so that none has to wait."""
-        project = self.ops.project
+        project = factors.ops.project
         before = factors.outputs
         if before is None:
             self._make_room(factors)
@@ -115,7 +150,8 @@ class PairParts:
         """What else is asked of linear layers of one input x (T, d) and one group; (T, p), weight
         each."""
         if self.exact:
-            self._add_norms(layers[0][1].group, self.ops.norms(x, [dy for dy, _ in layers]))
+            norms = self.of_rows(x).norms(x, [dy for dy, _ in layers])
+            self._add_norms(layers[0][1].group, norms)
         for dy, place in layers:
             moved = self._changed(place)
             if moved is not None:
@@ -125,20 +161,24 @@ class PairParts:
 
     def bias(self, dy: Tensor, place: Place) -> None:
         """A linear layer's or a norm's, dy (T, D)."""
-        self._vector(place, self.ops.sums(dy))
+        self._vector(place, self.of_rows(dy).sums(dy))
 
     def norm(
         self,
-        x: Tensor,  # (T, D) | (T, H, D)
+        x: Tensor,  # (T, D) | (T, H, D) its input; its output where it has a `gain`
         dy: Tensor,
-        eps: float,
-        centred: bool,
+        kind: Norm,
         weight: Place | None,
         bias: Place | None,
     ) -> None:
         """An RMSNorm or LayerNorm."""
         if weight is not None:
-            self._vector(weight, self.ops.sums(dy, x, eps, centred))
+            ops, gain = self.of_rows(dy), kind.gain(weight.parameter, dy.dtype)
+            if gain is None:
+                sums = ops.sums(dy, x, kind.eps, kind.centred)
+            else:
+                sums = ops.sums(dy, x, None).div_(gain)
+            self._vector(weight, sums)
         if bias is not None:
             self.bias(dy, bias)
 
@@ -151,7 +191,7 @@ class PairParts:
             norms = embedding_norms(
                 ids,
                 dy,
-                self.pair,
+                self.batch.pair_of_token,
                 num_segments=self.pairs,
                 scale=scale,
                 padding_idx=padding_idx,
@@ -164,7 +204,7 @@ class PairParts:
             outputs = outputs.masked_fill(padding, 0.0)
         if scale != 1.0:
             inputs *= scale
-        factors = Factors(place.group, inputs, outputs)
+        factors = Factors(place.group, self.ops, inputs, outputs)
         self._make_room(factors)
         self.narrow.append(factors)
         moved = self._changed(place)
@@ -214,9 +254,11 @@ class PairParts:
         waiting, self.narrow = self.narrow, []
         if not waiting:
             return
-        outputs = [factors.outputs for factors in waiting if factors.outputs is not None]
-        products = self.ops.products(outputs, [factors.inputs for factors in waiting])
-        self._add_sketches([factors.group for factors in waiting], products)
+        for ops in dict.fromkeys(factors.ops for factors in waiting):
+            own = [factors for factors in waiting if factors.ops is ops]
+            outputs = [factors.outputs for factors in own if factors.outputs is not None]
+            products = ops.products(outputs, [factors.inputs for factors in own])
+            self._add_sketches([factors.group for factors in own], products)
         for factors in waiting:  # what comes later of the same layers is a sum of its own
             factors.outputs = None
 
@@ -233,10 +275,16 @@ class PairParts:
         """per_token (T,)."""
         self._widen(per_token.dtype)
         assert self.change is not None
-        self.change[group] += self.ops.sums(per_token.unsqueeze(1)).squeeze(1)
+        ops = self.of_rows(per_token)
+        self.change[group] += ops.sums(per_token.unsqueeze(1)).squeeze(1)
 
     def _widen(self, dtype: torch.dtype) -> None:
         """float64 sums once anything is float64."""
         if dtype == torch.float64 and self.sketch.dtype != dtype:
             self.norm_sq, self.sketch = self.norm_sq.double(), self.sketch.double()
             self.change = None if self.change is None else self.change.double()
+
+
+def _ops(pair: Tensor, counts: list[int], signs: Signs) -> PairOps:
+    """Of tokens of these pairs, ``counts`` of each."""
+    return (BlockOps if pair.device.type == "cpu" else FusedOps)(pair, counts, signs)

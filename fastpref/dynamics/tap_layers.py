@@ -7,7 +7,7 @@ Shapes: T tokens of a packed batch, d inputs, p outputs, D features, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,17 @@ class Norm:
 
     eps: float
     centred: bool
+    offset: float | None = None  # of a y that is (offset + weight) times that derivative
+
+    def gain(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """(D,) what the derivative is multiplied by in a y of this dtype, so that it can be had of
+        y, in half the passes over memory; None where it cannot, or a GPU would have to be waited
+        for."""
+        if self.offset is None or dtype.itemsize < 4 or weight.device.type != "cpu":
+            return None
+        gain = weight.detach().to(dtype) + self.offset
+        small = torch.finfo(dtype).smallest_normal ** 0.5
+        return gain if float(gain.abs().amin()) > small else None
 
 
 Kind = Linear | Embedding | Norm
@@ -106,7 +117,7 @@ def _norm(module: nn.Module) -> Norm | None:
     for centred in (False, True):
         at = [(x * size).to(wide) for size in (1.0, eps**0.5)]
         if all(_is_norm(module, own, rows, eps, centred) for rows in at):
-            return Norm(eps, centred)
+            return Norm(eps, centred, None if centred or "bias" in own else _offset(module, at[0]))
     return None
 
 
@@ -132,6 +143,17 @@ def _is_norm(
     return torch.allclose(one - zero, expected, **close) and torch.allclose(
         two - zero, 2.0 * expected, **close
     )
+
+
+def _offset(module: nn.Module, x: Tensor) -> float | None:
+    """What y is at a weight of 0, over what it gains until 1: 0, or Gemma's 1."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    zero, one = (
+        functional_call(module, {"weight": torch.full_like(weight, value, dtype=x.dtype)}, (x,))
+        for value in (0.0, 1.0)
+    )
+    found = [c for c in (0.0, 1.0) if torch.allclose(zero, c * (one - zero), rtol=1e-3, atol=1e-5)]
+    return found[0] if found else None
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -209,23 +231,24 @@ class TokenRows:
         self.name = name
         self.dim: int | None = None  # of the tokens among (1, A, B, D)
 
-    def __call__(self, x: Tensor, tokens: int) -> Tensor:
-        """x (T, D), (1, T, D), (1, T, H, D) or (1, H, T, D)."""
+    def __call__(self, x: Tensor, *tokens: int) -> Tensor:
+        """x (T, D), (1, T, D), (1, T, H, D) or (1, H, T, D), for one T of ``tokens``: all of the
+        batch, and those that a narrowed block reads where the layer may see them alone."""
         if x.dim() >= 3 and x.shape[0] == 1:
             x = x.squeeze(0)
         if x.dim() == 3:
             dim = self._dim(x, tokens)
             x = x.transpose(0, 1) if dim == 1 else x
-        if x.dim() > 3 or x.shape[0] != tokens:
+        if x.dim() > 3 or x.shape[0] not in tokens:
             raise ValueError(
-                f"{self.name}: sees {tuple(x.shape)} where the batch has {tokens} tokens, one row "
-                "each: layers that are given some of the tokens, as experts are, have no taps. Set "
-                "track: head."
+                f"{self.name}: sees {tuple(x.shape)} where the batch has {tokens[0]} tokens, one "
+                "row each: layers that are given some of the tokens, as experts are, have no taps. "
+                "Set track: head."
             )
         return x
 
-    def _dim(self, x: Tensor, tokens: int) -> int:
-        fits = [dim for dim in (0, 1) if x.shape[dim] == tokens]
+    def _dim(self, x: Tensor, tokens: Sequence[int]) -> int:
+        fits = [dim for dim in (0, 1) if x.shape[dim] in tokens]
         if len(fits) == 1:
             self.dim = fits[0]
         elif fits and self.dim is None:

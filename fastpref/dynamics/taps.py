@@ -24,6 +24,7 @@ Shapes    T tokens, P pairs, G groups, k sketch size.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ import torch
 from fastpref_kernels import weight_sketch
 from torch import Tensor, nn
 
+from fastpref import last_block
 from fastpref.batch import PairBatch
 from fastpref.dynamics import tap_layers
 from fastpref.dynamics.pair_ops import Signs
@@ -80,7 +82,13 @@ class Tap:
             return y
         if self.group < 0 or not y.requires_grad:
             return y
-        return tap_layers.Kept.apply(y, x.detach(), self, None)
+        kept = x if self._gain(y) is None else y
+        return tap_layers.Kept.apply(y, kept.detach(), self, None)
+
+    def _gain(self, y: Tensor) -> Tensor | None:
+        if not isinstance(self.kind, Norm) or self.weight is None:
+            return None
+        return self.kind.gain(self.weight.parameter, y.dtype)
 
     def _linear(self, x: Tensor, *more: Any, **named: Any) -> Any:
         if self.group < 0:
@@ -96,6 +104,11 @@ class Tap:
         # the cost of a Function: the graph is a few hundred nodes long where models are small.
         y.register_hook(tap_layers.Seen(self, shared))
         return y
+
+    def tokens(self, x: Tensor, parts: PairParts) -> Tensor:
+        """Tokens first: the rows of x."""
+        read = [parts.read] if id(self.module) in self.taps.inside else []
+        return self.rows(x, parts.tokens, *read)
 
     def receive(self, x: Tensor | None, dy: Tensor, shared: tap_layers.Input | None) -> None:
         """The layer's input and the gradient of its output, in the backward."""
@@ -125,11 +138,18 @@ class Taps:
         """Whether squared norms are exact in every group."""
         return self.mode == "exact"
 
+    @functools.cached_property
+    def inside(self) -> set[int]:
+        """Ids of the layers within those that compute what is read alone (fastpref.last_block),
+        which take all tokens themselves."""
+        parts = last_block.narrowed(self.module)
+        return {id(m) for part in parts for m in part.modules() if m is not part}
+
     def project(self, tap: Tap, x: Tensor) -> Factors:
         """The input ``x`` of a linear layer, projected: in the forward, where it is hot."""
         parts, place = self.parts, tap.weight
         assert parts is not None and place is not None
-        rows, kind = tap.rows(x, parts.tokens), x.device.type
+        rows, kind = tap.tokens(x, parts), x.device.type
         if not torch.is_autocast_enabled(kind):
             return parts.project_input(rows, place)
         with torch.autocast(kind, enabled=False):
@@ -190,7 +210,7 @@ class Taps:
         """A tap's layer has been passed by the backward."""
         parts = self.parts
         assert parts is not None and self._watched, "the backward ran outside of watching()"
-        kind, dy = tap.kind, tap.rows(dy, parts.tokens)
+        kind, dy = tap.kind, tap.tokens(dy, parts)
         if isinstance(kind, Linear):
             assert shared is not None
             if tap.weight is not None:
@@ -202,8 +222,7 @@ class Taps:
             return
         assert x is not None
         if isinstance(kind, Norm):
-            rows = tap.rows(x, parts.tokens)
-            parts.norm(rows, dy, kind.eps, kind.centred, tap.weight, tap.bias)
+            parts.norm(tap.tokens(x, parts), dy, kind, tap.weight, tap.bias)
         elif tap.weight is not None:
             assert isinstance(tap.weight, VocabularyPlace)
             ids = x.reshape(-1)
@@ -227,7 +246,7 @@ class Taps:
             return
         assert self.parts is not None
         _, x, layers = waiting
-        rows = layers[0][0].rows(x, self.parts.tokens)
+        rows = layers[0][0].tokens(x, self.parts)
         self.parts.linear(rows, [(dy, tap.weight) for tap, dy in layers if tap.weight is not None])
 
     def weight_sketch(self) -> Tensor:

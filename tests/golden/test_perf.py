@@ -61,7 +61,7 @@ def test_lines_add_up(base: Config, plain: Path, tiny_model_dir: Path) -> None:
     shape = Shape.of(AutoModelForCausalLM.from_pretrained(tiny_model_dir))
     done = sum(line["tflops_per_second"] * line["seconds"] for line in lines) * 1e12
     per_epoch = dataset.pack(dataset.train)
-    whole = shape.step(per_epoch.lengths, per_epoch.rows.numel())
+    whole = shape.step(per_epoch.lengths, per_epoch.rows.numel(), per_epoch.unread)
     assert -(-len(dataset.train) // 8) == 9  # the run is an epoch
     assert done == pytest.approx(whole, rel=1e-9)
     for line in lines:

@@ -206,15 +206,16 @@ def test_arithmetic_of_fastpref_is_what_torch_counts(job: Job, quiet: None) -> N
     contender = Fastpref(job)
     (work,) = contender.work(2, 1)
     batch = pack_pairs(contender._pairs(2, 1))
-    body = counted(lambda: contender.model.hidden(batch).sum().backward())
-    without_head = Work(work.tokens, work.scores, 0, 0, 1, 1, 0, 0)
+    body = counted(lambda: contender.model.hidden(batch, scored_only=True).sum().backward())
+    without_head = Work(work.tokens, work.scores, 0, 0, 1, 1, 0, 0, work.unread)
     assert body == without_head.flops(contender.shape)
     assert work.tokens == batch.num_tokens and work.rows == batch.rows.numel()
+    assert 0 < work.unread < work.tokens
     rows = torch.bincount(batch.segment_id // 3)
     assert work.gram == sum(n * n for n in rows.tolist()) > 0
     reference = contender.reference_work(2, 1)
     with torch.no_grad():
-        forward = counted(lambda: contender.model.hidden(batch))
+        forward = counted(lambda: contender.model.hidden(batch, scored_only=True))
     head = 2 * reference.rows * contender.shape.hidden * contender.shape.vocab
     # Its plan may cut the pairs into other attention blocks, with other padding.
     assert reference.flops(contender.shape) == pytest.approx(forward + head, rel=0.02)

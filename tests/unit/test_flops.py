@@ -117,6 +117,21 @@ def test_the_head_alone_is_two_products_of_its_rows() -> None:
     assert Shape.of(module).step(LENGTHS, 5, states=True) == 2 * 2 * 5 * 24 * 50
 
 
+def test_what_the_head_does_not_read_is_not_useful() -> None:
+    """Of tokens that predict no scored one: the last block's output projection and MLP."""
+    module = llama()
+    shape = Shape.of(module)
+    last = 24 * 32 + 3 * 24 * 40
+    assert (shape.last, shape.last_trained) == (last, last)
+    assert shape.step(LENGTHS, 5) - shape.step(LENGTHS, 5, 3) == 3 * 2 * 3 * last
+    assert shape.forward(LENGTHS, 5) - shape.forward(LENGTHS, 5, 3) == 2 * 3 * last
+    more = shape.step(LENGTHS, 5, 3, reference=True) - shape.step(LENGTHS, 5, 3)
+    assert more == shape.forward(LENGTHS, 5, 3)
+    module.model.layers[-1].mlp.requires_grad_(False)
+    assert Shape.of(module).last_trained == 24 * 32
+    assert Shape.of_config(module.config).last == last
+
+
 def test_a_reference_that_moves_is_a_forward_more() -> None:
     shape = Shape.of(llama())
     more = shape.step(LENGTHS, 5, reference=True) - shape.step(LENGTHS, 5)

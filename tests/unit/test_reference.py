@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastpref.compile import compile_blocks
 from fastpref.config import Config
 from fastpref.data.dataset import load_dataset
 from fastpref.data.pack import pack_pairs
@@ -26,6 +27,7 @@ from fastpref.reference import (
     with_live_reference,
 )
 from fastpref.train import train
+from tests.architectures import PAIRS
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,23 @@ def straight(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(config: Config, folder: Path, **changes: Any) -> Path:
     return train(dataclasses.replace(config, output_dir=str(folder), **changes), progress=False)
+
+
+@pytest.mark.parametrize("wrapped", ["none", "selective", "full", "compiled"])
+def test_the_copy_does_not_move_with_the_policy(base: Config, wrapped: str) -> None:
+    """Whatever is wrapped around the policy's blocks."""
+    checkpointing = "none" if wrapped == "compiled" else wrapped
+    model = load_model(dataclasses.replace(base, gradient_checkpointing=checkpointing))
+    if wrapped == "compiled":
+        compile_blocks(model.module)  # at their first call, which is not made here
+    reference, batch = copy_reference(model), pack_pairs(PAIRS)
+    with torch.no_grad():
+        before = reference.logp(batch).logp
+        for parameter in model.module.parameters():
+            parameter.mul_(1.1)
+        assert torch.equal(reference.logp(batch).logp, before)
+        if wrapped != "compiled":
+            assert not torch.allclose(model.logp(batch).logp, before)
 
 
 def test_trls_rule(tiny_model_dir: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.dynamics import tap_layers
+from fastpref.dynamics.pair_ops import BlockOps, Signs
 from fastpref.dynamics.taps import attach
 from tests.kernels.test_norms_models import build
 
@@ -135,9 +136,9 @@ def test_kinds_are_found_by_what_layers_do() -> None:
     kind = tap_layers.kind_of
     assert kind(nn.Linear(3, 4)) == tap_layers.Linear(False)
     assert kind(Conv1D(4, 3)) == tap_layers.Linear(True)
-    assert kind(LlamaRMSNorm(6, eps=1e-4)) == tap_layers.Norm(1e-4, False)
-    assert kind(gemma.Gemma3RMSNorm(6, eps=1e-5)) == tap_layers.Norm(1e-5, False)
-    assert kind(nn.RMSNorm(6)) == tap_layers.Norm(torch.finfo(torch.float32).eps, False)
+    assert kind(LlamaRMSNorm(6, eps=1e-4)) == tap_layers.Norm(1e-4, False, 0.0)
+    assert kind(gemma.Gemma3RMSNorm(6, eps=1e-5)) == tap_layers.Norm(1e-5, False, 1.0)
+    assert kind(nn.RMSNorm(6)) == tap_layers.Norm(torch.finfo(torch.float32).eps, False, 0.0)
     assert kind(nn.LayerNorm(6, eps=1e-3)) == tap_layers.Norm(1e-3, True)
     assert kind(nn.LayerNorm(6, bias=False)) == tap_layers.Norm(1e-5, True)
     assert kind(nn.Embedding(9, 6, padding_idx=8)) == tap_layers.Embedding(1.0, 8)
@@ -153,13 +154,53 @@ def test_kinds_of_layers_in_half_precision() -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     kind = tap_layers.kind_of
-    for norm in (LlamaRMSNorm(6, eps=1e-4), gemma.Gemma3RMSNorm(6, eps=1e-4)):
-        assert kind(norm.bfloat16()) == tap_layers.Norm(1e-4, False)
+    assert kind(LlamaRMSNorm(6, eps=1e-4).bfloat16()) == tap_layers.Norm(1e-4, False, 0.0)
+    assert kind(gemma.Gemma3RMSNorm(6, eps=1e-4).bfloat16()) == tap_layers.Norm(1e-4, False, 1.0)
     assert kind(nn.LayerNorm(6, eps=1e-3).bfloat16()) == tap_layers.Norm(1e-3, True)
     scaled = gemma.Gemma3TextScaledWordEmbedding(9, 6, 0, embed_scale=6**0.5).bfloat16()
     found = kind(scaled)
     assert isinstance(found, tap_layers.Embedding)
     assert found.scale == float(torch.tensor(6**0.5).bfloat16()) != float(torch.tensor(6**0.5))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_norm_is_known_by_its_output_where_that_tells(offset: float) -> None:
+    """y / gain is what the weight multiplies; where the gain is 0, nothing of it is left in y."""
+    kind = tap_layers.Norm(1e-6, False, offset)
+    weight = torch.tensor([0.5, -2.0, 3.0])
+    gain = kind.gain(weight, torch.float32)
+    assert gain is not None and gain.tolist() == [offset + w for w in (0.5, -2.0, 3.0)]
+    assert kind.gain(torch.tensor([0.5, -offset, 3.0]), torch.float32) is None
+    assert kind.gain(torch.tensor([0.5, 1e-42 - offset, 3.0]), torch.float32) is None
+    assert kind.gain(weight, torch.bfloat16) is None  # y is rounded, the derivative is not
+    assert tap_layers.Norm(1e-6, True).gain(weight, torch.float32) is None
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_sums_of_norms_by_output_and_by_input(dead: bool) -> None:
+    torch.manual_seed(3)
+    norm = nn.RMSNorm(6, eps=1e-6).double()
+    with torch.no_grad():
+        norm.weight.normal_()
+        if dead:
+            norm.weight[2] = 0.0
+    kind = tap_layers.kind_of(norm)
+    assert isinstance(kind, tap_layers.Norm)
+    x, dy = torch.randn(2, 9, 6, dtype=torch.float64)
+    ops = BlockOps(torch.tensor([0] * 4 + [1] * 5), [4, 5], Signs(0))
+    gain = kind.gain(norm.weight, torch.float64)
+    assert (gain is None) == dead
+    by_input = ops.sums(dy, x, kind.eps)
+    expected = torch.stack(
+        [
+            torch.autograd.grad((norm(x[own]) * dy[own]).sum(), norm.weight)[0]
+            for own in (slice(0, 4), slice(4, 9))
+        ]
+    )
+    torch.testing.assert_close(by_input, expected, rtol=1e-12, atol=1e-14)
+    if gain is not None:
+        by_output = ops.sums(dy, norm(x).detach(), None) / gain
+        torch.testing.assert_close(by_output, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_the_dimension_of_tokens() -> None:
