@@ -253,7 +253,10 @@ def stated_bytes(subject: Subject, track: str, turn: int, plain: int) -> int:
     tokens, most, step = sum(counts), len(largest), len(subject.steps[0])
     blocks = TokenBlocks.make(counts, torch.device("cpu")).blocks
     slots = max(len(block.lengths) * block.length for block in blocks)
-    narrow = 2 * min(tokens * k * (4 * c.num_hidden_layers + 1), WAITING + tokens * k)
+    # Two of the last block's inputs are of the tokens that are read (fastpref.last_block).
+    read = int(pack_pairs(largest).read_spans()[1].sum())
+    rows = tokens * (4 * c.num_hidden_layers - 1) + 2 * read
+    narrow = 2 * min(rows * k, WAITING + tokens * k)
     sketches = k * k * groups * (step + most)
     vectors = most * c.hidden_size * (2 * c.num_hidden_layers + 1)
     hidden = max(plain - subject.weight_bytes, 0)  # activations are gone after the backward
@@ -266,6 +269,12 @@ def stated_bytes(subject: Subject, track: str, turn: int, plain: int) -> int:
         grams = max(len(block.lengths) * block.length**2 for block in blocks)
         head = c.hidden_size // c.num_attention_heads
         heads = head * (c.num_attention_heads + c.num_key_value_heads)
-        within += tokens * max(c.intermediate_size, heads) + 2 * min(ENTRIES, grams)
-        within += slots * (c.hidden_size + c.intermediate_size)
+        within += 2 * min(ENTRIES, grams) + slots * c.hidden_size
+        # The last block's MLP is small; at its attention the final states, in and out of the last
+        # norm, are gone, at another block the activations of those behind it. All of what goes into
+        # the narrowed output projection is kept.
+        gone = hidden // (4 * (c.num_hidden_layers + 1))
+        mlp = (tokens + slots) * max(c.intermediate_size, heads) - gone
+        last = tokens * heads + (slots - 2 * tokens) * c.hidden_size
+        within += tokens * c.hidden_size + max(mlp, last)
     return max(4 * within, 4 * after - hidden)

@@ -165,15 +165,16 @@ class PairParts:
 
     def norm(
         self,
-        x: Tensor,  # (T, D) | (T, H, D) its input; its output where it has a `gain`
+        x: Tensor,  # (T, D) | (T, H, D) its input; its output where `gain` is given
         dy: Tensor,
         kind: Norm,
         weight: Place | None,
         bias: Place | None,
+        gain: Tensor | None,
     ) -> None:
         """An RMSNorm or LayerNorm."""
         if weight is not None:
-            ops, gain = self.of_rows(dy), kind.gain(weight.parameter, dy.dtype)
+            ops = self.of_rows(dy)
             if gain is None:
                 sums = ops.sums(dy, x, kind.eps, kind.centred)
             else:

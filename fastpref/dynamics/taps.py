@@ -82,13 +82,15 @@ class Tap:
             return y
         if self.group < 0 or not y.requires_grad:
             return y
-        kept = x if self._gain(y) is None else y
+        kept = x if self.gain(y.dtype) is None else y
         return tap_layers.Kept.apply(y, kept.detach(), self, None)
 
-    def _gain(self, y: Tensor) -> Tensor | None:
-        if not isinstance(self.kind, Norm) or self.weight is None:
+    def gain(self, dtype: torch.dtype) -> Tensor | None:
+        """`Norm.gain`, where the layer's output is what is kept of it, in the place of its input:
+        layers behind it keep that anyhow, but for those that read some of its rows."""
+        if not isinstance(self.kind, Norm) or self.weight is None or self.name in self.taps.late:
             return None
-        return self.kind.gain(self.weight.parameter, y.dtype)
+        return self.kind.gain(self.weight.parameter, dtype)
 
     def _linear(self, x: Tensor, *more: Any, **named: Any) -> Any:
         if self.group < 0:
@@ -144,6 +146,14 @@ class Taps:
         which take all tokens themselves."""
         parts = last_block.narrowed(self.module)
         return {id(m) for part in parts for m in part.modules() if m is not part}
+
+    @functools.cached_property
+    def late(self) -> set[str]:
+        """Names of the norms of a narrowed block, and of those outside of blocks."""
+        parts = {id(part) for part in last_block.narrowed(self.module)}
+        names = [name for name, layer in self.module.named_modules() if id(layer) in parts]
+        narrow = {_block(name) for name in names} | {None}
+        return {tap.name for tap in self.layers if _block(tap.name) in narrow}
 
     def project(self, tap: Tap, x: Tensor) -> Factors:
         """The input ``x`` of a linear layer, projected: in the forward, where it is hot."""
@@ -222,7 +232,8 @@ class Taps:
             return
         assert x is not None
         if isinstance(kind, Norm):
-            parts.norm(tap.tokens(x, parts), dy, kind, tap.weight, tap.bias)
+            rows, gain = tap.tokens(x, parts), tap.gain(dy.dtype)
+            parts.norm(rows, dy, kind, tap.weight, tap.bias, gain)
         elif tap.weight is not None:
             assert isinstance(tap.weight, VocabularyPlace)
             ids = x.reshape(-1)
@@ -369,6 +380,11 @@ def _refusal(missing: Sequence[tuple[str, nn.Module, str]]) -> str:
         "head's weight (not of fused experts, quantised weights, DoRA, a head's bias). Set track: "
         "head, or freeze them."
     )
+
+
+def _block(name: str) -> str | None:
+    found = _BLOCK.match(name)
+    return found[1] if found else None
 
 
 def _group(name: str, kind: Kind) -> str:

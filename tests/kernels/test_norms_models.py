@@ -140,8 +140,8 @@ def separate(name: str) -> Seen:
 def packed(name: str) -> Seen:
     """One packed batch with shared prefixes."""
     model = build(name)
-    captures = capture(model)
     loading.prepare(model)
+    captures = capture(model)
     batch = pack_pairs(PAIRS)
     hidden = PairModel(model, None, torch.device("cpu"), torch.float64, "").hidden(batch)
     logits = model.lm_head(hidden.index_select(0, batch.rows)[None])[0]

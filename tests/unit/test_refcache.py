@@ -353,9 +353,9 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     hidden = PairModel.hidden
 
-    def counted(self: PairModel, batch: PairBatch) -> torch.Tensor:
+    def counted(self: PairModel, batch: PairBatch, **asked: bool) -> torch.Tensor:
         seen.append(batch.num_pairs)
-        return hidden(self, batch)
+        return hidden(self, batch, **asked)
 
     monkeypatch.setattr(PairModel, "hidden", counted)
     return seen
