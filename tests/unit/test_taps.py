@@ -148,6 +148,21 @@ def test_kinds_are_found_by_what_layers_do() -> None:
     assert kind(nn.GELU()) is None
 
 
+def test_an_embedding_that_wants_more_than_ids_is_unknown() -> None:
+    """OPT's positions count along a second dimension; the refusal names the layer."""
+    from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+
+    assert tap_layers.kind_of(OPTLearnedPositionalEmbedding(9, 6)) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_one_head_is_none(tokens: int) -> None:
+    """The linear layers of latent attention see their input as that of a single head."""
+    x = torch.randn(tokens, 3)
+    for shape in ((1, 1, tokens, 3), (1, tokens, 1, 3), (1, tokens, 3)):
+        assert torch.equal(tap_layers.TokenRows("x")(x.view(shape), tokens), x)
+
+
 def test_kinds_of_layers_in_half_precision() -> None:
     """Gemma's scale is what its dtype makes of it."""
     import transformers.models.gemma3.modeling_gemma3 as gemma
