@@ -7,9 +7,10 @@
                arithmetic
 
 Without dropout the recomputed values have the bits of the first ones, and so have the gradients.
-Non-reentrant (torch.utils.checkpoint), so that frozen weights, several backwards and layers around
-layers go on working. A layer is wrapped by its own `forward`, whatever its training flag says: the
-model stays in evaluation mode, because that is what keeps its dropout off.
+Non-reentrant (torch.utils.checkpoint), so that frozen weights, several backwards (of `selective`
+torch allows one) and layers around layers go on working. A layer is wrapped by its own `forward`,
+whatever its training flag says: the model stays in evaluation mode, because that is what keeps its
+dropout off.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -100,11 +101,17 @@ def recomputed(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         # The layout may have come by the surroundings, which are gone when the backward runs.
-        run = attention.bound(forward)
+        run = attention.bound(lambda *own, **named: forward(*map(_anew, own), **named))
         return checkpoint(run, *args, use_reentrant=False, **context, **kwargs)
 
     checkpointed.recomputed = forward, mode  # type: ignore[attr-defined]
     return checkpointed
+
+
+def _anew(x: Any) -> Any:
+    """A tensor as an object of its own: what taps note on a layer's input in the first run, the
+    second must not find, or it would skip a product that `selective` counts."""
+    return x.view_as(x) if isinstance(x, Tensor) else x
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -92,7 +92,7 @@ def _embedding(module: nn.Embedding) -> Embedding | None:
             functional_call(module, {"weight": x.expand(module.weight.shape)}, (ids,))
             for x in (torch.ones_like(row), row)
         )
-    except (TypeError, RuntimeError, AttributeError):
+    except (TypeError, RuntimeError, AttributeError, IndexError):  # OPT's wants two dimensions
         return None
     if not isinstance(ones, Tensor) or ones.shape != (len(ids), len(row)):
         return None
@@ -233,12 +233,14 @@ class TokenRows:
 
     def __call__(self, x: Tensor, *tokens: int) -> Tensor:
         """x (T, D), (1, T, D), (1, T, H, D) or (1, H, T, D), for one T of ``tokens``: all of the
-        batch, and those that a narrowed block reads where the layer may see them alone."""
+        batch, and those that a narrowed block reads where the layer may see them alone. One head
+        is none: (T, D)."""
         if x.dim() >= 3 and x.shape[0] == 1:
             x = x.squeeze(0)
         if x.dim() == 3:
             dim = self._dim(x, tokens)
             x = x.transpose(0, 1) if dim == 1 else x
+            x = x.squeeze(1)  # latent attention's linear layers see (1, 1, T, D)
         if x.dim() > 3 or x.shape[0] not in tokens:
             raise ValueError(
                 f"{self.name}: sees {tuple(x.shape)} where the batch has {tokens[0]} tokens, one "

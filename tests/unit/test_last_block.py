@@ -266,6 +266,15 @@ def test_a_block_that_is_not_as_assumed_is_widened_by_the_self_check(
     assert not caplog.text and last_block.narrowed(model.module)
 
 
+def test_a_block_that_runs_twice_is_widened_where_rounding_hides_it() -> None:
+    """In bfloat16 the gradients of a model of two alternating stacks differ by less than what
+    packing is allowed."""
+    model = packed(tiny_model("hrm_text", torch.bfloat16))
+    assert last_block.narrowed(model.module)
+    check_model(model, PAIRS)
+    assert not last_block.narrowed(model.module)
+
+
 def test_an_mlp_that_mixes_tokens_is_found_out() -> None:
     module: Any = tiny_model("llama")
     mlp = module.model.layers[-1].mlp

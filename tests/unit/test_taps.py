@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastpref import recompute
+from fastpref.data.pack import pack_pairs
 from fastpref.dynamics import tap_layers
 from fastpref.dynamics.pair_ops import BlockOps, Signs
 from fastpref.dynamics.taps import attach
+from fastpref.gradients import pair_gradients
+from tests.architectures import PAIRS, packed, tiny_model
 from tests.kernels.test_norms_models import build
 
 
@@ -146,6 +150,33 @@ def test_kinds_are_found_by_what_layers_do() -> None:
     assert isinstance(scaled, tap_layers.Embedding)
     assert scaled.scale == float(torch.tensor(6**0.5)) and scaled.padding_idx == 0
     assert kind(nn.GELU()) is None
+
+
+def test_an_embedding_that_wants_more_than_ids_is_unknown() -> None:
+    """OPT's positions count along a second dimension; the refusal names the layer."""
+    from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+
+    assert tap_layers.kind_of(OPTLearnedPositionalEmbedding(9, 6)) is None
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputed_blocks_whose_attention_has_no_norm_before_it(mode: str) -> None:
+    """OLMo 2: the linear layers see the block's own input, which both runs are given."""
+    batch, found = pack_pairs(PAIRS), []
+    for own in ("none", mode):
+        model = packed(tiny_model("olmo2", torch.float32))
+        recompute.checkpoint_layers(model.module, own)
+        found.append(pair_gradients(model, attach(model.module, "exact", sketch_dim=4), batch))
+    for name in ("norm_sq", "sketch"):
+        assert torch.equal(*(getattr(gradients, name) for gradients in found))
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_one_head_is_none(tokens: int) -> None:
+    """The linear layers of latent attention see their input as that of a single head."""
+    x = torch.randn(tokens, 3)
+    for shape in ((1, 1, tokens, 3), (1, tokens, 1, 3), (1, tokens, 3)):
+        assert torch.equal(tap_layers.TokenRows("x")(x.view(shape), tokens), x)
 
 
 def test_kinds_of_layers_in_half_precision() -> None:
