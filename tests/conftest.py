@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastpref.config import Config
+
 # Without a GPU Triton's kernels run in its interpreter; read when a kernel is decorated.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -156,6 +158,19 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def tiny_config(
+    tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Config:
+    """A run of the tiny model on the tiny data, with a reference cache of the module's own."""
+    return Config(
+        model_name_or_path=str(tiny_model_dir),
+        dataset_name=(str(tiny_data),),
+        ref_cache_dir=str(tmp_path_factory.mktemp("reference")),
+        train_batch_size=8,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -186,6 +186,18 @@ def arch_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def refuse_second_derivative(backward_op: Any, name: str) -> None:
+    """Where the gradient of `name`'s gradient is asked for, say so; torch would name an op."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(
+            f"{name} has no second derivative, and the gradient of its gradient was asked for. "
+            f"reference.{name} is plain torch, and is differentiated as often as wanted."
+        )
+
+    backward_op.register_autograd(refuse)
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
     return f" Did you mean {near[0]!r}?" if near else ""

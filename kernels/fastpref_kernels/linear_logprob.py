@@ -393,6 +393,9 @@ def _backward_fake(
     )
 
 
+_launch.refuse_second_derivative(_backward_op, "linear_logprob")
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     _save(ctx, inputs, output[-4:])

@@ -221,6 +221,9 @@ def _backward_fake(
     return logp.new_empty(logp.shape)
 
 
+_launch.refuse_second_derivative(_backward_op, "pair_loss")
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logp, segment_id, *_, ctx.plan = inputs
     ctx.set_materialize_grads(False)

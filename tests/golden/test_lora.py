@@ -21,16 +21,13 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return Config(
-        model_name_or_path=str(tiny_model_dir),
-        dataset_name=(str(tiny_data),),
-        ref_cache_dir=str(tmp_path_factory.mktemp("reference")),
+def base(tiny_config: Config) -> Config:
+    return dataclasses.replace(
+        tiny_config,
         max_length=96,
         trainable="lora",
         lora_r=4,
         lora_alpha=8,
-        train_batch_size=8,
         max_steps=10,
         learning_rate=1e-2,
         logging_steps=3,

@@ -20,13 +20,10 @@ NARROW = {**BF16, "weights_dtype": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return Config(
-        model_name_or_path=str(tiny_model_dir),
-        dataset_name=(str(tiny_data),),
-        ref_cache_dir=str(tmp_path_factory.mktemp("reference")),
+def base(tiny_config: Config) -> Config:
+    return dataclasses.replace(
+        tiny_config,
         max_length=44,
-        train_batch_size=8,
         max_steps=200,
         # Small steps, as in DPO of large models: an update is far below a weight's last bit.
         learning_rate=2e-5,

@@ -30,13 +30,10 @@ TABLES = ("pairs", "steps", "behaviors", "gram")
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return Config(
-        model_name_or_path=str(tiny_model_dir),
-        dataset_name=(str(tiny_data),),
-        ref_cache_dir=str(tmp_path_factory.mktemp("reference")),
+def base(tiny_config: Config) -> Config:
+    return dataclasses.replace(
+        tiny_config,
         max_length=96,
-        train_batch_size=8,
         max_tokens_per_microbatch=260,
         max_steps=STEPS,
         learning_rate=1e-3,

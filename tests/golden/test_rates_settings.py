@@ -35,13 +35,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return Config(
-        model_name_or_path=str(tiny_model_dir),
-        dataset_name=(str(tiny_data),),
-        ref_cache_dir=str(tmp_path_factory.mktemp("reference")),
+def base(tiny_config: Config) -> Config:
+    return dataclasses.replace(
+        tiny_config,
         max_length=96,
-        train_batch_size=8,
         max_steps=STEP,
         learning_rate=2e-5,
         lr_scheduler_type="constant",

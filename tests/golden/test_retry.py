@@ -24,13 +24,10 @@ ROWS = ("loss", "margin", "pair_id", "gnorm_head")
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model_dir: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return Config(
-        model_name_or_path=str(tiny_model_dir),
-        dataset_name=(str(tiny_data),),
-        ref_cache_dir=str(tmp_path_factory.mktemp("reference")),
+def base(tiny_config: Config) -> Config:
+    return dataclasses.replace(
+        tiny_config,
         max_length=44,
-        train_batch_size=8,
         max_steps=6,
         learning_rate=1e-3,
         lr_scheduler_type="constant",  # so that a run of fewer steps is the start of a longer one
