@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,11 @@ from fastpref.config import Config
 # Without a GPU Triton's kernels run in its interpreter; read when a kernel is decorated.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell has what it starts in the background ignore Ctrl-C, and so would what tests interrupt.
+if threading.current_thread() is threading.main_thread():
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test needs the network; a name that is on no disk is to fail at once, not after retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
