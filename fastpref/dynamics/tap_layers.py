@@ -117,22 +117,15 @@ def _norm(module: nn.Module) -> Norm | None:
     for centred in (False, True):
         at = [(x * size).to(wide) for size in (1.0, eps**0.5)]
         if all(_is_norm(module, own, rows, eps, centred) for rows in at):
-            return Norm(eps, centred, None if centred or "bias" in own else _offset(module, at[0]))
+            return Norm(eps, centred, None if centred else _offset(module, own, at[0]))
     return None
 
 
 def _is_norm(
     module: nn.Module, own: dict[str, nn.Parameter], x: Tensor, eps: float, centred: bool
 ) -> bool:
-    def at(value: float) -> Tensor:
-        given = {
-            name: torch.full_like(p, value if name == "weight" else 0.0, dtype=x.dtype)
-            for name, p in own.items()
-        }
-        return functional_call(module, given, (x,))
-
     try:
-        zero, one, two = at(0.0), at(1.0), at(2.0)
+        zero, one, two = (_at_weight(module, own, x, value) for value in (0.0, 1.0, 2.0))
     except (TypeError, RuntimeError, AttributeError, ValueError):
         return False
     if not isinstance(zero, Tensor) or zero.shape != x.shape:
@@ -145,13 +138,22 @@ def _is_norm(
     )
 
 
-def _offset(module: nn.Module, x: Tensor) -> float | None:
-    """What y is at a weight of 0, over what it gains until 1: 0, or Gemma's 1."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    zero, one = (
-        functional_call(module, {"weight": torch.full_like(weight, value, dtype=x.dtype)}, (x,))
-        for value in (0.0, 1.0)
-    )
+def _at_weight(module: nn.Module, own: dict[str, nn.Parameter], x: Tensor, value: float) -> Tensor:
+    """A norm's output of x where its weight is `value` everywhere, and its bias 0."""
+    given = {
+        name: torch.full_like(p, value if name == "weight" else 0.0, dtype=x.dtype)
+        for name, p in own.items()
+    }
+    found: Tensor = functional_call(module, given, (x,))
+    return found
+
+
+def _offset(module: nn.Module, own: dict[str, nn.Parameter], x: Tensor) -> float | None:
+    """What y is at a weight of 0, over what it gains until 1: 0, or Gemma's 1; None with a bias,
+    which y holds too."""
+    if "bias" in own:
+        return None
+    zero, one = (_at_weight(module, own, x, value) for value in (0.0, 1.0))
     found = [c for c in (0.0, 1.0) if torch.allclose(zero, c * (one - zero), rtol=1e-3, atol=1e-5)]
     return found[0] if found else None
 

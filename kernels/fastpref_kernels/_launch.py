@@ -199,5 +199,6 @@ def refuse_second_derivative(backward_op: Any, name: str) -> None:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of an error message: which known name was meant; empty where none is close."""
     near = difflib.get_close_matches(name, known, 1)
     return f" Did you mean {near[0]!r}?" if near else ""
