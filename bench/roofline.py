@@ -10,7 +10,6 @@ returned included. A product's own traffic is the library's affair. No time is m
 from __future__ import annotations
 
 import argparse
-import importlib
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -161,23 +160,24 @@ def count(
     rows: int, dim: int, vocab: int, cache: int, train_weight: bool, train_hidden: bool
 ) -> Counted:
     """One forward and backward in bfloat16, a segment for every row."""
-    from fastpref_kernels import _launch
+    from fastpref_kernels import _launch, head_op
+    from fastpref_kernels._head_checks import Described
+    from fastpref_kernels._plan import make_plan
 
-    op = importlib.import_module("fastpref_kernels.linear_logprob")
     options: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
     hidden = torch.empty(rows, dim, **options, requires_grad=train_hidden)
     weight = torch.empty(vocab, dim, **options, requires_grad=train_weight)
     target = torch.empty(rows, device="meta", dtype=torch.int64)
     grad = torch.empty(rows, device="meta")
-    plan = op.make_plan(hidden, weight, None, cache, 0, True)
+    plan = make_plan(Described.of(hidden), Described.of(weight), None, cache, 0, True)
     counted = Counted(rows_by_dim=prod(hidden.shape))
     hidden, weight = hidden.detach(), weight.detach()
     counted.given(hidden, weight, target, grad)
     with torch.no_grad(), _launch.recorded(counted.launched), _Seen(counted):
         scales = [1.0, 1.0]
-        out = op.forward(hidden, weight, target, None, None, rows, scales, plan, "", "")
+        out = head_op.forward(hidden, weight, target, None, None, rows, scales, plan, "", "")
         if train_weight or train_hidden:
-            saved = out[-4:]
-            returned = op.backward(grad, hidden, weight, target, None, None, *saved, scales, plan)
+            inputs: list[Any] = [grad, hidden, weight, target, None, None, *out[-4:], scales, plan]
+            returned = head_op.backward(*inputs)
             del returned
     return counted

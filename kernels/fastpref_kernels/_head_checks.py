@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,15 +26,27 @@ FEW = 1024  # numbers that are read as a list in less time than an op takes to b
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+class Described(NamedTuple):
+    """What can be told of a tensor without reading it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    wants_grad: bool  # requires_grad, in grad mode
+
+    @staticmethod
+    def of(x: Tensor) -> Described:
+        return Described(x.shape, x.dtype, x.device, x.requires_grad and torch.is_grad_enabled())
+
+
 def check_linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    segment_id: Tensor | None,
-    bias: Tensor | None,
+    hidden: Described,
+    weight: Described,
+    target: Described,
+    segment_id: Described | None,
+    bias: Described | None,
     *,
     num_segments: int | None,
-    counts: Sequence[int] | None,
     group_size: int,
     softcap: float | None,
     logit_scale: float,
@@ -53,11 +66,7 @@ def check_linear_logprob(
     if norms in ("sketch", "both"):
         sketch = (sketch_dim, sketch_buckets, sketch_seed, sketch_key)
         check_sketch("linear_logprob", *sketch, prefix="sketch_")
-    if counts is not None and num_segments is None:
-        num_segments = len(counts)
     segments = _count_segments(hidden, segment_id, num_segments)
-    if counts is not None:
-        check_counts("linear_logprob", hidden.shape[0], segments, counts)
     if norms is not None and segments % group_size:
         raise ValueError(
             f"linear_logprob: norms need whole groups, but num_segments={segments} is not a "
@@ -67,9 +76,13 @@ def check_linear_logprob(
 
 
 def _check_tensors(
-    hidden: Tensor, weight: Tensor, target: Tensor, segment_id: Tensor | None, bias: Tensor | None
+    hidden: Described,
+    weight: Described,
+    target: Described,
+    segment_id: Described | None,
+    bias: Described | None,
 ) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    if len(hidden.shape) != 2 or len(weight.shape) != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "linear_logprob: expected hidden (R, D) and weight (V, D), got "
             f"{tuple(hidden.shape)} and {tuple(weight.shape)}."
@@ -183,7 +196,9 @@ def check_sketch(
         )
 
 
-def _count_segments(hidden: Tensor, segment_id: Tensor | None, num_segments: int | None) -> int:
+def _count_segments(
+    hidden: Described, segment_id: Described | None, num_segments: int | None
+) -> int:
     rows = hidden.shape[0]
     if segment_id is None:
         if num_segments is not None and num_segments != rows:
@@ -198,12 +213,20 @@ def _count_segments(hidden: Tensor, segment_id: Tensor | None, num_segments: int
                 f"linear_logprob: num_segments must be >= 0 and an int, got {num_segments!r}."
             )
         return num_segments
+    return 0  # `last_segment` gives a number where there are rows
+
+
+def last_segment(segment_id: Tensor) -> int | None:
+    """The segments that (R,) ids say there are; waits for the device. None where that is no (R,) of
+    integers, which the checks report."""
+    if segment_id.dim() != 1 or segment_id.is_floating_point() or not segment_id.numel():
+        return None
     if torch.compiler.is_compiling():
         raise ValueError(
             "linear_logprob: give num_segments under torch.compile; reading it off segment_id "
             "breaks the graph."
         )
-    return int(segment_id[-1]) + 1 if rows else 0
+    return int(segment_id[-1]) + 1
 
 
 def check_counts(op: str, rows: int, segments: int, counts: Sequence[int] | Tensor) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from . import _launch
+from ._head_checks import Described
 
 
 class Plan(NamedTuple):
@@ -22,15 +20,11 @@ class Plan(NamedTuple):
     warps: int = 0  # of `TritonTile`; 0: the torch backend
     row_block: int = 0
 
-    def is_one_tile(self, vocab: int) -> bool:
-        """Whether the torch backend has the whole vocabulary at once."""
-        return not self.warps and vocab <= self.width
-
 
 def make_plan(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    hidden: Described,
+    weight: Described,
+    bias: Described | None,
     cache: int,
     group_size: int,
     triton: bool,
@@ -43,16 +37,15 @@ def make_plan(
         width, warps, row_block = _launch.triton_tile(*head, _launch.arch_of(hidden.device))
     else:
         width = _launch.tile_width(*head)
-    grad = torch.is_grad_enabled()
-    need_weight = grad and weight.requires_grad
-    need_bias = grad and bias is not None and bias.requires_grad
+    need_weight = weight.wants_grad
+    need_bias = bias is not None and bias.wants_grad
     count = -(-vocab // width) if need_weight or need_bias else 0
     kept = count if cache < 0 else min(cache, count)
     return Plan(
         width=width,
         kept=kept,
         group_size=group_size,
-        need_hidden=int(grad and hidden.requires_grad),
+        need_hidden=int(hidden.wants_grad),
         need_weight=int(need_weight),
         need_bias=int(need_bias),
         warps=warps,

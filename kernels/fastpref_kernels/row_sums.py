@@ -221,7 +221,7 @@ def _parts(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     rows. There are always as many, so that the sum does not depend on the number of threads.
     """
     rows = x.shape[0] // PARTS
-    found = reduce(x[: PARTS * rows].unflatten(0, (PARTS, rows)))
+    found = reduce(x[: PARTS * rows].view(PARTS, rows, x.shape[1]))
     return found if PARTS * rows == x.shape[0] else torch.cat((found, x[PARTS * rows :]))
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .row_sums import FLOOR, RowSums, Tiles, column_maxima, column_sums, exp_
+from .row_sums import FLOOR, RowSums, Tiles, exp_
 from .segment import add_rows_
 
 
@@ -149,32 +149,6 @@ def forward(
     offsets = torch.stack(maxima[:relative]) if relative else hidden.new_empty(0, rows, dtype=dtype)
     state = [sums.maximum, sums.total, odds] + ([] if phi is None else [phi])
     return sums, Saved(torch.stack(state), mixed, exps, offsets)
-
-
-def forward_one_tile(
-    hidden: Tensor, weight: Tensor, target: Tensor, slope: float, *, need_hidden: bool, keep: bool
-) -> tuple[Tensor, Saved]:
-    """a = log((1 - p) / p) of every row, and what the backward needs: `forward` where one tile has
-    the whole vocabulary and z is slope times the product, in half as many calls.
-
-    With few rows and a small head it is the calls that take time (docs/lab-log.md).
-    """
-    z, place = torch.mm(weight, hidden.t()), target.unsqueeze(0)
-    if slope != 1.0:
-        z.mul_(slope)
-    own = z.gather(0, place)
-    z.scatter_(0, place, -torch.inf)
-    maximum = column_maxima(z)
-    total = column_sums(exp_(z, maximum))
-    odds = (maximum - own.squeeze(0)).add_(total.log())
-    mixed = z.new_empty(0, weight.shape[1])
-    if keep or need_hidden:
-        less = total.neg()
-        z.scatter_(0, place, less.unsqueeze(0))
-        if not keep:
-            mixed = torch.mm(z.t(), weight).div_(less.unsqueeze(1))
-    exps, offsets = z if keep else z.new_empty(0, len(target)), z.new_empty(0, len(target))
-    return odds, Saved(torch.stack((maximum, total, odds)), mixed, exps, offsets)
 
 
 def _finish_exps(

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastpref_kernels import _launch, row_sums
+from fastpref_kernels import _launch, _prepare, row_sums
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Where the Triton backend is tested: on a GPU, or interpreted (tests/conftest.py).
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,7 +24,20 @@ FEW = 8.0
 def set_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     """Tiles of `width` entries in the torch backend, of 10 or more summed by parts."""
     monkeypatch.setattr(_launch, "tile_width", lambda dim, vocab, dtype: min(width, vocab))
+    monkeypatch.setattr(_prepare, "_remembered", _prepare._prepare)
     monkeypatch.setattr(row_sums, "FEW", 10)
+
+
+class Onlooker(TorchDispatchMode):
+    """Names the ops that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,18 @@ device."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
 import torch
-from fastpref_kernels import _launch, linear_dpo, linear_logprob, row_counts
+from fastpref_kernels import _launch, head_op, linear_dpo, linear_logprob, row_counts
+from fastpref_kernels._head_checks import Described
+from fastpref_kernels._plan import make_plan
 from fastpref_kernels.head_norms import SketchPlan
 from torch import Tensor
 
 from tests.kernels.cases import Case, make_case
 
-op = importlib.import_module("fastpref_kernels.linear_logprob")
 NORMS = ["exact", "sketch", "both"]
 
 
@@ -59,10 +59,10 @@ def on_meta(norms: str, backend: str, rows_of: list[int] | None, train: bool = T
     )
     target = torch.empty(rows, device="meta", dtype=torch.int64)
     segment_id = torch.empty(rows, device="meta", dtype=torch.int32)
-    plan = op.make_plan(hidden, weight, None, -1, 3, backend == "triton")
+    plan = make_plan(Described.of(hidden), Described.of(weight), None, -1, 3, backend == "triton")
     sketch = SketchPlan(16, 64, 0, norms == "both", "lm_head")
     with torch.no_grad(), _launch.recorded(lambda launch: None):
-        return op.forward(
+        return head_op.forward(
             hidden.detach(),
             weight.detach(),
             target,

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fastpref_kernels import _head_checks, _launch, linear_logprob
+from fastpref_kernels import _head_checks, _launch, _prepare, head_op, linear_logprob, one_tile
 from fastpref_kernels import linear_logprob as public
 from fastpref_kernels._plan import Plan
-from fastpref_kernels.linear_logprob import _backward_op, _forward_op
+from fastpref_kernels.head_op import backward_op, forward_op
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.cases import make_case, run, set_width
+from tests.kernels.cases import Onlooker, make_case, run, set_width
 
 
 def plan(**changes: int) -> list[int]:
@@ -53,10 +52,10 @@ def test_opcheck(changes: dict[str, int], stats: str, sketch: str, dtype: torch.
         stats,
         sketch,
     )
-    torch.library.opcheck(_forward_op, args)
-    saved = [x.detach() for x in _forward_op(*args)[-4:]]
+    torch.library.opcheck(forward_op, args)
+    saved = [x.detach() for x in forward_op(*args)[-4:]]
     detached = [None if x is None else x.detach() for x in (args[0], weight, *args[2:4], bias)]
-    torch.library.opcheck(_backward_op, (torch.randn(4), *detached, *saved, [1.0, 1.0, 5.0], what))
+    torch.library.opcheck(backward_op, (torch.randn(4), *detached, *saved, [1.0, 1.0, 5.0], what))
 
 
 @pytest.mark.parametrize("norms", [None, "exact", "sketch"])
@@ -86,18 +85,6 @@ def test_compile_full_graph(norms: str | None) -> None:
         results.append([*out, *torch.autograd.grad(out[0], (hidden, weight), case.grad)])
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
-
-
-class Onlooker(TorchDispatchMode):
-    """Names the ops that it sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("train", [("hidden", "weight", "bias"), ("hidden",), ()])
@@ -150,12 +137,14 @@ def test_a_call_that_nobody_looks_at_goes_past_the_dispatcher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = importlib.import_module("fastpref_kernels.linear_logprob")
-    monkeypatch.setattr(module, "_forward_op", None)
-    monkeypatch.setattr(module, "_backward_op", None)
+    monkeypatch.setattr(module, "forward_op", None)
+    monkeypatch.setattr(head_op, "backward_op", None)
+    monkeypatch.setattr(one_tile, "backward_op", None)
     case = make_case(4, 3, 9, dtype=torch.float32)
     assert run(linear_logprob, case)["logp"].shape == (4,)
     weight = torch.nn.Parameter(case.weight)
-    linear_logprob(case.hidden, weight, case.target).logp.sum().backward()
+    for softcap in (None, 5.0):  # of one tile, and any
+        linear_logprob(case.hidden, weight, case.target, softcap=softcap).logp.sum().backward()
     for onlooker in (torch.device("cpu"), Onlooker(), torch.autograd.forward_ad.dual_level()):
         with onlooker, pytest.raises(TypeError, match="'NoneType' object is not callable"):
             linear_logprob(case.hidden, weight, case.target)
@@ -272,6 +261,7 @@ def test_auto_says_once_what_it_chose(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_launch, "_said", set())
+    monkeypatch.setattr(_prepare, "_remembered", _prepare._prepare)
     case = make_case(2, 3, 5)
     with caplog.at_level(logging.INFO, logger="fastpref_kernels"):
         for _ in range(3):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastpref_kernels import _launch, linear_logprob, reference, triton_tiles
+from fastpref_kernels import _launch, _prepare, linear_logprob, reference, triton_tiles
 from fastpref_kernels._launch import TritonTile, padded
 from fastpref_kernels.torch_tiles import Transform
 from hypothesis import given, settings
@@ -30,6 +30,7 @@ def set_tile(monkeypatch: pytest.MonkeyPatch, width: int, row_block: int = 8) ->
         return TritonTile(min(width, padded(vocab)), 1, row_block)
 
     monkeypatch.setattr(_launch, "triton_tile", tile)
+    monkeypatch.setattr(_prepare, "_remembered", _prepare._prepare)
 
 
 def triton(case: Case, **more: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastpref_kernels import _launch, linear_logprob, reference
 from fastpref_kernels._plan import Plan
-from fastpref_kernels.linear_logprob import _backward_op, _forward_op
+from fastpref_kernels.head_op import backward_op, forward_op
 
 from tests.kernels.cases import TRITON_DEVICE, Case, make_case, run
 from tests.kernels.test_statistics import STATS
@@ -167,11 +167,11 @@ def test_opcheck(changes: dict[str, int], stats: str, sketch: str) -> None:
     leaves = [x if x is None or not x.is_floating_point() else x.requires_grad_() for x in inputs]
     leaves[1] = case.weight.requires_grad_(bool(plan[4]))
     scales = [1.0, 1.0, 5.0]
-    torch.library.opcheck(_forward_op, (*leaves, 3, scales, plan, stats, sketch))
-    saved = [x.detach() for x in _forward_op(*leaves, 3, scales, plan, stats, sketch)[-4:]]
+    torch.library.opcheck(forward_op, (*leaves, 3, scales, plan, stats, sketch))
+    saved = [x.detach() for x in forward_op(*leaves, 3, scales, plan, stats, sketch)[-4:]]
     detached = [None if x is None else x.detach() for x in leaves]
     grad = torch.randn(3, device=TRITON_DEVICE)
-    torch.library.opcheck(_backward_op, (grad, *detached, *saved, scales, plan))
+    torch.library.opcheck(backward_op, (grad, *detached, *saved, scales, plan))
 
 
 def test_compile_full_graph(monkeypatch: pytest.MonkeyPatch) -> None:
