@@ -39,9 +39,9 @@ class Tiles:
         if len(bounds) == 1:
             return Tiles(bounds, [target.unsqueeze(0)], [None])
         low = torch.arange(0, vocab, width, device=target.device).unsqueeze(1)
-        high = (low + width).clamp_(max=vocab)
-        inside = (target >= low) & (target < high)
-        local = torch.minimum(target.maximum(low), high - 1) - low
+        place, last = target - low, (vocab - 1 - low).clamp_(max=width - 1)
+        local = torch.minimum(place.clamp(min=0), last)
+        inside = place == local
         return Tiles(bounds, local.unsqueeze(1).unbind(0), inside.unbind(0))
 
     def take_target_(self, i: int, z: Tensor, fill: float) -> Tensor:
