@@ -25,8 +25,7 @@ Shapes    T tokens, P pairs, G groups, k sketch size.
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,13 +36,13 @@ from torch import Tensor, nn
 
 from fastpref import last_block
 from fastpref.batch import PairBatch
-from fastpref.dynamics import tap_layers
+from fastpref.dynamics import tap_groups, tap_layers
 from fastpref.dynamics.pair_ops import Signs
 from fastpref.dynamics.pair_parts import Factors, PairParts, Place, VocabularyPlace
-from fastpref.dynamics.tap_layers import Embedding, Kind, Linear, Norm
+from fastpref.dynamics.tap_groups import Layer
+from fastpref.dynamics.tap_layers import Embedding, Linear, Norm
 
 MODES = ("sketch", "exact")
-_BLOCK = re.compile(r"^(?:.*?\.)??(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,16 @@ class TapValues:
     change: Tensor | None  # (G, P) inner products with a change of the weights, where one is given
 
 
-@dataclass(eq=False)
 class Tap:
-    """A layer with trained weights, or an embedding."""
+    """Stands behind a layer."""
 
-    name: str
-    module: nn.Module
-    kind: Kind
-    group: int  # -1: nothing of it is trained
-    weight: Place | None  # where its weight's part goes; None: frozen
-    bias: Place | None
-    taps: Taps
-    rows: tap_layers.TokenRows
-    plain: Any = None  # its own forward, while it is watched
+    plain: Any = None  # the layer's own forward, while it is watched
+
+    def __init__(self, layer: Layer, taps: Taps) -> None:
+        self.name, self.module, self.kind = layer.name, layer.module, layer.kind
+        self.group, self.weight, self.bias = layer.group, layer.weight, layer.bias
+        self.taps = taps
+        self.rows = tap_layers.TokenRows(f"{layer.name} ({type(layer.module).__name__})")
 
     def forward(self, x: Tensor, *more: Any, **named: Any) -> Any:
         """In the place of the layer's own."""
@@ -125,15 +121,16 @@ class Taps:
         self.sketch_dim, self.seed = sketch_dim, seed
         self.signs = Signs(seed)
         self.anchors: list[tuple[Tap, Tensor, Tensor]] | None = None
-        self.head: Place | None = None  # of the head's weight; None: frozen
-        self.head_weight: nn.Parameter | None = None
-        self.tied: Tap | None = None  # the embedding that has the head's weight
         self.parts: PairParts | None = None
         self.keeps_inputs = self.exact  # of linear layers, for the backward
         self._watched = False
         # An input, and the layers that had it with the gradients of their outputs.
         self._waiting: tuple[tap_layers.Input, Tensor, list[tuple[Tap, Tensor]]] | None = None
-        self.layers, self.groups = _find(self)
+        found = tap_groups.find(module)
+        self.groups, self.head, self.head_weight = found.groups, found.head, found.head_weight
+        self.layers = [Tap(layer, self) for layer in found.layers]
+        # The embedding that has the head's weight.
+        self.tied = next((tap for tap in self.layers if tap.name == found.tied), None)
 
     @property
     def exact(self) -> bool:
@@ -152,8 +149,8 @@ class Taps:
         """Names of the norms of a narrowed block, and of those outside of blocks."""
         parts = {id(part) for part in last_block.narrowed(self.module)}
         names = [name for name, layer in self.module.named_modules() if id(layer) in parts]
-        narrow = {_block(name) for name in names} | {None}
-        return {tap.name for tap in self.layers if _block(tap.name) in narrow}
+        narrow = {tap_groups.block_of(name) for name in names} | {None}
+        return {tap.name for tap in self.layers if tap_groups.block_of(tap.name) in narrow}
 
     def project(self, tap: Tap, x: Tensor) -> Factors:
         """The input ``x`` of a linear layer, projected: in the forward, where it is hot."""
@@ -306,136 +303,3 @@ def attach(module: nn.Module, mode: str, *, sketch_dim: int = 16, seed: int = 0)
     if sketch_dim < 1:
         raise ValueError(f"sketch_dim must be at least 1, got {sketch_dim!r}.")
     return Taps(module, mode, sketch_dim, seed)
-
-
-def _find(taps: Taps) -> tuple[list[Tap], tuple[str, ...]]:
-    """The layers that taps stand behind, and the groups of the trained weights."""
-    module: Any = taps.module
-    head = module.get_output_embeddings()
-    uses: dict[int, list[str]] = {}
-    for name, _, own, parameter in tap_layers.own_parameters(module):
-        uses.setdefault(id(parameter), []).append(f"{name}.{own}")
-    kinds: dict[str, tuple[nn.Module, Kind]] = {}
-    missing = []
-    for name, layer in module.named_modules():
-        trained = [n for n, p in layer.named_parameters(recurse=False) if p.requires_grad]
-        if layer is head:
-            if head.weight.requires_grad:
-                taps.head_weight = head.weight
-            missing += [(name, layer, n) for n in trained if n != "weight"]
-        elif trained or isinstance(layer, nn.Embedding):
-            kind = tap_layers.kind_of(layer)
-            if kind is not None:
-                kinds[name] = (layer, kind)
-            else:
-                missing += [(name, layer, n) for n in trained]
-    if missing:
-        raise ValueError(_refusal(missing))
-    names = {name: _group(name, kind) for name, (layer, kind) in kinds.items() if _trains(layer)}
-    tied = None
-    for name, (layer, kind) in kinds.items():
-        for parameter in layer.parameters(recurse=False):
-            if not parameter.requires_grad or len(uses[id(parameter)]) == 1:
-                continue
-            if parameter is taps.head_weight and isinstance(kind, Embedding):
-                tied = name
-            if len(uses[id(parameter)]) > 2 or tied != name:
-                others = " and ".join(uses[id(parameter)])
-                raise ValueError(
-                    f"{others} are one trained parameter: taps know no shared weight but that of "
-                    "an input embedding and the head. Set track: head."
-                )
-    groups = _ordered([*names.values(), *(["head"] if taps.head_weight is not None else [])], tied)
-    offsets: dict[str, int] = {}
-    layers = []
-    for name, (layer, kind) in kinds.items():
-        group = groups.index(names[name]) if name in names else -1
-        weight, bias = _places(name, layer, kind, group, offsets, name == tied)
-        rows = tap_layers.TokenRows(f"{name} ({type(layer).__name__})")
-        tap = Tap(name, layer, kind, group, weight, bias, taps, rows)
-        layers.append(tap)
-        if name == tied:
-            taps.tied = tap
-            assert isinstance(weight, VocabularyPlace)
-            taps.head = weight
-    if taps.head_weight is not None and tied is None:
-        name = next(n for n in uses[id(taps.head_weight)])
-        taps.head = VocabularyPlace.hashed(name, taps.head_weight, groups.index("head"))
-    return layers, groups
-
-
-def _trains(layer: nn.Module) -> bool:
-    return any(p.requires_grad for p in layer.parameters(recurse=False))
-
-
-def _refusal(missing: Sequence[tuple[str, nn.Module, str]]) -> str:
-    shown: dict[tuple[type, str], str] = {}  # one of every kind
-    for name, layer, own in missing:
-        shape = tuple(dict(layer.named_parameters(recurse=False))[own].shape)
-        shown.setdefault((type(layer), own), f"{name} ({type(layer).__name__}): {own} {shape}")
-    more = f" and {len(missing) - len(shown)} more" if len(missing) > len(shown) else ""
-    return (
-        f"no tap knows the trained {', '.join(shown.values())}{more}. "
-        "Gradients of a pair are known of linear layers, embeddings, RMSNorm, LayerNorm and the "
-        "head's weight (not of fused experts, quantised weights, DoRA, a head's bias). Set track: "
-        "head, or freeze them."
-    )
-
-
-def _block(name: str) -> str | None:
-    found = _BLOCK.match(name)
-    return found[1] if found else None
-
-
-def _group(name: str, kind: Kind) -> str:
-    if isinstance(kind, Embedding):
-        return "embedding"
-    if isinstance(kind, Norm):
-        return "norms"
-    found = _BLOCK.match(name)
-    if not found:
-        return "other"
-    child = found[2].partition(".")[0].lower()
-    return f"block.{found[1]}.{'attention' if 'attn' in child or 'attention' in child else 'mlp'}"
-
-
-def _ordered(names: Sequence[str], tied: str | None) -> tuple[str, ...]:
-    present = set(names) - ({"head"} if tied is not None else set())
-
-    def place(name: str) -> tuple[int, int, str]:
-        if name.startswith("block."):
-            return (1, int(name.split(".")[1]), name)
-        return (("embedding", "", "other", "norms", "head").index(name), 0, name)
-
-    return tuple(sorted(present, key=place))
-
-
-def _places(
-    name: str,
-    layer: nn.Module,
-    kind: Kind,
-    group: int,
-    offsets: dict[str, int],  # outputs so far of the linear layers of one parent
-    tied: bool,
-) -> tuple[Place | None, Place | None]:
-    own = dict(layer.named_parameters(recurse=False))
-    weight, bias = own["weight"], own.get("bias")
-    own_key = f"{name}.weight"
-    place: Place | None = None
-    if isinstance(kind, Linear):
-        # Layers of one parent are one tall matrix: q, k and v, which have one input, share its
-        # projection.
-        parent = name.rpartition(".")[0]
-        outputs, first = weight.shape[1 if kind.transposed else 0], offsets.get(parent, 0)
-        offsets[parent] = first + outputs
-        place = Place(own_key, weight, group, parent, kind.transposed, first)
-    elif isinstance(kind, Embedding):
-        make = VocabularyPlace.hashed if tied else VocabularyPlace.plain
-        place = make(own_key, weight, group)
-    else:
-        place = Place(own_key, weight, group, own_key)
-    beside = f"{name}.bias"
-    return (
-        place if weight.requires_grad else None,
-        Place(beside, bias, group, beside) if bias is not None and bias.requires_grad else None,
-    )

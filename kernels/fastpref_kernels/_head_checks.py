@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -208,7 +209,8 @@ def _count_segments(
             )
         return rows
     if num_segments is not None:
-        if not isinstance(num_segments, (int, torch.SymInt)) or num_segments < 0:
+        number = isinstance(num_segments, (int, torch.SymInt))
+        if not number or isinstance(num_segments, bool) or num_segments < 0:
             raise ValueError(
                 f"linear_logprob: num_segments must be >= 0 and an int, got {num_segments!r}."
             )
@@ -236,6 +238,10 @@ def check_counts(op: str, rows: int, segments: int, counts: Sequence[int] | Tens
             f"{op}: counts must be ints on the host, got a tensor {tuple(counts.shape)} on "
             f"{counts.device}. Give what row_counts(segment_id, num_segments) returns."
         )
+    for kind in set(map(type, counts)):  # one or two, of maybe thousands of numbers
+        if kind is bool or not issubclass(kind, (Integral, torch.SymInt)):
+            wrong = next(count for count in counts if type(count) is kind)
+            raise ValueError(f"{op}: counts must be ints, got {wrong!r} among them.")
     if len(counts) != segments:
         raise ValueError(f"{op}: expected counts of {segments} segments, got {len(counts)}.")
     if min(counts, default=0) < 0 or sum(counts) != rows:

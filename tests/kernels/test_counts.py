@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fastpref_kernels import _launch, head_op, linear_dpo, linear_logprob, row_counts
@@ -115,6 +116,8 @@ def test_rows_that_are_segments_need_no_counts() -> None:
         ([40], "expected counts of 12 segments, got 1"),
         ([-1, 41, *[0] * 10], "rows of every segment, >= 0 and 40 together, got a smallest of -1"),
         ([39, *[0] * 11], "and a sum of 39"),
+        ([40.0, *[0] * 11], "counts must be ints, got 40.0 among them"),
+        ([True, 39, *[0] * 10], "counts must be ints, got True among them"),
         ([40, *[0] * 11], r"counts\[0\]=40, but segment_id holds \d+ rows of segment 0. Give what"),
     ],
 )
@@ -127,6 +130,13 @@ def test_wrong_counts(call: str, counts: list[int], message: str) -> None:
             linear_dpo(*inputs, beta=0.1, num_segments=12, counts=counts)
         else:
             linear_logprob(*inputs, num_segments=12, norms="exact", group_size=3, counts=counts)
+
+
+def test_counts_of_numpy() -> None:
+    one = case()
+    counts = np.array(counts_of(one))
+    plain, counted = head(one, "exact", counts=counts_of(one)), head(one, "exact", counts=counts)
+    assert torch.equal(plain.gram, counted.gram)
 
 
 def test_compiled_with_counts() -> None:

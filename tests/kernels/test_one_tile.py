@@ -93,6 +93,8 @@ def test_remembered_calls_are_still_checked() -> None:
     case = make_case(9, 4, 50, dtype=torch.float32, segments=6)
     head = (case.hidden, case.weight, case.target, case.segment_id)
     linear_logprob(*head, num_segments=6, group_size=1, norms="exact")
+    with pytest.raises(ValueError, match="num_segments must be >= 0 and an int, got True"):
+        linear_logprob(*head, num_segments=True)
     with pytest.raises(ValueError, match="group_size must be an int"):
         linear_logprob(*head, num_segments=6, group_size=1.0, norms="exact")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"target\[0\] = .* is not a row"):
