@@ -43,16 +43,6 @@ class Norm:
     centred: bool
     offset: float | None = None  # of a y that is (offset + weight) times that derivative
 
-    def gain(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """(D,) what the derivative is multiplied by in a y of this dtype, so that it can be had of
-        y, in half the passes over memory; None where it cannot, or a GPU would have to be waited
-        for."""
-        if self.offset is None or dtype.itemsize < 4 or weight.device.type != "cpu":
-            return None
-        gain = weight.detach().to(dtype) + self.offset
-        small = torch.finfo(dtype).smallest_normal ** 0.5
-        return gain if float(gain.abs().amin()) > small else None
-
 
 Kind = Linear | Embedding | Norm
 
@@ -158,6 +148,29 @@ def _offset(module: nn.Module, own: dict[str, nn.Parameter], x: Tensor) -> float
     return found[0] if found else None
 
 
+def gains(norms: Sequence[tuple[Norm, Tensor]], dtype: torch.dtype) -> list[Tensor | None]:
+    """Of norms and their weights (D,): what the derivative in the weight is multiplied by in a y of
+    this dtype, (D,), so that it can be had of y, in half the passes over memory. None where it
+    cannot, or a GPU would have to be waited for."""
+    found: list[Tensor | None] = [None] * len(norms)
+    if dtype.itemsize < 4:
+        return found
+    by_size: dict[int, list[int]] = {}  # few calls for many norms: they are small
+    for i, (norm, weight) in enumerate(norms):
+        if norm.offset is not None and weight.device.type == "cpu":
+            by_size.setdefault(len(weight), []).append(i)
+    small = torch.finfo(dtype).smallest_normal ** 0.5
+    for places in by_size.values():
+        every = torch.stack([norms[i][1].detach() for i in places]).to(dtype)
+        offsets = [norms[i][0].offset for i in places]
+        if any(offsets):
+            every += torch.tensor(offsets, dtype=dtype).unsqueeze(1)
+        least = every.abs().amin(1).tolist()
+        for i, gain, size in zip(places, every, least, strict=True):
+            found[i] = gain if size > small else None
+    return found
+
+
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """(name of the layer, layer, name of the parameter in it, parameter), of all layers."""
     for name, layer in module.named_modules():
@@ -238,7 +251,9 @@ class TokenRows:
         batch, and those that a narrowed block reads where the layer may see them alone. One head
         is none: (T, D)."""
         if x.dim() >= 3 and x.shape[0] == 1:
-            x = x.squeeze(0)
+            x = x[0]
+            if x.dim() == 2 and x.shape[0] in tokens:
+                return x
         if x.dim() == 3:
             dim = self._dim(x, tokens)
             x = x.transpose(0, 1) if dim == 1 else x

@@ -82,11 +82,9 @@ class Tap:
         return tap_layers.Kept.apply(y, kept.detach(), self, None)
 
     def gain(self, dtype: torch.dtype) -> Tensor | None:
-        """`Norm.gain`, where the layer's output is what is kept of it, in the place of its input:
-        layers behind it keep that anyhow, but for those that read some of its rows."""
-        if not isinstance(self.kind, Norm) or self.weight is None or self.name in self.taps.late:
-            return None
-        return self.kind.gain(self.weight.parameter, dtype)
+        """`tap_layers.gains`, where the layer's output is what is kept of it, in the place of its
+        input."""
+        return self.taps.gains(dtype).get(self.name)
 
     def _linear(self, x: Tensor, *more: Any, **named: Any) -> Any:
         if self.group < 0:
@@ -124,6 +122,7 @@ class Taps:
         self.parts: PairParts | None = None
         self.keeps_inputs = self.exact  # of linear layers, for the backward
         self._watched = False
+        self._gains: dict[torch.dtype, dict[str, Tensor | None]] = {}  # with the weights as watched
         # An input, and the layers that had it with the gradients of their outputs.
         self._waiting: tuple[tap_layers.Input, Tensor, list[tuple[Tap, Tensor]]] | None = None
         found = tap_groups.find(module)
@@ -151,6 +150,21 @@ class Taps:
         names = [name for name, layer in self.module.named_modules() if id(layer) in parts]
         narrow = {tap_groups.block_of(name) for name in names} | {None}
         return {tap.name for tap in self.layers if tap_groups.block_of(tap.name) in narrow}
+
+    def gains(self, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        """Of norms whose output layers behind them keep anyhow, not only some of its rows."""
+        found = self._gains.get(dtype)
+        if found is None:
+            norms = [
+                (tap.name, tap.kind, tap.weight.parameter)
+                for tap in self.layers
+                if isinstance(tap.kind, Norm) and tap.weight is not None
+                if tap.name not in self.late
+            ]
+            of_each = tap_layers.gains([(kind, weight) for _, kind, weight in norms], dtype)
+            found = dict(zip([name for name, *_ in norms], of_each, strict=True))
+            self._gains[dtype] = found
+        return found
 
     def project(self, tap: Tap, x: Tensor) -> Factors:
         """The input ``x`` of a linear layer, projected: in the forward, where it is hot."""
@@ -183,7 +197,7 @@ class Taps:
             parts.change = parts.norm_sq.new_zeros(parts.norm_sq.shape)
         self.parts, self._watched = parts, True
         self.keeps_inputs = self.exact or change is not None
-        self.anchors = [] if anchored else None
+        self.anchors, self._gains = [] if anchored else None, {}
         before = [tap.module.__dict__.get("forward") for tap in self.layers]
         try:
             for tap in self.layers:

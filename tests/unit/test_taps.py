@@ -199,12 +199,17 @@ def test_a_norm_is_known_by_its_output_where_that_tells(offset: float) -> None:
     """y / gain is what the weight multiplies; where the gain is 0, nothing of it is left in y."""
     kind = tap_layers.Norm(1e-6, False, offset)
     weight = torch.tensor([0.5, -2.0, 3.0])
-    gain = kind.gain(weight, torch.float32)
+    gain = tap_layers.gains([(kind, weight)], torch.float32)[0]
     assert gain is not None and gain.tolist() == [offset + w for w in (0.5, -2.0, 3.0)]
-    assert kind.gain(torch.tensor([0.5, -offset, 3.0]), torch.float32) is None
-    assert kind.gain(torch.tensor([0.5, 1e-42 - offset, 3.0]), torch.float32) is None
-    assert kind.gain(weight, torch.bfloat16) is None  # y is rounded, the derivative is not
-    assert tap_layers.Norm(1e-6, True).gain(weight, torch.float32) is None
+    assert tap_layers.gains([(kind, torch.tensor([0.5, -offset, 3.0]))], torch.float32)[0] is None
+    assert (
+        tap_layers.gains([(kind, torch.tensor([0.5, 1e-42 - offset, 3.0]))], torch.float32)[0]
+        is None
+    )
+    assert (
+        tap_layers.gains([(kind, weight)], torch.bfloat16)[0] is None
+    )  # y is rounded, the derivative is not
+    assert tap_layers.gains([(tap_layers.Norm(1e-6, True), weight)], torch.float32)[0] is None
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -219,7 +224,7 @@ def test_sums_of_norms_by_output_and_by_input(dead: bool) -> None:
     assert isinstance(kind, tap_layers.Norm)
     x, dy = torch.randn(2, 9, 6, dtype=torch.float64)
     ops = BlockOps(torch.tensor([0] * 4 + [1] * 5), [4, 5], Signs(0))
-    gain = kind.gain(norm.weight, torch.float64)
+    gain = tap_layers.gains([(kind, norm.weight)], torch.float64)[0]
     assert (gain is None) == dead
     by_input = ops.sums(dy, x, kind.eps)
     expected = torch.stack(
