@@ -25,7 +25,7 @@ KEPT = 1 << 30  # bytes of signs that stay in memory
 
 
 class Signs:
-    """Signs of projections, +-1, made when first needed and kept, up to KEPT bytes."""
+    """Signs of projections, +-1 as int8, made when first needed and kept, up to KEPT bytes."""
 
     def __init__(self, seed: int) -> None:
         self.seed, self.kept, self.bytes = seed, {}, 0  # type: ignore[var-annotated]
@@ -33,13 +33,13 @@ class Signs:
     def get(
         self, key: str, side: str, first: int, rows: int, k: int, device: torch.device
     ) -> Tensor:
-        """(N, k) float32 of rows first .. first + N - 1."""
+        """(N, k) of rows first .. first + N - 1."""
         name = (key, side, first, rows, k)
         found = self.kept.get(name)
         if found is None:
             ids = torch.arange(first, first + rows, device=device)
             found = Projection.of(self.seed, key, side).signs(ids, k, torch.float32)
-            self._keep(name, found)
+            self._keep(name, found.to(torch.int8))
         return found
 
     def of_vocabulary(
@@ -61,11 +61,10 @@ class Signs:
         return vocabulary_signs(ids, k, torch.float32, seed=self.seed, key=key, buckets=buckets)
 
     def _keep(self, name: tuple[object, ...], signs: Tensor) -> bool:
-        size = signs.numel() * signs.itemsize
-        if self.bytes + size > KEPT:
+        if self.bytes + signs.numel() > KEPT:
             return False
         self.kept[name] = signs
-        self.bytes += size
+        self.bytes += signs.numel()
         return True
 
 
@@ -137,9 +136,9 @@ class BlockOps:
         self, x: Tensor, key: str, side: str, k: int, first: int = 0, before: Tensor | None = None
     ) -> Tensor:
         wide = wide_dtype(x) if before is None else before.dtype
-        signs = self.signs.get(key, side, first, x.shape[1], k, x.device)
-        if x.dtype != wide or wide != torch.float32:  # a call that does nothing costs time too
-            x, signs = x.to(wide), signs.to(wide)
+        if x.dtype != wide:  # a call that does nothing costs time too
+            x = x.to(wide)
+        signs = self.signs.get(key, side, first, x.shape[1], k, x.device).to(wide)
         return torch.mm(x, signs) if before is None else before.addmm_(x, signs)
 
     def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:

@@ -161,7 +161,7 @@ def gains(norms: Sequence[tuple[Norm, Tensor]], dtype: torch.dtype) -> list[Tens
             by_size.setdefault(len(weight), []).append(i)
     small = torch.finfo(dtype).smallest_normal ** 0.5
     for places in by_size.values():
-        every = torch.stack([norms[i][1].detach() for i in places]).to(dtype)
+        every = torch.stack([norms[i][1].detach().to(dtype) for i in places])
         offsets = [norms[i][0].offset for i in places]
         if any(offsets):
             every += torch.tensor(offsets, dtype=dtype).unsqueeze(1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Collection, Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,13 @@ class Described(NamedTuple):
     @staticmethod
     def of(x: Tensor) -> Described:
         return Described(x.shape, x.dtype, x.device, x.requires_grad and torch.is_grad_enabled())
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """That they are tensors; segment_id and bias may be None."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and not (x is None and name in ("segment_id", "bias")):
+            raise ValueError(f"linear_logprob: {name} must be a tensor, got {type(x).__name__}.")
 
 
 def check_linear_logprob(
@@ -129,7 +136,13 @@ def _check_tensors(
 def _check_numbers(
     softcap: float | None, logit_scale: float, temperature: float, cache: int, group_size: int
 ) -> None:
-    for name, value in (("softcap", softcap), ("temperature", temperature)):
+    scales = (("softcap", softcap), ("temperature", temperature), ("logit_scale", logit_scale))
+    for name, value in scales:
+        # A tensor would get no gradient, and its value may change after it was checked.
+        known = isinstance(value, (Real, torch.SymFloat, torch.SymInt))
+        if not known and not (name == "softcap" and value is None):
+            raise ValueError(f"linear_logprob: {name} must be a number, got {value!r}.")
+    for name, value in scales[:2]:
         if value is not None and not 0 < value < math.inf:
             raise ValueError(
                 f"linear_logprob: {name} must be positive and finite, got {value!r}."
@@ -150,6 +163,8 @@ def _check_numbers(
 
 def _check_names(stats: Sequence[str], norms: str | None) -> None:
     known = SEGMENT_STATS + ROW_STATS
+    if not isinstance(stats, Collection):
+        raise ValueError(f"linear_logprob: stats must be a sequence of names, got {stats!r}.")
     if isinstance(stats, str):
         raise ValueError(
             f"linear_logprob: stats must be a sequence of names, got the string {stats!r}; write "
@@ -159,7 +174,7 @@ def _check_names(stats: Sequence[str], norms: str | None) -> None:
         if name not in known:
             raise ValueError(
                 f"linear_logprob: unknown statistic {name!r}; known are "
-                f"{', '.join(known)}.{nearest(name, known)}"
+                f"{', '.join(known)}.{nearest(str(name), known)}"
             )
     if norms not in (None, "exact", "sketch", "both"):
         raise ValueError(
@@ -174,7 +189,7 @@ def check_sketch(
     """A sketch has at least one row and column, a vocabulary goes through a power of two buckets
     (None: not a vocabulary). `prefix`: what the caller's names begin with."""
     k_name, buckets_name = f"{prefix}dim" if prefix else "k", f"{prefix}buckets"
-    if not isinstance(k, int) or k < 1:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ValueError(
             f"{op}: {k_name} must be an int of at least 1, got {k!r}. Common are 16, 32 and 64."
         )
@@ -201,6 +216,11 @@ def _count_segments(
     hidden: Described, segment_id: Described | None, num_segments: int | None
 ) -> int:
     rows = hidden.shape[0]
+    number = isinstance(num_segments, (int, torch.SymInt)) and not isinstance(num_segments, bool)
+    if num_segments is not None and (not number or num_segments < 0):
+        raise ValueError(
+            f"linear_logprob: num_segments must be >= 0 and an int, got {num_segments!r}."
+        )
     if segment_id is None:
         if num_segments is not None and num_segments != rows:
             raise ValueError(
@@ -208,19 +228,12 @@ def _count_segments(
                 f"must be None or {rows}, got {num_segments}."
             )
         return rows
-    if num_segments is not None:
-        number = isinstance(num_segments, (int, torch.SymInt))
-        if not number or isinstance(num_segments, bool) or num_segments < 0:
-            raise ValueError(
-                f"linear_logprob: num_segments must be >= 0 and an int, got {num_segments!r}."
-            )
-        return num_segments
-    return 0  # `last_segment` gives a number where there are rows
+    return 0 if num_segments is None else num_segments  # None: there are no rows
 
 
 def last_segment(segment_id: Tensor) -> int | None:
-    """The segments that (R,) ids say there are; waits for the device. None where that is no (R,) of
-    integers, which the checks report."""
+    """The segments that (R,) ids say there are, at least 0; waits for the device. None where they
+    are no (R,) of integers, which the checks report."""
     if segment_id.dim() != 1 or segment_id.is_floating_point() or not segment_id.numel():
         return None
     if torch.compiler.is_compiling():
@@ -228,26 +241,35 @@ def last_segment(segment_id: Tensor) -> int | None:
             "linear_logprob: give num_segments under torch.compile; reading it off segment_id "
             "breaks the graph."
         )
-    return int(segment_id[-1]) + 1
+    return max(int(segment_id[-1]) + 1, 0)
 
 
-def check_counts(op: str, rows: int, segments: int, counts: Sequence[int] | Tensor) -> None:
-    """As many counts as segments, and as many rows as the counts say."""
+def number_of_counts(op: str, counts: Sequence[int] | Tensor) -> int:
+    """How many there are; ValueError where they are not ints on the host."""
     if isinstance(counts, Tensor):
         raise ValueError(
             f"{op}: counts must be ints on the host, got a tensor {tuple(counts.shape)} on "
             f"{counts.device}. Give what row_counts(segment_id, num_segments) returns."
         )
+    if not isinstance(counts, Collection):
+        raise ValueError(f"{op}: counts must be a sequence of ints, got {counts!r}.")
     for kind in set(map(type, counts)):  # one or two, of maybe thousands of numbers
         if kind is bool or not issubclass(kind, (Integral, torch.SymInt)):
             wrong = next(count for count in counts if type(count) is kind)
             raise ValueError(f"{op}: counts must be ints, got {wrong!r} among them.")
-    if len(counts) != segments:
-        raise ValueError(f"{op}: expected counts of {segments} segments, got {len(counts)}.")
-    if min(counts, default=0) < 0 or sum(counts) != rows:
+    return len(counts)
+
+
+def check_counts(op: str, rows: int, segments: int, counts: Sequence[int] | Tensor) -> None:
+    """As many counts as segments, and as many rows as the counts say."""
+    number = number_of_counts(op, counts)
+    if number != segments:
+        raise ValueError(f"{op}: expected counts of {segments} segments, got {number}.")
+    least, total = min(counts, default=0), sum(map(int, counts))
+    if least < 0 or total != rows:
         raise ValueError(
             f"{op}: counts must be the rows of every segment, >= 0 and {rows} together, got a "
-            f"smallest of {min(counts, default=0)} and a sum of {sum(counts)}."
+            f"smallest of {least} and a sum of {total}."
         )
 
 
@@ -261,8 +283,8 @@ def check_values(
     """Range of targets, order, range and counts of segment ids; only on the CPU, where reading is
     free.
 
-    On CUDA a target out of range makes its row's log-prob NaN, a segment id out of range trips an
-    index assertion.
+    On CUDA a target out of range makes its row's log-prob NaN, or trips an index assertion (torch
+    backend, frozen head or one tile), as a segment id out of range does.
     """
     if target.device.type != "cpu" or not target.numel():
         return

@@ -58,7 +58,7 @@ def resolve_backend(
     if backend not in BACKENDS:
         raise ValueError(
             f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}."
-            f"{nearest(backend, BACKENDS)}"
+            f"{nearest(str(backend), BACKENDS)}"
         )
     if backend == "triton":
         _require_triton(device, dtype, op)

@@ -12,7 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ._head_checks import SEGMENT_STATS, check_counts, last_segment
+from ._head_checks import (
+    SEGMENT_STATS,
+    check_counts,
+    check_tensors,
+    last_segment,
+    number_of_counts,
+)
 from ._prepare import prepare
 from ._route import is_plain
 from .count_sketch import BUCKETS
@@ -88,16 +94,20 @@ def linear_logprob(
               fourth product. Weight and bias frozen: no such buffer, two products. No grad: one.
     Numerics  products accumulated, logits reduced in float32; 1 - p formed without cancellation.
               Repeatable: no atomics. Backward may run twice (retain_graph).
-    Errors    ValueError with the offending value; on CUDA a target out of range gives NaN instead.
+    Errors    ValueError with the offending value; on CUDA a target out of range gives NaN instead,
+              or trips an index assertion (torch backend).
     Oracle    reference.linear_logprob
     """
-    if num_segments is None:
-        if counts is not None:
-            num_segments = len(counts)
-        elif segment_id is not None:
-            num_segments = last_segment(segment_id)
     tensors = (hidden, weight, target, segment_id, bias)
     plain = is_plain(*tensors)
+    if not plain:
+        named = {"hidden": hidden, "weight": weight, "target": target}
+        check_tensors(**named, segment_id=segment_id, bias=bias)
+    if num_segments is None and segment_id is not None:
+        if counts is not None:
+            num_segments = number_of_counts("linear_logprob", counts)
+        else:
+            num_segments = last_segment(segment_id)
     asked = prepare(
         tensors,
         plain,
@@ -107,7 +117,7 @@ def linear_logprob(
         logit_scale,
         temperature,
         cache,
-        stats if isinstance(stats, str) else tuple(stats),
+        tuple(stats) if isinstance(stats, (list, set, frozenset)) else stats,
         norms,
         sketch_dim,
         sketch_seed,

@@ -52,7 +52,7 @@ def _forward(
     keep: bool,
     need_hidden: bool,
 ) -> tuple[Tensor, ...]:
-    """logp, and of `torch_tiles.Saved` the three of `row_state`, `hidden_grad` and `exps`."""
+    """logp, and what `torch_tiles.Saved` has."""
     check_values(target, segment_id, weight.shape[0], segments)
     with surroundings(hidden.device):
         z, place = torch.mm(weight, hidden.t()), target.unsqueeze(0)
@@ -64,14 +64,15 @@ def _forward(
         total = column_sums(exp_(z, maximum))
         odds = (maximum - own.squeeze(0)).add_(total.log())
         logp = segment_sum(F.logsigmoid(odds.neg()), segment_id, segments)
-        mixed, exps = z.new_empty(0, weight.shape[1]), z.new_empty(0, len(target))
+        nothing = z.new_empty(0, len(target))
+        mixed, exps = z.new_empty(0, weight.shape[1]), nothing
         if keep:
             exps = z.scatter_(0, place, total.neg().unsqueeze(0))
         elif need_hidden:
             of_others = torch.mm(z.t(), weight)
             mixed = weight.index_select(0, target)
             mixed.addcdiv_(of_others, total.unsqueeze(1), value=-1)
-    return logp, maximum, total, odds, mixed, exps
+    return logp, torch.stack((maximum, total, odds)), mixed, exps, nothing
 
 
 class _OneTile(torch.autograd.Function):
@@ -79,21 +80,22 @@ class _OneTile(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         need_hidden, keep, *_ = ctx.needs_input_grad
         logp, *saved = _forward(*inputs, keep=keep, need_hidden=need_hidden)
-        ctx.save_for_backward(*inputs[:4], *saved)
+        # What the op saves, one by one: checkpointing may see the op the second time.
+        ctx.save_for_backward(*inputs[:4], None, *saved)
         ctx.slope = inputs[5]
         return logp
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, segment_id, maximum, total, odds, mixed, exps = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing unpacks but once
+        hidden, weight, _, segment_id, _, state, mixed, exps, _ = saved
         need_hidden, need_weight, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() or not is_plain(grad):
             # An onlooker, or whoever may differentiate twice, is to see the op.
             plan = Plan(len(weight), int(need_weight), 0, int(need_hidden), int(need_weight), 0)
-            state, offsets = torch.stack((maximum, total, odds)), exps.new_empty(0, len(target))
-            head = (hidden, weight, target, segment_id, None)
-            found = backward_op(grad, *head, state, mixed, exps, offsets, [ctx.slope, 1.0], plan)
+            found = backward_op(grad, *saved, [ctx.slope, 1.0], plan)
             return found[0] if need_hidden else None, found[1] if need_weight else None, *[None] * 4
+        _, total, odds = state.unbind(0)
         grad_hidden = grad_weight = None
         with surroundings(hidden.device):
             scale = odds.sigmoid().mul_(segment_expand(grad, segment_id)).unsqueeze(1)
@@ -102,7 +104,7 @@ class _OneTile(torch.autograd.Function):
             if not need_weight:
                 return mixed * scale, *[None] * 5
             others = scale.div_(total.unsqueeze(1)).neg_()  # what a row adds per unit of E
-            buffer = hidden * others
+            buffer = torch.mul(hidden, others, out=hidden.new_empty(hidden.shape))
             grad_weight = torch.mm(exps, buffer)
             if need_hidden:
                 grad_hidden = torch.mm(exps.t(), weight, out=buffer).mul_(others)

@@ -30,7 +30,7 @@ class Tiles:
     """Vocabulary tiles, and for every tile where in it the rows' targets lie."""
 
     bounds: list[tuple[int, int]]
-    local: Sequence[Tensor]  # N of (1, R) int64, clamped into the tile
+    local: Sequence[Tensor]  # N of (1, R) int64, clamped into the tile where there are several
     inside: Sequence[Tensor | None]  # N of (R,) bool; None: every target
 
     @staticmethod

@@ -108,6 +108,21 @@ def held_against(ours: PairGradients, taps: Taps, grads: Gradients, tolerance: f
     assert error <= 10 * tolerance, f"sketches: {error:.1e}"
 
 
+def test_gains_of_norms_follow_the_weights() -> None:
+    """Between two batches an optimizer changes the weights that a norm's output is divided by."""
+    module, changed = (clean_norms(build("llama")) for _ in range(2))
+    model, taps = pairs_model(module), attach(module, "exact", sketch_dim=K, seed=SEED)
+    pair_gradients(model, taps, pack_pairs(PAIRS))
+    assert any(gain is not None for gain in taps.gains(torch.float64).values())
+    with torch.no_grad():
+        for own in (module, changed):
+            for name, parameter in own.named_parameters():
+                if "norm" in name:
+                    parameter.mul_(1.7)
+    ours = pair_gradients(model, taps, pack_pairs(PAIRS))
+    held_against(ours, taps, naive(changed)["margin"], 1e-12)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_equals_one_backward_per_pair(name: str) -> None:
     """Packed, prefix-shared; margins, and the log-probs of either completion."""
