@@ -50,7 +50,7 @@ class Case:
 
 CASES = (
     Case("5m", "persona", 32, 8, 3, 3, (2, 4)),
-    Case("30m", "persona", 32, 5, 1, 2, (1, 1)),
+    Case("30m", "persona", 32, 8, 1, 2, (1, 1)),
     Case("5m", "hh", 32, 4, 1, 2, (1, 1)),
     Case("30m", "hh", 16, 3, 1, 2, None),
 )
