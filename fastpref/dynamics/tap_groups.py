@@ -35,7 +35,6 @@ class Found:
     layers: list[Layer]
     groups: tuple[str, ...]  # of the trained weights
     head: VocabularyPlace | None  # of the head's weight; None: frozen
-    head_weight: nn.Parameter | None
     tied: str | None  # name of the embedding that has the head's weight
 
 
@@ -89,7 +88,7 @@ def find(module: Any) -> Found:
     if head_weight is not None and tied is None:
         name = next(n for n in uses[id(head_weight)])
         head_place = VocabularyPlace.hashed(name, head_weight, groups.index("head"))
-    return Found(layers, groups, head_place, head_weight, tied)
+    return Found(layers, groups, head_place, tied)
 
 
 def _trains(layer: nn.Module) -> bool:
@@ -111,6 +110,7 @@ def _refusal(missing: Sequence[tuple[str, nn.Module, str]]) -> str:
 
 
 def block_of(name: str) -> str | None:
+    """Number of the block that the layer of this name lies in; None outside of blocks."""
     found = _BLOCK.match(name)
     return found[1] if found else None
 

@@ -126,7 +126,7 @@ class Taps:
         # An input, and the layers that had it with the gradients of their outputs.
         self._waiting: tuple[tap_layers.Input, Tensor, list[tuple[Tap, Tensor]]] | None = None
         found = tap_groups.find(module)
-        self.groups, self.head, self.head_weight = found.groups, found.head, found.head_weight
+        self.groups, self.head = found.groups, found.head
         self.layers = [Tap(layer, self) for layer in found.layers]
         # The embedding that has the head's weight.
         self.tied = next((tap for tap in self.layers if tap.name == found.tied), None)

@@ -47,49 +47,14 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise ValueError(f"linear_logprob: {name} must be a tensor, got {type(x).__name__}.")
 
 
-def check_linear_logprob(
-    hidden: Described,
-    weight: Described,
-    target: Described,
-    segment_id: Described | None,
-    bias: Described | None,
-    *,
-    num_segments: int | None,
-    group_size: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    cache: int,
-    stats: Sequence[str],
-    norms: str | None,
-    sketch_dim: int,
-    sketch_buckets: int,
-    sketch_seed: int,
-    sketch_key: str,
-) -> int:
-    """Check what can be told without reading a tensor; returns the number of segments S."""
-    _check_tensors(hidden, weight, target, segment_id, bias)
-    _check_numbers(softcap, logit_scale, temperature, cache, group_size)
-    _check_names(stats, norms)
-    if norms in ("sketch", "both"):
-        sketch = (sketch_dim, sketch_buckets, sketch_seed, sketch_key)
-        check_sketch("linear_logprob", *sketch, prefix="sketch_")
-    segments = _count_segments(hidden, segment_id, num_segments)
-    if norms is not None and segments % group_size:
-        raise ValueError(
-            f"linear_logprob: norms need whole groups, but num_segments={segments} is not a "
-            f"multiple of group_size={group_size}. Pad the last group with empty segments."
-        )
-    return segments
-
-
-def _check_tensors(
+def check_shapes(
     hidden: Described,
     weight: Described,
     target: Described,
     segment_id: Described | None,
     bias: Described | None,
 ) -> None:
+    """Shapes, dtypes and devices."""
     if len(hidden.shape) != 2 or len(weight.shape) != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "linear_logprob: expected hidden (R, D) and weight (V, D), got "
@@ -133,7 +98,7 @@ def _check_tensors(
             )
 
 
-def _check_numbers(
+def check_numbers(
     softcap: float | None, logit_scale: float, temperature: float, cache: int, group_size: int
 ) -> None:
     scales = (("softcap", softcap), ("temperature", temperature), ("logit_scale", logit_scale))
@@ -161,7 +126,7 @@ def _check_numbers(
         )
 
 
-def _check_names(stats: Sequence[str], norms: str | None) -> None:
+def check_names(stats: Sequence[str], norms: str | None) -> None:
     known = SEGMENT_STATS + ROW_STATS
     if not isinstance(stats, Collection):
         raise ValueError(f"linear_logprob: stats must be a sequence of names, got {stats!r}.")
@@ -212,9 +177,10 @@ def check_sketch(
         )
 
 
-def _count_segments(
+def count_segments(
     hidden: Described, segment_id: Described | None, num_segments: int | None
 ) -> int:
+    """S, as given or of the shapes; `last_segment` has read it where neither tells."""
     rows = hidden.shape[0]
     number = isinstance(num_segments, (int, torch.SymInt)) and not isinstance(num_segments, bool)
     if num_segments is not None and (not number or num_segments < 0):

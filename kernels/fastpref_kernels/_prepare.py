@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import _launch
-from ._head_checks import Described, check_linear_logprob
+from ._head_checks import (
+    Described,
+    check_names,
+    check_numbers,
+    check_shapes,
+    check_sketch,
+    count_segments,
+)
 from ._plan import Plan, make_plan
 from .head_norms import SketchPlan
 from .torch_tiles import accumulate_dtype
@@ -68,28 +75,23 @@ def _prepare(
     sketch_buckets: int,
     backend: str,
 ) -> Prepared:
-    segments = check_linear_logprob(
-        hidden,
-        weight,
-        target,
-        segment_id,
-        bias,
-        num_segments=num_segments,
-        group_size=group_size,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        cache=cache,
-        stats=stats,
-        norms=norms,
-        sketch_dim=sketch_dim,
-        sketch_buckets=sketch_buckets,
-        sketch_seed=sketch_seed,
-        sketch_key=sketch_key,
-    )
+    check_shapes(hidden, weight, target, segment_id, bias)
+    check_numbers(softcap, logit_scale, temperature, cache, group_size)
+    check_names(stats, norms)
+    sketch = ""
+    if norms in ("sketch", "both"):
+        asked = (sketch_dim, sketch_buckets, sketch_seed, sketch_key)
+        check_sketch("linear_logprob", *asked, prefix="sketch_")
+        exact = norms == "both"
+        sketch = SketchPlan(sketch_dim, sketch_buckets, sketch_seed, exact, sketch_key).text()
+    segments = count_segments(hidden, segment_id, num_segments)
+    if norms is not None and segments % group_size:
+        raise ValueError(
+            f"linear_logprob: norms need whole groups, but num_segments={segments} is not a "
+            f"multiple of group_size={group_size}. Pad the last group with empty segments."
+        )
     triton = _launch.resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
     plan = make_plan(hidden, weight, bias, cache, group_size if norms else 0, triton)
-    sketch = SketchPlan(sketch_dim, sketch_buckets, sketch_seed, norms == "both", sketch_key)
     vocab = weight.shape[0]
     bare = bias is None and softcap is None and not stats and norms is None
     one_tile = bare and 1 < vocab <= plan.width and not triton and plan.kept == plan.need_weight
@@ -98,7 +100,7 @@ def _prepare(
         (logit_scale, temperature) if softcap is None else (logit_scale, temperature, softcap),
         plan,
         ",".join(sorted(set(stats))),
-        sketch.text() if norms in ("sketch", "both") else "",
+        sketch,
         bool(plan.need_hidden or plan.need_weight or plan.need_bias),
         one_tile and hidden.dtype == accumulate_dtype(hidden.dtype),
     )

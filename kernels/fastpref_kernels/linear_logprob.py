@@ -129,10 +129,8 @@ def linear_logprob(
         check_counts("linear_logprob", hidden.shape[0], asked.segments, counts)
     target = target.contiguous()  # kernels take it for R numbers in a row
     if asked.one_tile and plain:
-        slope = logit_scale / temperature
-        head = (hidden, weight, target, segment_id)
-        logp = one_tile_logprob(*head, asked.segments, slope, asked.differentiable)
-        return LinearLogprob(logp=logp)
+        head = (hidden, weight, target, segment_id, asked.segments, logit_scale / temperature)
+        return LinearLogprob(logp=one_tile_logprob(asked.differentiable, *head))
     run: Callable[..., Any] = forward
     if not plain:
         run = forward_op
@@ -140,7 +138,12 @@ def linear_logprob(
         run = Direct.apply
     rows = list(counts) if norms and counts is not None else None
     what = (asked.segments, asked.scales, asked.plan, asked.stats, asked.sketch, rows)
-    logp, sums, argmax, row_floats, *of_norms = run(hidden, weight, target, segment_id, bias, *what)
+    return _result(run(hidden, weight, target, segment_id, bias, *what), stats, norms)
+
+
+def _result(found: Sequence[Tensor], stats: Sequence[str], norms: str | None) -> LinearLogprob:
+    """Of what the op returned."""
+    logp, sums, argmax, row_floats, *of_norms = found
     fields: dict[str, Tensor] = {}
     if stats:
         names = [name for name in SEGMENT_STATS if name in stats]

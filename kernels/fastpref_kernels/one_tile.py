@@ -23,18 +23,9 @@ from .row_sums import column_maxima, column_sums, exp_
 from .segment import segment_expand, segment_sum
 
 
-def one_tile_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    segment_id: Tensor | None,
-    segments: int,
-    slope: float,
-    differentiable: bool,
-) -> Tensor:
-    """logp (S,) of plain tensors (`is_plain`) in float32 or float64, z = slope hidden @ weight.T;
+def one_tile_logprob(differentiable: bool, *inputs: Any) -> Tensor:
+    """logp (S,) of plain tensors (`is_plain`) in float32 or float64; the inputs are `_forward`'s.
     V at least 2. All of E is kept if the weight is trained."""
-    inputs = (hidden, weight, target, segment_id, segments, slope)
     if differentiable:
         found: Tensor = _OneTile.apply(*inputs)
         return found
@@ -52,7 +43,7 @@ def _forward(
     keep: bool,
     need_hidden: bool,
 ) -> tuple[Tensor, ...]:
-    """logp, and what `torch_tiles.Saved` has."""
+    """logp with z = slope hidden @ weight.T, and what `torch_tiles.Saved` has."""
     check_values(target, segment_id, weight.shape[0], segments)
     with surroundings(hidden.device):
         z, place = torch.mm(weight, hidden.t()), target.unsqueeze(0)

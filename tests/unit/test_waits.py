@@ -155,7 +155,7 @@ def test_no_loss_reads_a_value(loss: str) -> None:
     model, _ = on("meta")
     smoothing = 1e-3 if loss == "exo_pair" else 0.0
     settings = config(loss_type=loss, label_smoothing=smoothing)
-    a_step(model, None, "head", settings, wait=False)
+    assert a_step(model, None, "head", settings, wait=False).health.is_meta
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_no_loss_reads_a_value(loss: str) -> None:
 )
 def test_no_option_reads_a_value(changes: dict[str, Any]) -> None:
     model, _ = on("meta")
-    a_step(model, None, "head", config(**changes), wait=False)
+    assert a_step(model, None, "head", config(**changes), wait=False).health.is_meta
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
@@ -179,7 +179,7 @@ def test_checkpointing_reads_no_value(mode: str) -> None:
 
     model, _ = on("meta")
     checkpoint_layers(model.module, mode)
-    a_step(model, None, "head", config(), wait=False)
+    assert a_step(model, None, "head", config(), wait=False).health.is_meta
 
 
 def test_what_is_shown_of_a_step_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
