@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _launch, torch_tiles
@@ -18,7 +17,7 @@ from ._head_checks import SEGMENT_STATS, check_values
 from ._plan import Plan
 from ._route import is_plain
 from .head_norms import HeadNorms, SketchPlan
-from .row_sums import row_statistics
+from .row_sums import log_prob, row_statistics
 from .segment import segment_expand, segment_sum
 
 ROW_FLOATS = ("log1m_pmax", "row_norm_sq", "row_logp")  # statistics per row that are no indices
@@ -88,7 +87,7 @@ def forward(
             stats=names - {"row_norm_sq", "row_logp"},
             riders=norms.riders if norms else (),
         )
-        logp_R = F.logsigmoid(-sums.odds)
+        logp_R = log_prob(sums.odds)
         rows = row_statistics(sums, logp_R, vocab, target) if names else {}
         if "row_logp" in names:
             rows["row_logp"] = logp_R

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _native
 from ._head_checks import check_values
 from ._launch import surroundings
 from ._plan import Plan
 from ._route import is_plain
 from .head_op import backward_op
-from .row_sums import column_maxima, column_sums, exp_
+from .row_sums import FLOOR, column_maxima, column_sums
 from .segment import segment_expand, segment_sum
 
 
@@ -46,24 +47,31 @@ def _forward(
     """logp with z = slope hidden @ weight.T, and what `torch_tiles.Saved` has."""
     check_values(target, segment_id, weight.shape[0], segments)
     with surroundings(hidden.device):
-        z, place = torch.mm(weight, hidden.t()), target.unsqueeze(0)
+        z = torch.mm(weight, hidden.t())
         if slope != 1.0:
             z.mul_(slope)
-        own = z.gather(0, place)
-        z.scatter_(0, place, -torch.inf)
-        maximum = column_maxima(z)
-        total = column_sums(exp_(z, maximum))
-        odds = (maximum - own.squeeze(0)).add_(total.log())
-        logp = segment_sum(F.logsigmoid(odds.neg()), segment_id, segments)
+        state, logp = (_native.one_tile_ if _native.fits(z) else _rows)(z, target, FLOOR, keep)
         nothing = z.new_empty(0, len(target))
-        mixed, exps = z.new_empty(0, weight.shape[1]), nothing
-        if keep:
-            exps = z.scatter_(0, place, total.neg().unsqueeze(0))
-        elif need_hidden:
+        mixed, exps = z.new_empty(0, weight.shape[1]), z if keep else nothing
+        if need_hidden and not keep:
             of_others = torch.mm(z.t(), weight)
             mixed = weight.index_select(0, target)
-            mixed.addcdiv_(of_others, total.unsqueeze(1), value=-1)
-    return logp, torch.stack((maximum, total, odds)), mixed, exps, nothing
+            mixed.addcdiv_(of_others, state[1].unsqueeze(1), value=-1)
+        logp = segment_sum(logp, segment_id, segments)
+    return logp, state, mixed, exps, nothing
+
+
+def _rows(z: Tensor, target: Tensor, floor: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """As `_native.one_tile_`."""
+    place = target.unsqueeze(0)
+    own = z.gather(0, place)
+    z.scatter_(0, place, -torch.inf)
+    maximum = column_maxima(z)
+    total = column_sums(z.sub_(maximum).clamp_(min=floor).exp_())
+    odds = (maximum - own.squeeze(0)).add_(total.log())
+    if keep:
+        z.scatter_(0, place, total.neg().unsqueeze(0))
+    return torch.stack((maximum, total, odds)), F.logsigmoid(odds.neg())
 
 
 class _OneTile(torch.autograd.Function):

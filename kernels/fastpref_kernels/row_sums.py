@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _native
 from .segment import add_rows_
 
 # Least exponent relative to a row's maximum. e^-80 = 2e-35 per entry is nothing beside S' >= 1, in
@@ -68,6 +69,9 @@ def exp_(z: Tensor, maximum: Tensor) -> Tensor:
     Without the floor the CPU's vector exp takes a path 50 to 100 times slower for every result that
     underflows, and the products after it slow down on subnormal operands.
     """
+    if maximum.dim() == 1 and _native.fits(z):
+        _native.exp_sums_(z, maximum, FLOOR)
+        return z
     return shift_(z, maximum).exp_()
 
 
@@ -137,20 +141,32 @@ class RowSums:
 
     def add(self, z: Tensor, first: bool) -> None:
         """z of the tile to E relative to the running maximum, in place, and that to the sums."""
-        shift_(z, self.maximum)
-        logs = z.clone() if "entropy" in self.stats else None
-        own = column_sums(z.exp_())
+        own, plogp, square = self._exp_sums_(z)
         self.total = own if first else self.total.add_(own)
         if self.stats & REST_STATS:
             self.rest += self._without_largest(z)
-        if self.stats & SQUARE_STATS:
-            self.square += column_sums(z * z)
-        if logs is not None:
-            self.plogp += column_sums(logs.mul_(z))
+        if square is not None:
+            self.square += square
+        if plogp is not None:
+            self.plogp += plogp
+
+    def _exp_sums_(self, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """z to E in place; the tile's sums of E, and of E log E and E^2 where a statistic asks."""
+        asked = "entropy" in self.stats, bool(self.stats & SQUARE_STATS)
+        if _native.fits(z):
+            return _native.exp_sums_(z, self.maximum, FLOOR, *asked)
+        shift_(z, self.maximum)
+        logs = z.clone() if asked[0] else None
+        own = column_sums(z.exp_())
+        square = column_sums(z * z) if asked[1] else None
+        return own, None if logs is None else column_sums(logs.mul_(z)), square
 
     def log_odds(self, may_be_certain: bool) -> Tensor:
         """log((1 - p) / p) = log S' + maximum - z_y; -inf where nothing but the target is there."""
-        self.odds = (self.maximum - self.target_logit).add_(self.total.log())
+        if _native.fits(self.total):
+            self.odds = _native.log_odds(self.maximum, self.total, self.target_logit)
+        else:
+            self.odds = (self.maximum - self.target_logit).add_(self.total.log())
         if may_be_certain:
             self.odds.masked_fill_(self.maximum == self.lowest, -torch.inf)
         return self.odds
@@ -203,6 +219,11 @@ class RowSums:
         return others
 
 
+def log_prob(odds: Tensor) -> Tensor:
+    """log p = -log(1 + e^odds), (R,)."""
+    return _native.log_probs(odds) if _native.fits(odds) else F.logsigmoid(-odds)
+
+
 def column_sums(x: Tensor) -> Tensor:
     """x.sum(0), see `_parts`."""
     return x.sum(0) if x.shape[0] < FEW else _parts(x, lambda part: part.sum(1)).sum(0)
@@ -210,6 +231,8 @@ def column_sums(x: Tensor) -> Tensor:
 
 def column_maxima(x: Tensor) -> Tensor:
     """x.amax(0), see `_parts`."""
+    if _native.fits(x):
+        return _native.column_maxima(x)
     return x.amax(0) if x.shape[0] < FEW else _parts(x, lambda part: part.amax(1)).amax(0)
 
 

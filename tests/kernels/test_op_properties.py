@@ -141,7 +141,8 @@ def test_two_uses_in_one_graph() -> None:
 
 def test_a_term_on_the_same_log_probs() -> None:
     """Loss and another use of one `linear_logprob`: what it saved serves a backward of the sum."""
-    model, (x, target, segment_id, _) = Policy(), batch()
+    model, (x, target, segment_id, _) = Policy().double(), batch()
+    x = x.double()
 
     def logp() -> Tensor:
         return linear_logprob(
@@ -151,7 +152,7 @@ def test_a_term_on_the_same_log_probs() -> None:
     shared = logp()
     once = grads(model, shared.sum() + (shared * shared).mean())
     twice = grads(model, logp().sum() + (logp() * logp()).mean())
-    same(once[1:], twice[1:], rtol=1e-5, atol=1e-6)
+    same(once[1:], twice[1:], rtol=1e-12, atol=1e-14)
 
 
 def test_second_backward_is_right() -> None:

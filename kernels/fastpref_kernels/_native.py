@@ -1,0 +1,163 @@
+"""Passes over memory in C (native.c), for what torch needs several calls for on a CPU.
+
+Compiled when first needed by the C compiler that is there (`$CC`, else `cc`), in a fifth of a
+second. Without one, or with FASTPREF_NATIVE=0 in the environment, torch's own calls do the same, to
+other last bits. Nothing is kept on disk, so no machine meets what another has compiled. The threads
+are torch's: those of the OpenMP runtime that it has loaded. Shapes: C rows of a matrix, R columns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LOGGER = logging.getLogger("fastpref_kernels")
+SOURCE = Path(__file__).with_name("native.c")
+# No errno and no traps, so that loops vectorise; every multiply-add that is to be fused says so.
+FLAGS = ("-O3", "-std=c11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+PARTS, WORK = 8, 48  # rows of what column_maxima and exp_sums work in
+
+_pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_matrix = (_pointer, _long, _long)
+SIGNATURES = {
+    "column_maxima": (*_matrix, _pointer, _pointer),
+    "exp_sums": (*_matrix, _pointer, _float, *[_pointer] * 4),
+    "log_odds": (_pointer, _pointer, _pointer, _long, _pointer),
+    "log_probs": (_pointer, _long, _pointer),
+    "one_tile": (*_matrix, _pointer, _float, ctypes.c_int, *[_pointer] * 3),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """What native.c compiled to; None where it may not or cannot be."""
+    if os.environ.get("FASTPREF_NATIVE", "1") == "0":
+        return None
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        LOGGER.info("no C compiler (%s): the CPU's passes are torch's", " ".join(compiler))
+        return None
+    # With OpenMP and without: not every compiler has it, not every torch has its runtime loaded.
+    for more in (["-fopenmp"], []):
+        found = _compiled([*compiler, *FLAGS, *_machine_flags(), *more])
+        if isinstance(found, ctypes.CDLL):
+            return found
+    LOGGER.warning("native.c was not compiled, the CPU's passes are torch's: %s", found)
+    return None
+
+
+def _compiled(command: list[str]) -> ctypes.CDLL | str:
+    """The library, or why there is none. Linked without OpenMP, whose symbols are then looked for
+    among what torch has loaded: a second runtime would have threads of its own."""
+    with tempfile.TemporaryDirectory(prefix="fastpref-native-") as folder:
+        made, linked = f"{folder}/native.o", f"{folder}/native.so"
+        plain = [part for part in command if part != "-fopenmp"]
+        try:
+            for step in (
+                [*command, "-c", str(SOURCE), "-o", made],
+                [*plain, "-shared", made, "-o", linked, "-lm"],
+            ):
+                subprocess.run(step, check=True, capture_output=True, text=True, timeout=120)
+            found = ctypes.CDLL(linked)
+        except subprocess.CalledProcessError as error:
+            return f"{shlex.join(error.cmd)}: {error.stderr.strip()[:500]}"
+        except (OSError, subprocess.SubprocessError) as error:
+            return str(error)
+    for name, arguments in SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    return found
+
+
+def _machine_flags() -> list[str]:
+    """For the processor at hand; compilers avoid its widest registers unless they are asked for."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return ["-march=native", "-mprefer-vector-width=512"]
+    return ["-mcpu=native"]
+
+
+def fits(z: Tensor) -> bool:
+    """Whether C may work on z: a contiguous float32 tensor in a CPU's memory, and a library."""
+    return (
+        type(z) is Tensor
+        and z.dtype == torch.float32
+        and z.device.type == "cpu"
+        and z.is_contiguous()
+        and library() is not None
+    )
+
+
+def column_maxima(z: Tensor) -> Tensor:
+    """(R,) the largest of every column of z (C, R)."""
+    rows, cols = z.shape
+    work, out = z.new_empty(PARTS * cols), z.new_empty(cols)
+    _library().column_maxima(z.data_ptr(), rows, cols, work.data_ptr(), out.data_ptr())
+    return out
+
+
+def exp_sums_(
+    z: Tensor, maximum: Tensor, floor: float, plogp: bool = False, square: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """e = exp(max(z - maximum, floor)) in the place of z (C, R); (R,) sums of e, e log e, e^2."""
+    rows, cols = z.shape
+    work, total = z.new_empty(WORK * cols), z.new_empty(cols)
+    logs = z.new_empty(cols) if plogp else None
+    squares = z.new_empty(cols) if square else None
+    found = (total, logs, squares)
+    places = [None if x is None else x.data_ptr() for x in found]
+    _library().exp_sums(
+        z.data_ptr(), rows, cols, maximum.data_ptr(), floor, work.data_ptr(), *places
+    )
+    return found
+
+
+def log_odds(maximum: Tensor, total: Tensor, own: Tensor) -> Tensor:
+    """(R,) log((1 - p) / p) = maximum - own + log total, (R,) each."""
+    odds = maximum.new_empty(len(maximum))
+    _library().log_odds(
+        maximum.data_ptr(), total.data_ptr(), own.data_ptr(), len(odds), odds.data_ptr()
+    )
+    return odds
+
+
+def log_probs(odds: Tensor) -> Tensor:
+    """(R,) log p."""
+    logp = odds.new_empty(len(odds))
+    _library().log_probs(odds.data_ptr(), len(odds), logp.data_ptr())
+    return logp
+
+
+def one_tile_(z: Tensor, target: Tensor, floor: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """Of all logits z (V, R), in their place e, with -total at the targets (R,) if `keep`: (3, R)
+    maximum, total and log-odds, and (R,) log p."""
+    (vocab, rows), target = z.shape, target.contiguous()
+    state, logp, work = z.new_empty(3, rows), z.new_empty(rows), z.new_empty((WORK + 1) * rows)
+    _library().one_tile(
+        z.data_ptr(),
+        vocab,
+        rows,
+        target.data_ptr(),
+        floor,
+        keep,
+        work.data_ptr(),
+        state.data_ptr(),
+        logp.data_ptr(),
+    )
+    return state, logp
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "asked for without `fits`"
+    return found

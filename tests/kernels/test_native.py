@@ -1,0 +1,152 @@
+"""The CPU's passes in C: the same numbers as float64, and as torch's calls where there is no C."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from fastpref_kernels import _native, linear_logprob, reference
+from fastpref_kernels.row_sums import FLOOR
+from torch import Tensor
+
+from tests.kernels.cases import assert_no_worse, make_case, run, set_width
+
+SIZES = [(1, 1), (3, 7), (33, 16), (257, 130), (4096, 33)]
+EPS = torch.finfo(torch.float32).eps
+
+compiled = pytest.mark.skipif(_native.library() is None, reason="no C compiler")
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "library", lambda: None)
+
+
+def logits(rows: int, cols: int, spread: float = 30.0) -> Tensor:
+    g = torch.Generator().manual_seed(rows + cols)
+    return spread * torch.randn(rows, cols, generator=g)
+
+
+def test_c_is_compiled_wherever_these_tests_run() -> None:
+    """A compiler is what the other tests need; a machine without is for those `without`."""
+    assert _native.library() is not None
+
+
+@compiled
+@pytest.mark.parametrize(("rows", "cols"), SIZES)
+def test_maxima_and_exponentials(rows: int, cols: int) -> None:
+    z = logits(rows, cols)
+    maximum = _native.column_maxima(z)
+    assert torch.equal(maximum, z.amax(0))
+    true = (z.double() - maximum.double()).clamp(min=FLOOR).exp()
+    logs = (z - maximum).double().clamp(min=FLOOR)
+    total, plogp, square = _native.exp_sums_(z, maximum, FLOOR, plogp=True, square=True)
+    # The shift is rounded to half an ulp of at most 128; the exponential itself to two.
+    assert ((z / true - 1).abs() <= 70 * EPS).all()
+    assert torch.equal(z == 1, true == 1)
+    own = z.double()
+    assert plogp is not None and square is not None
+    for found, sums in ((total, own), (plogp, own * logs), (square, own.square())):
+        assert ((found - sums.sum(0)).abs() <= 20 * EPS * sums.abs().sum(0)).all()
+    alone = _native.exp_sums_(logits(rows, cols), maximum, FLOOR)
+    assert torch.equal(alone[0], total) and alone[1] is None and alone[2] is None
+
+
+@compiled
+def test_the_same_bits_with_every_number_of_threads() -> None:
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            z = logits(4099, 37)
+            sums = _native.exp_sums_(z, _native.column_maxima(z), FLOOR, True, True)
+            found.append([z, *sums])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@compiled
+def test_what_is_no_number_is_seen() -> None:
+    z = logits(100, 6)
+    z[5, 0], z[7, 1], z[50, 2], z[:, 3] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    maximum = _native.column_maxima(z)
+    total, *_ = _native.exp_sums_(z, maximum, FLOOR)
+    assert torch.isnan(total[[0, 1, 3]]).all() and torch.isfinite(total[[2, 4, 5]]).all()
+    assert z[50, 2] == pytest.approx(math.exp(FLOOR), rel=1e-6)
+
+
+@compiled
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("vocab", "rows"), [(2, 1), (300, 17), (4096, 64)])
+def test_one_tile(vocab: int, rows: int, keep: bool) -> None:
+    z = logits(vocab, rows, 5.0)
+    target = torch.randint(0, vocab, (2 * rows,))[::2]  # not contiguous
+    place = target.unsqueeze(0)
+    own = z.gather(0, place).squeeze(0)
+    others = z.double().scatter(0, place, -torch.inf)
+    exp = z.clone()
+    state, logp = _native.one_tile_(exp, target, FLOOR, keep)
+    maximum, total, odds = state
+    assert torch.equal(maximum, others.amax(0).float())
+    sums = (others - maximum).exp().sum(0)
+    true = maximum - own.double() + sums.log()
+    torch.testing.assert_close(total.double(), sums, rtol=20 * EPS, atol=0.0)
+    torch.testing.assert_close(odds.double(), true, rtol=4 * EPS, atol=40 * EPS)
+    torch.testing.assert_close(
+        logp.double(), torch.nn.functional.logsigmoid(-odds.double()), rtol=4 * EPS, atol=0.0
+    )
+    if keep:
+        assert torch.equal(exp.gather(0, place).squeeze(0), -total)
+    assert torch.equal(_native.log_odds(maximum, total, own), odds)
+    assert torch.equal(_native.log_probs(odds), logp)
+
+
+def test_log_probs_at_both_ends() -> None:
+    odds = torch.tensor([-torch.inf, -200.0, -20.0, 0.0, 20.0, 200.0, torch.inf])
+    true = -torch.logaddexp(odds.double(), torch.zeros(7, dtype=torch.float64))
+    torch.testing.assert_close(_native.log_probs(odds).double(), true, rtol=4 * EPS, atol=1e-80)
+
+
+def test_what_c_may_not_work_on() -> None:
+    z = logits(8, 8)
+    assert _native.fits(z)
+    for other in (z.double(), z.t()[::2], z.to("meta"), torch.nn.Parameter(z)):
+        assert not _native.fits(other)
+
+
+@pytest.mark.parametrize("width", [50, 400])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("cache", [-1, 1])
+@pytest.mark.parametrize("spread", [2.0, 150.0])
+@pytest.mark.usefixtures("without")
+def test_the_head_without_c(
+    width: int, bias: bool, cache: int, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_width(monkeypatch, width)
+    case = make_case(21, 16, 301, dtype=torch.float32, segments=6, bias=bias, spread=spread)
+    truth = run(reference.linear_logprob, case.to(torch.float64))
+    naive = run(reference.linear_logprob, case)
+    ours = run(linear_logprob, case, cache=cache, stats=("entropy", "sum_sq_prob"))
+    assert_no_worse(ours, naive, truth, torch.float32, scale=1.0 + spread)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("FASTPREF_NATIVE", "0", None),
+        ("CC", "no-such-compiler", "no C compiler (no-such-compiler)"),
+        ("CC", "false", "native.c was not compiled"),
+    ],
+)
+def test_no_library(name: str, value: str, says: str | None, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(_native, "library", _native.library.__wrapped__)  # not what it remembers
+    with caplog.at_level(logging.INFO, logger="fastpref_kernels"):
+        assert _native.library() is None
+    assert (says in caplog.text) if says else not caplog.text
