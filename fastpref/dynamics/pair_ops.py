@@ -7,16 +7,18 @@ and kept, segments are summed in dense blocks. Shapes: T tokens, P pairs, k sket
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from fastpref_kernels import linear_norms
+from fastpref_kernels import _native, linear_norms
 from fastpref_kernels._launch import resolve_backend
 from fastpref_kernels.column_sums import column_sums
 from fastpref_kernels.count_sketch import vocabulary_signs
 from fastpref_kernels.projection import Projection, project
 from fastpref_kernels.segment_products import segment_products, wide_dtype
+from fastpref_kernels.spans import starts
 from fastpref_kernels.token_blocks import TokenBlocks
 from torch import Tensor
 
@@ -29,6 +31,7 @@ class Signs:
 
     def __init__(self, seed: int) -> None:
         self.seed, self.kept, self.bytes = seed, {}, 0  # type: ignore[var-annotated]
+        self.rows: dict[tuple[str, str, int, int], tuple[Tensor, Tensor]] = {}
 
     def get(
         self, key: str, side: str, first: int, rows: int, k: int, device: torch.device
@@ -40,6 +43,17 @@ class Signs:
             ids = torch.arange(first, first + rows, device=device)
             found = Projection.of(self.seed, key, side).signs(ids, k, torch.float32)
             self._keep(name, found.to(torch.int8))
+        return found
+
+    def of_rows(self, key: str, side: str, first: int, rows: int) -> tuple[Tensor, Tensor]:
+        """What `_native.project` wants of rows first .. first + N - 1, first a multiple of 16."""
+        name = (key, side, first, rows)
+        found = self.rows.get(name)
+        if found is None:
+            projection = Projection.of(self.seed, key, side)
+            signs = projection.row_signs(torch.arange(first, first + rows), torch.float32)
+            blocks = torch.arange(first // 16, -(-(first + rows) // 16))
+            found = self.rows[name] = signs, projection.turns(blocks, 16).to(torch.uint8)
         return found
 
     def of_vocabulary(
@@ -126,30 +140,47 @@ class FusedOps:
 
 
 class BlockOps:
-    """Of dense blocks, for a CPU."""
+    """In C where it is there, else of dense blocks: for a CPU."""
 
     def __init__(self, pair_of_token: Tensor, counts: list[int], signs: Signs) -> None:
         self.pair, self.counts, self.signs = pair_of_token, counts, signs
-        self.blocks = TokenBlocks.make(counts, pair_of_token.device)
+
+    @functools.cached_property
+    def blocks(self) -> TokenBlocks:
+        return TokenBlocks.make(self.counts, self.pair.device)
+
+    @functools.cached_property
+    def first(self) -> Tensor:
+        """(P + 1,) the first token of every pair, and T."""
+        return torch.tensor(starts(self.counts))
 
     def project(
         self, x: Tensor, key: str, side: str, k: int, first: int = 0, before: Tensor | None = None
     ) -> Tensor:
+        if k == 16 and not first % 16 and x.stride(1) == 1 and _native.fits(x, contiguous=False):
+            signs, turns = self.signs.of_rows(key, side, first, x.shape[1])
+            if before is None or before.dtype == x.dtype:
+                return _native.project(x, signs, turns, before)
         wide = wide_dtype(x) if before is None else before.dtype
         if x.dtype != wide:  # a call that does nothing costs time too
             x = x.to(wide)
-        signs = self.signs.get(key, side, first, x.shape[1], k, x.device).to(wide)
-        return torch.mm(x, signs) if before is None else before.addmm_(x, signs)
+        own = self.signs.get(key, side, first, x.shape[1], k, x.device).to(wide)
+        return torch.mm(x, own) if before is None else before.addmm_(x, own)
 
     def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
         return self.signs.of_vocabulary(ids, key, vocab, k, buckets)
 
     def products(self, y: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
+        if all(map(_native.fits, (*y, *x))):
+            return _native.segment_products(y, x, self.first)
         return self.blocks.products(torch.stack(list(y)), torch.stack(list(x)))
 
     def sums(
         self, dy: Tensor, x: Tensor | None = None, eps: float | None = 0.0, centred: bool = False
     ) -> Tensor:
+        plain = x is None or (eps is None and _native.fits(x))
+        if plain and _native.fits(dy):
+            return _native.segment_sums(dy, x, self.first)
         dtype = wide_dtype(dy) if x is None else wide_dtype(dy, x)
         out = dy.new_zeros(len(self.counts), dy.shape[-1], dtype=dtype)
         step = max(CHUNK // max(dy[:1].numel(), 1), 1)

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +37,10 @@ SIGNATURES = {
     "log_odds": (_pointer, _pointer, _pointer, _long, _pointer),
     "log_probs": (_pointer, _long, _pointer),
     "one_tile": (*_matrix, _pointer, _float, ctypes.c_int, *[_pointer] * 3),
+    "segment_products": (_pointer, _pointer, _long, _pointer, _long, _long, _long, _pointer),
+    "segment_sums": (_pointer, _pointer, _pointer, *[_long] * 3, _pointer),
+    "sketch_dots": (_pointer, _pointer, _long, _long, *[_pointer] * 3),
+    "project16": (*_matrix, _long, _pointer, _pointer, ctypes.c_int, _pointer),
 }
 
 
@@ -87,13 +92,13 @@ def _machine_flags() -> list[str]:
     return ["-mcpu=native"]
 
 
-def fits(z: Tensor) -> bool:
-    """Whether C may work on z: a contiguous float32 tensor in a CPU's memory, and a library."""
+def fits(x: Tensor, contiguous: bool = True) -> bool:
+    """Whether C may work on x: float32 in a CPU's memory, contiguous if asked for."""
     return (
-        type(z) is Tensor
-        and z.dtype == torch.float32
-        and z.device.type == "cpu"
-        and z.is_contiguous()
+        type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and (not contiguous or x.is_contiguous())
         and library() is not None
     )
 
@@ -155,6 +160,50 @@ def one_tile_(z: Tensor, target: Tensor, floor: float, keep: bool) -> tuple[Tens
         logp.data_ptr(),
     )
     return state, logp
+
+
+def segment_products(y: Sequence[Tensor], x: Sequence[Tensor], first: Tensor) -> Tensor:
+    """(E, S, a, b) sums over the rows first[s] .. first[s + 1] - 1 of y_t x_t^T, for each of E
+    matrices y (T, a), x (T, b); first (S + 1,) int64."""
+    count, segments = len(y), len(first) - 1
+    out = y[0].new_empty(count, segments, y[0].shape[1], x[0].shape[1])
+    sides = [(ctypes.c_void_p * count)(*[m.data_ptr() for m in side]) for side in (y, x)]
+    sizes = (count, first.data_ptr(), segments, *out.shape[2:], out.data_ptr())
+    _library().segment_products(*sides, *sizes)
+    return out
+
+
+def segment_sums(y: Tensor, x: Tensor | None, first: Tensor) -> Tensor:
+    """(S, D) sums over the rows first[s] .. first[s + 1] - 1, and heads, of y (T, D) | (T, H, D),
+    times x where it is given."""
+    segments, cols = len(first) - 1, y.shape[-1]
+    out = y.new_empty(segments, cols)
+    each = y.shape[1] if y.dim() == 3 else 1
+    other = None if x is None else x.data_ptr()
+    sizes = (first.data_ptr(), segments, each, cols, out.data_ptr())
+    _library().segment_sums(y.data_ptr(), other, *sizes)
+    return out
+
+
+def sketch_dots(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and errors (...) float64 of sketches (..., k, k), as `sketch_estimates.sketch_dot`."""
+    k = a.shape[-1]
+    value, error = (a.new_empty(a.shape[:-2], dtype=torch.float64) for _ in range(2))
+    work = value.new_empty(k)
+    found = (value.numel(), k, work.data_ptr(), value.data_ptr(), error.data_ptr())
+    _library().sketch_dots(a.data_ptr(), b.data_ptr(), *found)
+    return value, error
+
+
+def project(x: Tensor, sign: Tensor, turn: Tensor, before: Tensor | None) -> Tensor:
+    """(T, 16): x (T, N), whose rows are contiguous, times the signs of a `Projection` for k = 16;
+    its row_signs (N,) float32 and turns (ceil(N / 16),) uint8 from a multiple of 16 on. Added to
+    ``before``, in place, where given."""
+    (rows, cols), adds = x.shape, before is not None
+    out = x.new_empty(rows, 16) if before is None else before
+    sides = (sign.data_ptr(), turn.data_ptr(), adds, out.data_ptr())
+    _library().project16(x.data_ptr(), rows, cols, x.stride(0), *sides)
+    return out
 
 
 def _library() -> ctypes.CDLL:

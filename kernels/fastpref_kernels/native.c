@@ -137,3 +137,131 @@ void one_tile(float *z, long vocab, long rows, const int64_t *target, float leas
   if (keep)
     for (long r = 0; r < rows; r++) z[target[r] * rows + r] = -total[r];
 }
+
+/* out (count, segments, a, b): of each of `count` pairs of matrices y (rows, a), x (rows, b) the sum
+   over a segment's rows of y_t x_t^T; segment s has the rows first[s] .. first[s + 1] - 1. */
+void segment_products(const float *const *y, const float *const *x, long count, const int64_t *first,
+                      long segments, long a, long b, float *out) {
+#pragma omp parallel for schedule(static) if (count * first[segments] * a * b > 16 * SMALL)
+  for (long n = 0; n < count * segments; n++) {
+    const float *left = y[n / segments], *right = x[n / segments];
+    long begin = first[n % segments], end = first[n % segments + 1];
+    float *restrict sum = out + n * a * b;
+    memset(sum, 0, sizeof(float) * a * b);
+    for (long t = begin; t < end; t++)
+      for (long i = 0; i < a; i++) {
+        float factor = left[t * a + i];
+        for (long j = 0; j < b; j++) sum[i * b + j] += factor * right[t * b + j];
+      }
+  }
+}
+
+/* out (segments, cols): sums over a segment's rows of y, times x where it is not null, (rows, cols);
+   a segment has `each` rows for every one of first. */
+void segment_sums(const float *y, const float *x, const int64_t *first, long segments, long each,
+                  long cols, float *out) {
+#pragma omp parallel for schedule(static) if (first[segments] * each * cols > SMALL)
+  for (long s = 0; s < segments; s++) {
+    float *restrict sum = out + s * cols;
+    memset(sum, 0, sizeof(float) * cols);
+    for (long t = first[s] * each; t < first[s + 1] * each; t++) {
+      const float *restrict row = y + t * cols;
+      if (x) {
+        const float *restrict other = x + t * cols;
+        for (long c = 0; c < cols; c++) sum[c] += row[c] * other[c];
+      } else {
+        for (long c = 0; c < cols; c++) sum[c] += row[c];
+      }
+    }
+  }
+}
+
+/* value, error (count): of sketches a, b (count, k, k) what sketch_estimates.py defines; k > 1.
+   work: (k) sums of columns. */
+void sketch_dots(const float *a, const float *b, long count, long k, double *work, double *value,
+                 double *error) {
+  double size = (double)k;
+  for (long n = 0; n < count; n++) {
+    const float *left = a + n * k * k, *right = b + n * k * k;
+    double squares = 0.0, rows = 0.0, whole = 0.0, columns = 0.0;
+    memset(work, 0, sizeof(double) * k);
+    for (long i = 0; i < k; i++) {
+      double row = 0.0;
+      for (long j = 0; j < k; j++) {
+        double term = (double)left[i * k + j] * (double)right[i * k + j];
+        row += term;
+        squares += term * term;
+        work[j] += term;
+      }
+      whole += row;
+      rows += row * row;
+    }
+    for (long j = 0; j < k; j++) columns += work[j] * work[j];
+    /* Sums so far; of means they are these over k and k^2, of terms scaled by k^2 these times it. */
+    double scale = size * size, center = whole * whole / scale;
+    double left_over = squares - (rows + columns) / size + center;
+    double least = (left_over > 0.0 ? left_over : 0.0) / ((size - 1.0) * (size - 1.0));
+    double between = (rows + columns) / size - 2.0 * center; /* k times the sums of squares of means */
+    double variance = between / (size * (size - 1.0)) / size - least / scale;
+    value[n] = whole;
+    error[n] = sqrt(variance > 0.0 ? variance : least / scale) * scale;
+  }
+}
+
+/* Sixteen numbers, and the same with the place of each xor'ed with m. */
+typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+#define TURN(v, m)                                                                             \
+  __builtin_shufflevector(v, v, 0 ^ m, 1 ^ m, 2 ^ m, 3 ^ m, 4 ^ m, 5 ^ m, 6 ^ m, 7 ^ m, 8 ^ m, \
+                          9 ^ m, 10 ^ m, 11 ^ m, 12 ^ m, 13 ^ m, 14 ^ m, 15 ^ m)
+#define TILE 32 /* rows whose sums stand in the first-level cache */
+
+/* (-1)^(number of ones in place & step): the signs of one step of a Walsh-Hadamard transform. */
+static inline Lanes walsh(Lanes v, int step) {
+  Lanes sign;
+  for (int i = 0; i < 16; i++) sign[i] = i & step ? -1.0f : 1.0f;
+  Lanes turned = step == 1 ? TURN(v, 1) : step == 2 ? TURN(v, 2) : step == 4 ? TURN(v, 4) : TURN(v, 8);
+  return turned + sign * v;
+}
+
+/* out (rows, 16): x (rows, cols), `stride` numbers from row to row, times the signs of projection.py
+   for k = 16, added to what is there if `add`. sign (cols): its s_i; turn: of every 16 columns. */
+void project16(const float *x, long rows, long cols, long stride, const float *sign,
+               const uint8_t *turn, int add, float *out) {
+  long blocks = cols / 16, rest = cols % 16;
+#pragma omp parallel for schedule(static) if (rows * cols > 4 * SMALL)
+  for (long first = 0; first < rows; first += TILE) {
+    long count = rows - first < TILE ? rows - first : TILE;
+    Lanes sum[TILE];
+    float padded[TILE * 16];
+    memset(sum, 0, sizeof sum);
+    for (long b = 0; b < blocks + (rest > 0); b++) {
+      Lanes signs = {0};
+      const float *at = x + first * stride + 16 * b;
+      long step = stride;
+      if (b == blocks) {
+        memset(padded, 0, sizeof padded);
+        for (long t = 0; t < count; t++) memcpy(padded + 16 * t, at + t * stride, sizeof(float) * rest);
+        at = padded, step = 16;
+      }
+      memcpy(&signs, sign + 16 * b, sizeof(float) * (b < blocks ? 16 : rest));
+#define TURNED(m)                                                           \
+  case m:                                                                   \
+    for (long t = 0; t < count; t++) {                                      \
+      Lanes own = *(const Lanes *)(at + t * step) * signs;                  \
+      sum[t] += TURN(own, m);                                               \
+    }                                                                       \
+    break;
+      switch (turn[b]) {
+        TURNED(0) TURNED(1) TURNED(2) TURNED(3) TURNED(4) TURNED(5) TURNED(6) TURNED(7)
+        TURNED(8) TURNED(9) TURNED(10) TURNED(11) TURNED(12) TURNED(13) TURNED(14) TURNED(15)
+      }
+    }
+    for (long t = 0; t < count; t++) {
+      Lanes found = walsh(walsh(walsh(walsh(sum[t], 1), 2), 4), 8), before = {0};
+      float *place = out + (first + t) * 16;
+      if (add) memcpy(&before, place, sizeof before);
+      found += before;
+      memcpy(place, &found, sizeof found);
+    }
+  }
+}

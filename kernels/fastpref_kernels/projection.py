@@ -2,13 +2,22 @@
 
     R[i, a] = +-1 / sqrt(k),    E[R R^T] = 1
 
-A sign is a bit of a hash of (key, row, column // 32): no generator state, so that a tile, a shard
-of a weight, another rank and another device find the same matrix without having it. Shapes: N rows
-of the projection (features of a layer), k columns, T rows of data.
+A sign needs no generator state, so that a tile, a shard of a weight, another rank and another
+device find the same matrix without having it. With K columns, k rounded up to a power of two, and H
+the Walsh-Hadamard matrix of K, H[b, a] = (-1)^(ones in b & a),
+
+    sign(i, a) = s_i H[b_i, a],    b_i = (i xor turn(i // K)) mod K
+
+s_i and turn are hashes: a CountSketch of K buckets, a block of K rows one in each, turned by H. Two
+rows of different blocks share a bucket, and then all their signs up to s, with probability 1 / K;
+else H makes their signs orthogonal, over k = K columns. So inner products have the variance that
+independent signs give them, each pair of rows all or nothing; single columns look like independent
+signs; and a CPU adds to K buckets instead of multiplying by k signs (`_native.project`). Shapes: N
+rows of the projection (features of a layer), k columns, T rows of data.
 
 The hash: with f the finaliser of MurmurHash3 (32 bits, a bijection) and the key's halves K0, K1,
 
-    word(i, w) = f(f(i + K0) xor f(w + K1)),    sign(i, a) = bit a % 32 of word(i, a // 32)
+    word(i, w) = f(f(i + K0) xor f(w + K1)),    s_i: bit 0 of word(i, 0),    turn(j) = word(j, 1)
 """
 
 from __future__ import annotations
@@ -56,14 +65,29 @@ class Projection:
         of_word = _stir((torch.arange(count, device=rows.device) + self.high) & MASK)
         return _stir(stirred ^ of_word)
 
+    def row_signs(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N,) of +-1: s_i of the row numbers `rows` (N,) int64, 0 .. 2^32 - 1, on their device."""
+        return (self.words(rows, 1).squeeze(1) & 1).to(dtype).mul_(2.0).sub_(1.0)
+
+    def turns(self, blocks: Tensor, size: int) -> Tensor:
+        """(N,) int64: turn mod `size`, a power of two, of the block numbers (N,) int64."""
+        return self.words(blocks, 2)[:, 1] & (size - 1)
+
     def signs(self, rows: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, k) of +-1 for the row numbers `rows` (N,) int64, 0 .. 2^32 - 1, on their device."""
-        hashed = self.words(rows, -(-k // 32))
-        # Back to 32 bits: int32 arithmetic is twice as fast, and only single bits are read.
-        hashed = torch.where(hashed > 0x7FFFFFFF, hashed - (1 << 32), hashed).to(torch.int32)
-        shift = torch.arange(32, device=rows.device, dtype=torch.int32)
-        bits = (hashed.unsqueeze(2) >> shift) & 1
-        return bits.flatten(1)[:, :k].to(dtype).mul_(2.0).sub_(1.0)
+        size = buckets_of(k)
+        place = (rows ^ self.turns(rows // size, size)) & (size - 1)
+        ones = place.unsqueeze(1) & torch.arange(k, device=rows.device)
+        for shift in (16, 8, 4, 2, 1):
+            if size > 1 << shift:
+                ones = ones ^ (ones >> shift)
+        turned = (ones & 1).to(dtype).mul_(-2.0).add_(1.0)
+        return turned.mul_(self.row_signs(rows, dtype).unsqueeze(1))
+
+
+def buckets_of(k: int) -> int:
+    """K: k rounded up to a power of two."""
+    return 1 << (k - 1).bit_length()
 
 
 @kept_tables

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _native
+
 
 class Estimate(NamedTuple):
     """float64. `error`: one standard error; NaN for k = 1, where nothing tells it."""
@@ -31,8 +33,10 @@ def sketch_dot(a: Tensor, b: Tensor | None = None) -> Estimate:
     """<G_a, G_b> of sketches (..., k, k) of one seed and the same keys; of a with itself, the
     squared norm, for b None. Unbiased."""
     name = "sketch_dot"
-    a, b = _pair(name, a, b)
-    terms = a * b * a.shape[-1] ** 2
+    a, b = _checked(name, a, b)
+    if a.shape[-1] > 1 and a.shape == b.shape and all(map(_native.fits, (a, b))):
+        return Estimate(*_native.sketch_dots(a, b))
+    terms = a.double() * b.double() * a.shape[-1] ** 2
     return Estimate(terms.mean((-2, -1)), _standard_error(terms))
 
 
@@ -41,7 +45,7 @@ def sketch_cosine(a: Tensor, b: Tensor) -> Estimate:
 
     Its error is that of the first-order expansion in the three inner products.
     """
-    a, b = _pair("sketch_cosine", a, b)
+    a, b = (x.double() for x in _checked("sketch_cosine", a, b))
     square = a.shape[-1] ** 2
     dots, first, second = a * b * square, a * a * square, b * b * square
     length_a, length_b = first.mean((-2, -1)), second.mean((-2, -1))
@@ -71,7 +75,7 @@ def relative_spread(k: int, participation: float = 1.0) -> float:
     return float((2 / k**2 + (4 / k + 2 / k**2) / participation) ** 0.5)
 
 
-def _pair(name: str, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
+def _checked(name: str, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
     for label, tensor in (("a", a), ("b", a if b is None else b)):
         if tensor.dim() < 2 or tensor.shape[-1] != tensor.shape[-2] or not tensor.shape[-1]:
             raise ValueError(
@@ -82,8 +86,7 @@ def _pair(name: str, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
             f"{name}: a and b have different k, {a.shape[-1]} and {b.shape[-1]}; sketches compare "
             "only under one k, one seed and the same keys."
         )
-    wide = a.double()
-    return wide, wide if b is None else b.double()
+    return a, a if b is None else b
 
 
 def _over(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._aot import AotCase
 from ._launch import launch
-from .projection import Projection
+from .projection import Projection, buckets_of
 from .spans import kept_tables, starts, to_device
 
 
@@ -39,8 +39,10 @@ def project_kernel(
     features,
     stride,
     columns,  # k
-    low,  # K0 + first row of the projection, mod 2^32, as int32
+    first,  # row of the projection for the first feature, mod 2^32, as int32
+    low,  # K0 as int32
     high,  # K1 as int32
+    BITS: tl.constexpr,  # k rounded up to a power of two is 2^BITS
     BLOCK: tl.constexpr,  # rows of x
     DEPTH: tl.constexpr,  # features at a time
     WIDTH: tl.constexpr,  # columns of a program, a multiple of 16
@@ -53,8 +55,8 @@ def project_kernel(
     inside = row < rows
     source = x + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride
     low_, high_ = low.to(tl.uint32, bitcast=True), high.to(tl.uint32, bitcast=True)
-    of_word = _stir((column // 32).to(tl.uint32) + high_)
-    bit = (column % 32).to(tl.uint32)
+    for_sign, for_turn = _stir(high_), _stir(high_ + 1)
+    lane = column.to(tl.uint32)
     depth = tl.arange(0, DEPTH)
     acc = tl.zeros((BLOCK, WIDTH), tl.float32)
     for k in range(0, features, DEPTH):
@@ -63,9 +65,18 @@ def project_kernel(
             a = tl.load(source + at[None, :])
         else:
             a = tl.load(source + at[None, :], mask=(at < features)[None, :], other=0.0)
-        stirred = _stir(at.to(tl.uint32) + low_)
-        hashed = _stir(stirred[:, None] ^ of_word[None, :])
-        sign = ((hashed >> bit[None, :]) & 1).to(tl.float32) * 2.0 - 1.0
+        feature = (at + first).to(tl.uint32)
+        own = _stir(_stir(feature + low_) ^ for_sign)
+        place = feature ^ _stir(_stir((feature >> BITS) + low_) ^ for_turn)
+        ones = place[:, None] & lane[None, :]
+        if BITS > 8:
+            ones ^= ones >> 8
+        if BITS > 4:
+            ones ^= ones >> 4
+        if BITS > 2:
+            ones ^= ones >> 2
+        ones ^= ones >> 1
+        sign = ((own[:, None] ^ ones) & 1).to(tl.float32) * 2.0 - 1.0
         acc = tl.dot(a, sign.to(a.dtype), acc, input_precision=PRECISION)
     place = out + row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(place, acc, mask=inside[:, None] & (column < columns)[None, :])
@@ -124,8 +135,10 @@ def triton_project(x: Tensor, projection: Projection, k: int, first_row: int) ->
             "features": features,
             "stride": x.stride(0),
             "columns": k,
-            "low": _signed(projection.low + first_row),
+            "first": _signed(first_row),
+            "low": _signed(projection.low),
             "high": _signed(projection.high),
+            "BITS": buckets_of(k).bit_length() - 1,
             "BLOCK": block,
             "DEPTH": depth,
             "WIDTH": width,
@@ -213,13 +226,14 @@ def aot_cases() -> list[AotCase]:
                     "x": f"*{dtype}",
                     "out": "*fp32",
                     **dict.fromkeys(
-                        ("rows", "features", "stride", "columns", "low", "high"), "i32"
+                        ("rows", "features", "stride", "columns", "first", "low", "high"), "i32"
                     ),
                 },
                 constexprs={
                     "BLOCK": block,
                     "DEPTH": depth,
                     "WIDTH": width,
+                    "BITS": width.bit_length() - 1,
                     "EVEN": True,
                     "PRECISION": "tf32x3",
                 },
