@@ -16,11 +16,14 @@ from fastpref_kernels import _native, linear_norms
 from fastpref_kernels._launch import resolve_backend
 from fastpref_kernels.column_sums import column_sums
 from fastpref_kernels.count_sketch import vocabulary_signs
-from fastpref_kernels.projection import Projection, project
+from fastpref_kernels.projection import Projection, buckets_of, project
+from fastpref_kernels.segment import add_rows_
 from fastpref_kernels.segment_products import segment_products, wide_dtype
 from fastpref_kernels.spans import starts
 from fastpref_kernels.token_blocks import TokenBlocks
 from torch import Tensor
+
+from fastpref.transfer import numbers
 
 CHUNK = 1 << 20  # numbers of a norm's input that are multiplied at a time
 KEPT = 1 << 30  # bytes of signs that stay in memory
@@ -31,7 +34,7 @@ class Signs:
 
     def __init__(self, seed: int) -> None:
         self.seed, self.kept, self.bytes = seed, {}, 0  # type: ignore[var-annotated]
-        self.rows: dict[tuple[str, str, int, int], tuple[Tensor, Tensor]] = {}
+        self.rows: dict[tuple[str, str, int, int, int], tuple[Tensor, Tensor]] = {}
 
     def get(
         self, key: str, side: str, first: int, rows: int, k: int, device: torch.device
@@ -45,15 +48,17 @@ class Signs:
             self._keep(name, found.to(torch.int8))
         return found
 
-    def of_rows(self, key: str, side: str, first: int, rows: int) -> tuple[Tensor, Tensor]:
-        """What `_native.project` wants of rows first .. first + N - 1, first a multiple of 16."""
-        name = (key, side, first, rows)
+    def of_rows(
+        self, key: str, side: str, first: int, rows: int, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """What `_native.project` wants of rows first .. first + N - 1, first a multiple of K."""
+        name = (key, side, first, rows, size)
         found = self.rows.get(name)
         if found is None:
             projection = Projection.of(self.seed, key, side)
             signs = projection.row_signs(torch.arange(first, first + rows), torch.float32)
-            blocks = torch.arange(first // 16, -(-(first + rows) // 16))
-            found = self.rows[name] = signs, projection.turns(blocks, 16).to(torch.uint8)
+            blocks = torch.arange(first // size, -(-(first + rows) // size))
+            found = self.rows[name] = signs, projection.turns(blocks, size).to(torch.int32)
         return found
 
     def of_vocabulary(
@@ -93,8 +98,10 @@ class PairOps(Protocol):
     def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
         """(T, k) signs of the rows of an embedding."""
 
-    def products(self, y: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
-        """(E, P, a, b) sums of y_t x_t^T, for E narrow matrices y (T, a), x (T, b)."""
+    def add_products(
+        self, out: Tensor, groups: Sequence[int], y: Sequence[Tensor], x: Sequence[Tensor]
+    ) -> None:
+        """out[groups[e]] (P, k, k) += sums of y_t x_t^T / k, for E narrow matrices y, x (T, k)."""
 
     def sums(
         self, dy: Tensor, x: Tensor | None = None, eps: float | None = 0.0, centred: bool = False
@@ -120,13 +127,16 @@ class FusedOps:
     def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
         return self.signs.of_vocabulary(ids, key, vocab, k, buckets)
 
-    def products(self, y: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
+    def add_products(
+        self, out: Tensor, groups: Sequence[int], y: Sequence[Tensor], x: Sequence[Tensor]
+    ) -> None:
         pairs = len(self.counts)
         backend = resolve_backend("auto", self.pair.device, wide_dtype(*y, *x), op="taps")
         known: dict[str, Any] = {"counts": self.counts, "backend": backend, "name": "taps"}
-        return torch.stack(
-            [segment_products(a, b, self.pair, pairs, **known) for a, b in zip(y, x, strict=True)]
-        )
+        found = [
+            segment_products(a, b, self.pair, pairs, **known) for a, b in zip(y, x, strict=True)
+        ]
+        add_sketches(out, groups, torch.stack(found))
 
     def sums(
         self, dy: Tensor, x: Tensor | None = None, eps: float | None = 0.0, centred: bool = False
@@ -157,10 +167,11 @@ class BlockOps:
     def project(
         self, x: Tensor, key: str, side: str, k: int, first: int = 0, before: Tensor | None = None
     ) -> Tensor:
-        if k == 16 and not first % 16 and x.stride(1) == 1 and _native.fits(x, contiguous=False):
-            signs, turns = self.signs.of_rows(key, side, first, x.shape[1])
-            if before is None or before.dtype == x.dtype:
-                return _native.project(x, signs, turns, before)
+        size = buckets_of(k)
+        if _native.projects(k) and not first % size and x.stride(1) == 1:
+            if _native.fits(x, contiguous=False) and (before is None or _native.fits(before)):
+                signs = self.signs.of_rows(key, side, first, x.shape[1], size)
+                return _native.project(x, k, signs, before)
         wide = wide_dtype(x) if before is None else before.dtype
         if x.dtype != wide:  # a call that does nothing costs time too
             x = x.to(wide)
@@ -170,17 +181,20 @@ class BlockOps:
     def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
         return self.signs.of_vocabulary(ids, key, vocab, k, buckets)
 
-    def products(self, y: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
-        if all(map(_native.fits, (*y, *x))):
-            return _native.segment_products(y, x, self.first)
-        return self.blocks.products(torch.stack(list(y)), torch.stack(list(x)))
+    def add_products(
+        self, out: Tensor, groups: Sequence[int], y: Sequence[Tensor], x: Sequence[Tensor]
+    ) -> None:
+        if all(map(_native.fits, (out, *y, *x))):
+            _native.segment_products_(out, groups, y, x, self.first, 1.0 / out.shape[-1])
+        else:
+            found = self.blocks.products(torch.stack(list(y)), torch.stack(list(x)))
+            add_sketches(out, groups, found)
 
     def sums(
         self, dy: Tensor, x: Tensor | None = None, eps: float | None = 0.0, centred: bool = False
     ) -> Tensor:
-        plain = x is None or (eps is None and _native.fits(x))
-        if plain and _native.fits(dy):
-            return _native.segment_sums(dy, x, self.first)
+        if _native.fits(dy) and (x is None or _native.fits(x)):
+            return _native.segment_sums(dy, x, self.first, eps, centred)
         dtype = wide_dtype(dy) if x is None else wide_dtype(dy, x)
         out = dy.new_zeros(len(self.counts), dy.shape[-1], dtype=dtype)
         step = max(CHUNK // max(dy[:1].numel(), 1), 1)
@@ -196,6 +210,12 @@ class BlockOps:
 
     def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
         return self.blocks.norms(x, dy)
+
+
+def add_sketches(out: Tensor, groups: Sequence[int], sketches: Tensor) -> None:
+    """out[groups[e]] (P, k, k) += sketches (E, P, k, k) / k."""
+    own = sketches.flatten(1).to(out.dtype) / out.shape[-1]
+    add_rows_(out.flatten(1), numbers(groups, out.device), own)
 
 
 def _times_normalised(dy: Tensor, x: Tensor, eps: float, centred: bool) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastpref.attention_layout import on_device
 from fastpref.batch import PairBatch
-from fastpref.dynamics.pair_ops import BlockOps, FusedOps, PairOps, Signs
+from fastpref.dynamics.pair_ops import BlockOps, FusedOps, PairOps, Signs, add_sketches
 from fastpref.transfer import numbers
 
 if TYPE_CHECKING:
@@ -237,13 +237,20 @@ class PairParts:
         self._finish_products()
         if not self.vectors:
             return
-        norms, sketches = [], []
+        by_size: dict[int, list[tuple[Place, Tensor]]] = {}
         for place, sums in self.vectors:
-            norms.append(sums.square().sum(1))
-            sketches.append(self.ops.project(sums, place.key, "vector", self.k * self.k))
-        groups = [place.group for place, _ in self.vectors]
-        self._add_sketches(groups, torch.stack(sketches).unflatten(-1, (self.k, self.k)))
-        add_rows_(self.norm_sq, self._groups(groups), torch.stack(norms).to(self.norm_sq.dtype))
+            by_size.setdefault(sums.shape[1], []).append((place, sums))
+        for own in by_size.values():  # few calls: they are small
+            every = torch.stack([sums for _, sums in own])
+            groups, k = [place.group for place, _ in own], self.k
+            sketches = [
+                self.ops.project(sums, place.key, "vector", k * k)
+                for (place, _), sums in zip(own, every, strict=True)
+            ]
+            self._widen(every.dtype)
+            add_sketches(self.sketch, groups, torch.stack(sketches).unflatten(-1, (k, k)))
+            norms = every.square_().sum(2).to(self.norm_sq.dtype)
+            add_rows_(self.norm_sq, numbers(groups, norms.device), norms)
         self.vectors = []
 
     def _make_room(self, factors: Factors) -> None:
@@ -258,19 +265,11 @@ class PairParts:
         for ops in dict.fromkeys(factors.ops for factors in waiting):
             own = [factors for factors in waiting if factors.ops is ops]
             outputs = [factors.outputs for factors in own if factors.outputs is not None]
-            products = ops.products(outputs, [factors.inputs for factors in own])
-            self._add_sketches([factors.group for factors in own], products)
+            inputs = [factors.inputs for factors in own]
+            self._widen(wide_dtype(*outputs, *inputs))
+            ops.add_products(self.sketch, [factors.group for factors in own], outputs, inputs)
         for factors in waiting:  # what comes later of the same layers is a sum of its own
             factors.outputs = None
-
-    def _groups(self, groups: Sequence[int]) -> Tensor:
-        return numbers(groups, self.sketch.device)
-
-    def _add_sketches(self, groups: Sequence[int], sketches: Tensor) -> None:
-        """sketches (E, P, k, k), their projections still without their factors 1 / sqrt(k)."""
-        self._widen(sketches.dtype)
-        own = sketches.flatten(1).to(self.sketch.dtype) / self.k
-        add_rows_(self.sketch.flatten(1), self._groups(groups), own)
 
     def _add_change(self, group: int, per_token: Tensor) -> None:
         """per_token (T,)."""

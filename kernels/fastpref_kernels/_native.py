@@ -29,18 +29,21 @@ SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-std=c11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 PARTS, WORK = 8, 48  # rows of what column_maxima and exp_sums work in
 
-_pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _matrix = (_pointer, _long, _long)
 SIGNATURES = {
     "column_maxima": (*_matrix, _pointer, _pointer),
     "exp_sums": (*_matrix, _pointer, _float, *[_pointer] * 4),
     "log_odds": (_pointer, _pointer, _pointer, _long, _pointer),
     "log_probs": (_pointer, _long, _pointer),
-    "one_tile": (*_matrix, _pointer, _float, ctypes.c_int, *[_pointer] * 3),
-    "segment_products": (_pointer, _pointer, _long, _pointer, _long, _long, _long, _pointer),
-    "segment_sums": (_pointer, _pointer, _pointer, *[_long] * 3, _pointer),
+    "one_tile": (*_matrix, _pointer, _float, _int, *[_pointer] * 3),
+    "segment_products": (
+        *(_pointer, _pointer, _pointer, _long),
+        *(_pointer, _long, _long, _long, _float, _pointer),
+    ),
+    "segment_sums": (_pointer, _pointer, _pointer, *[_long] * 3, _int, _float, _pointer),
     "sketch_dots": (_pointer, _pointer, _long, _long, *[_pointer] * 3),
-    "project16": (*_matrix, _long, _pointer, _pointer, ctypes.c_int, _pointer),
+    "project": (*_matrix, _long, _pointer, _pointer, _long, _long, _int, _pointer),
 }
 
 
@@ -162,26 +165,34 @@ def one_tile_(z: Tensor, target: Tensor, floor: float, keep: bool) -> tuple[Tens
     return state, logp
 
 
-def segment_products(y: Sequence[Tensor], x: Sequence[Tensor], first: Tensor) -> Tensor:
-    """(E, S, a, b) sums over the rows first[s] .. first[s + 1] - 1 of y_t x_t^T, for each of E
-    matrices y (T, a), x (T, b); first (S + 1,) int64."""
-    count, segments = len(y), len(first) - 1
-    out = y[0].new_empty(count, segments, y[0].shape[1], x[0].shape[1])
+def segment_products_(
+    out: Tensor,
+    groups: Sequence[int],
+    y: Sequence[Tensor],
+    x: Sequence[Tensor],
+    first: Tensor,
+    scale: float,
+) -> None:
+    """out[groups[e]] (S, a, b) += scale times the sums over the rows first[s] .. first[s + 1] - 1 of
+    y_t x_t^T, for each of E matrices y (T, a), x (T, b); out (G, S, a, b), first (S + 1,) int64."""
+    count = len(y)
     sides = [(ctypes.c_void_p * count)(*[m.data_ptr() for m in side]) for side in (y, x)]
-    sizes = (count, first.data_ptr(), segments, *out.shape[2:], out.data_ptr())
-    _library().segment_products(*sides, *sizes)
-    return out
+    places = (ctypes.c_int64 * count)(*groups)
+    sizes = (first.data_ptr(), *out.shape[1:], scale, out.data_ptr())
+    _library().segment_products(*sides, places, count, *sizes)
 
 
-def segment_sums(y: Tensor, x: Tensor | None, first: Tensor) -> Tensor:
+def segment_sums(
+    y: Tensor, x: Tensor | None, first: Tensor, eps: float | None, centred: bool
+) -> Tensor:
     """(S, D) sums over the rows first[s] .. first[s + 1] - 1, and heads, of y (T, D) | (T, H, D),
-    times x where it is given."""
+    times x where it is given: as it is, or with eps normalised as `column_sums` does."""
     segments, cols = len(first) - 1, y.shape[-1]
     out = y.new_empty(segments, cols)
     each = y.shape[1] if y.dim() == 3 else 1
-    other = None if x is None else x.data_ptr()
-    sizes = (first.data_ptr(), segments, each, cols, out.data_ptr())
-    _library().segment_sums(y.data_ptr(), other, *sizes)
+    kind = 0 if x is None else 1 if eps is None else 3 if centred else 2
+    sides = (y.data_ptr(), None if x is None else x.data_ptr(), first.data_ptr())
+    _library().segment_sums(*sides, segments, each, cols, kind, eps or 0.0, out.data_ptr())
     return out
 
 
@@ -195,14 +206,22 @@ def sketch_dots(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return value, error
 
 
-def project(x: Tensor, sign: Tensor, turn: Tensor, before: Tensor | None) -> Tensor:
-    """(T, 16): x (T, N), whose rows are contiguous, times the signs of a `Projection` for k = 16;
-    its row_signs (N,) float32 and turns (ceil(N / 16),) uint8 from a multiple of 16 on. Added to
+def projects(k: int) -> bool:
+    """Whether `project` has as many columns."""
+    return 8 < k <= 1024
+
+
+def project(x: Tensor, k: int, signs: tuple[Tensor, Tensor], before: Tensor | None) -> Tensor:
+    """(T, k): x (T, N), whose rows are contiguous, times the signs of a `Projection`, of which
+    `signs` are the row_signs (N,) float32 and turns, int32, from a multiple of K on. Added to
     ``before``, in place, where given."""
-    (rows, cols), adds = x.shape, before is not None
-    out = x.new_empty(rows, 16) if before is None else before
-    sides = (sign.data_ptr(), turn.data_ptr(), adds, out.data_ptr())
-    _library().project16(x.data_ptr(), rows, cols, x.stride(0), *sides)
+    (rows, cols), (own, turns) = x.shape, signs
+    out = x.new_empty(rows, k) if before is None else before
+    quads = (1 << (k - 1).bit_length()) // 16
+    sizes = (quads, k, before is not None, out.data_ptr())
+    _library().project(
+        x.data_ptr(), rows, cols, x.stride(0), own.data_ptr(), turns.data_ptr(), *sizes
+    )
     return out
 
 

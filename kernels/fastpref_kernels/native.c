@@ -120,8 +120,8 @@ void log_probs(const float *odds, long rows, float *logp) {
     logp[i] = -(larger(odds[i], 0.0f) + log1pf(expf(-fabsf(odds[i]))));
 }
 
-/* A head that is one tile: z (vocab, rows), logits, becomes e, with -total at the targets if `keep`.
-   state (3, rows): maximum, total, log_odds. work: (PARTS 6 + 1, rows). */
+/* A head that is one tile: z (vocab, rows), logits, becomes e, with -total at the targets if
+   `keep`. state (3, rows): maximum, total, log_odds. work: (PARTS 6 + 1, rows). */
 void one_tile(float *z, long vocab, long rows, const int64_t *target, float least, int keep,
               float *work, float *state, float *logp) {
   float *maximum = state, *total = state + rows, *odds = state + 2 * rows;
@@ -138,40 +138,66 @@ void one_tile(float *z, long vocab, long rows, const int64_t *target, float leas
     for (long r = 0; r < rows; r++) z[target[r] * rows + r] = -total[r];
 }
 
-/* out (count, segments, a, b): of each of `count` pairs of matrices y (rows, a), x (rows, b) the sum
-   over a segment's rows of y_t x_t^T; segment s has the rows first[s] .. first[s + 1] - 1. */
-void segment_products(const float *const *y, const float *const *x, long count, const int64_t *first,
-                      long segments, long a, long b, float *out) {
+/* Sixteen numbers, and the same with the place of each xor'ed with m. */
+typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+#define TURN(v, m)                                                                             \
+  __builtin_shufflevector(v, v, 0 ^ m, 1 ^ m, 2 ^ m, 3 ^ m, 4 ^ m, 5 ^ m, 6 ^ m, 7 ^ m, 8 ^ m, \
+                          9 ^ m, 10 ^ m, 11 ^ m, 12 ^ m, 13 ^ m, 14 ^ m, 15 ^ m)
+
+/* out[group[n]] (segments, a, b) += scale times the sums over a segment's rows of y_t x_t^T, for
+   each of `count` pairs of matrices y (rows, a), x (rows, b); segment s has the rows first[s] ..
+   first[s + 1] - 1. */
+void segment_products(const float *const *y, const float *const *x, const int64_t *group,
+                      long count, const int64_t *first, long segments, long a, long b, float scale,
+                      float *out) {
 #pragma omp parallel for schedule(static) if (count * first[segments] * a * b > 16 * SMALL)
-  for (long n = 0; n < count * segments; n++) {
-    const float *left = y[n / segments], *right = x[n / segments];
-    long begin = first[n % segments], end = first[n % segments + 1];
-    float *restrict sum = out + n * a * b;
-    memset(sum, 0, sizeof(float) * a * b);
-    for (long t = begin; t < end; t++)
-      for (long i = 0; i < a; i++) {
-        float factor = left[t * a + i];
-        for (long j = 0; j < b; j++) sum[i * b + j] += factor * right[t * b + j];
-      }
-  }
+  for (long s = 0; s < segments; s++)
+    for (long n = 0; n < count; n++) {
+      float *restrict sum = out + (group[n] * segments + s) * a * b;
+      for (long t = first[s]; t < first[s + 1]; t++)
+        for (long i = 0; i < a; i++) {
+          float factor = scale * y[n][t * a + i];
+          const float *restrict right = x[n] + t * b;
+          for (long j = 0; j < b; j++) sum[i * b + j] += factor * right[j];
+        }
+    }
 }
 
-/* out (segments, cols): sums over a segment's rows of y, times x where it is not null, (rows, cols);
-   a segment has `each` rows for every one of first. */
+/* Sum of (row - mean), or of its squares. */
+static float row_sum(const float *row, long cols, float mean, int squares) {
+  Lanes sum = {0};
+  float rest = 0.0f;
+  long c = 0;
+  for (; c + 16 <= cols; c += 16) {
+    Lanes own = *(const Lanes *)(row + c) - mean;
+    sum += squares ? own * own : own;
+  }
+  for (; c < cols; c++) rest += squares ? (row[c] - mean) * (row[c] - mean) : row[c] - mean;
+  for (int i = 0; i < 16; i++) rest += sum[i];
+  return rest;
+}
+
+enum { ALONE, TIMES, RMS, CENTRED }; /* what segment_sums makes of x */
+
+/* out (segments, cols): sums over a segment's rows of y, times what `kind` says of x: nothing, x,
+   x / sqrt(mean x^2 + eps), or the same of x - mean x; (rows, cols). A segment has `each` rows for
+   every one of first. */
 void segment_sums(const float *y, const float *x, const int64_t *first, long segments, long each,
-                  long cols, float *out) {
+                  long cols, int kind, float eps, float *out) {
 #pragma omp parallel for schedule(static) if (first[segments] * each * cols > SMALL)
   for (long s = 0; s < segments; s++) {
     float *restrict sum = out + s * cols;
     memset(sum, 0, sizeof(float) * cols);
     for (long t = first[s] * each; t < first[s + 1] * each; t++) {
       const float *restrict row = y + t * cols;
-      if (x) {
-        const float *restrict other = x + t * cols;
-        for (long c = 0; c < cols; c++) sum[c] += row[c] * other[c];
-      } else {
+      if (kind == ALONE) {
         for (long c = 0; c < cols; c++) sum[c] += row[c];
+        continue;
       }
+      const float *restrict other = x + t * cols;
+      float mean = kind == CENTRED ? row_sum(other, cols, 0.0f, 0) / cols : 0.0f;
+      float root = kind == TIMES ? 1.0f : 1.0f / sqrtf(row_sum(other, cols, mean, 1) / cols + eps);
+      for (long c = 0; c < cols; c++) sum[c] += row[c] * ((other[c] - mean) * root);
     }
   }
 }
@@ -197,71 +223,86 @@ void sketch_dots(const float *a, const float *b, long count, long k, double *wor
       rows += row * row;
     }
     for (long j = 0; j < k; j++) columns += work[j] * work[j];
-    /* Sums so far; of means they are these over k and k^2, of terms scaled by k^2 these times it. */
+    /* Of terms without their factor k^2, which comes in at the end. */
     double scale = size * size, center = whole * whole / scale;
     double left_over = squares - (rows + columns) / size + center;
     double least = (left_over > 0.0 ? left_over : 0.0) / ((size - 1.0) * (size - 1.0));
-    double between = (rows + columns) / size - 2.0 * center; /* k times the sums of squares of means */
+    double between = (rows + columns) / size - 2.0 * center;
     double variance = between / (size * (size - 1.0)) / size - least / scale;
     value[n] = whole;
     error[n] = sqrt(variance > 0.0 ? variance : least / scale) * scale;
   }
 }
 
-/* Sixteen numbers, and the same with the place of each xor'ed with m. */
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-#define TURN(v, m)                                                                             \
-  __builtin_shufflevector(v, v, 0 ^ m, 1 ^ m, 2 ^ m, 3 ^ m, 4 ^ m, 5 ^ m, 6 ^ m, 7 ^ m, 8 ^ m, \
-                          9 ^ m, 10 ^ m, 11 ^ m, 12 ^ m, 13 ^ m, 14 ^ m, 15 ^ m)
-#define TILE 32 /* rows whose sums stand in the first-level cache */
-
-/* (-1)^(number of ones in place & step): the signs of one step of a Walsh-Hadamard transform. */
+/* One step of a Walsh-Hadamard transform: v[i] and v[i ^ step] to sum and difference. */
 static inline Lanes walsh(Lanes v, int step) {
   Lanes sign;
   for (int i = 0; i < 16; i++) sign[i] = i & step ? -1.0f : 1.0f;
-  Lanes turned = step == 1 ? TURN(v, 1) : step == 2 ? TURN(v, 2) : step == 4 ? TURN(v, 4) : TURN(v, 8);
+  Lanes turned =
+      step == 1 ? TURN(v, 1) : step == 2 ? TURN(v, 2) : step == 4 ? TURN(v, 4) : TURN(v, 8);
   return turned + sign * v;
 }
 
-/* out (rows, 16): x (rows, cols), `stride` numbers from row to row, times the signs of projection.py
-   for k = 16, added to what is there if `add`. sign (cols): its s_i; turn: of every 16 columns. */
-void project16(const float *x, long rows, long cols, long stride, const float *sign,
-               const uint8_t *turn, int add, float *out) {
-  long blocks = cols / 16, rest = cols % 16;
+/* sum[t quads] += the sixteen numbers at `at + t step` times signs, each at its place xor turn, for
+   `count` rows t. */
+static inline void turned_sums(const float *at, long step, long count, Lanes signs, int turn,
+                               Lanes *sum, long quads) {
+#define TURNED(m)                                                    \
+  case m:                                                            \
+    for (long t = 0; t < count; t++) {                               \
+      Lanes own = *(const Lanes *)(at + t * step) * signs;           \
+      sum[t * quads] += TURN(own, m);                                \
+    }                                                                \
+    break;
+  switch (turn) {
+    TURNED(0) TURNED(1) TURNED(2) TURNED(3) TURNED(4) TURNED(5) TURNED(6) TURNED(7)
+    TURNED(8) TURNED(9) TURNED(10) TURNED(11) TURNED(12) TURNED(13) TURNED(14) TURNED(15)
+  }
+}
+
+#define TILE 32      /* rows, of sixteen numbers, whose sums stand in the first-level cache */
+#define MOST_QUADS 64 /* sixteens of a row's sums */
+
+/* out (rows, k): x (rows, cols), `stride` numbers from row to row, times the signs of
+   projection.py, added to what is there if `add`. quads: K / 16, at most MOST_QUADS; sign (cols):
+   s_i; turn: of every K columns. */
+void project(const float *x, long rows, long cols, long stride, const float *sign,
+             const int32_t *turn, long quads, long k, int add, float *out) {
+  long tile = TILE / quads > 1 ? TILE / quads : 1;
 #pragma omp parallel for schedule(static) if (rows * cols > 4 * SMALL)
-  for (long first = 0; first < rows; first += TILE) {
-    long count = rows - first < TILE ? rows - first : TILE;
-    Lanes sum[TILE];
+  for (long first = 0; first < rows; first += tile) {
+    long count = rows - first < tile ? rows - first : tile;
+    Lanes sum[MOST_QUADS > TILE ? MOST_QUADS : TILE];
     float padded[TILE * 16];
-    memset(sum, 0, sizeof sum);
-    for (long b = 0; b < blocks + (rest > 0); b++) {
-      Lanes signs = {0};
-      const float *at = x + first * stride + 16 * b;
+    memset(sum, 0, sizeof(Lanes) * tile * quads);
+    for (long c = 0; c < cols; c += 16) {
+      long width = cols - c < 16 ? cols - c : 16, block = c / 16 / quads, place = c / 16 % quads;
+      const float *at = x + first * stride + c;
       long step = stride;
-      if (b == blocks) {
+      Lanes signs = {0};
+      memcpy(&signs, sign + c, sizeof(float) * width);
+      if (width < 16) {
         memset(padded, 0, sizeof padded);
-        for (long t = 0; t < count; t++) memcpy(padded + 16 * t, at + t * stride, sizeof(float) * rest);
+        for (long t = 0; t < count; t++)
+          memcpy(padded + 16 * t, at + t * stride, sizeof(float) * width);
         at = padded, step = 16;
       }
-      memcpy(&signs, sign + 16 * b, sizeof(float) * (b < blocks ? 16 : rest));
-#define TURNED(m)                                                           \
-  case m:                                                                   \
-    for (long t = 0; t < count; t++) {                                      \
-      Lanes own = *(const Lanes *)(at + t * step) * signs;                  \
-      sum[t] += TURN(own, m);                                               \
-    }                                                                       \
-    break;
-      switch (turn[b]) {
-        TURNED(0) TURNED(1) TURNED(2) TURNED(3) TURNED(4) TURNED(5) TURNED(6) TURNED(7)
-        TURNED(8) TURNED(9) TURNED(10) TURNED(11) TURNED(12) TURNED(13) TURNED(14) TURNED(15)
-      }
+      Lanes *own = sum + (place ^ (turn[block] >> 4));
+      turned_sums(at, step, count, signs, turn[block] & 15, own, quads);
     }
     for (long t = 0; t < count; t++) {
-      Lanes found = walsh(walsh(walsh(walsh(sum[t], 1), 2), 4), 8), before = {0};
-      float *place = out + (first + t) * 16;
-      if (add) memcpy(&before, place, sizeof before);
-      found += before;
-      memcpy(place, &found, sizeof found);
+      Lanes *own = sum + t * quads;
+      for (long q = 0; q < quads; q++) own[q] = walsh(walsh(walsh(walsh(own[q], 1), 2), 4), 8);
+      for (long half = 1; half < quads; half *= 2)
+        for (long q = 0; q < quads; q++)
+          if (!(q & half)) {
+            Lanes low = own[q], high = own[q ^ half];
+            own[q] = low + high;
+            own[q ^ half] = low - high;
+          }
+      float *restrict to = out + (first + t) * k;
+      const float *from = (const float *)own;
+      for (long i = 0; i < k; i++) to[i] = add ? to[i] + from[i] : from[i];
     }
   }
 }
