@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastpref_kernels import _native
+from fastpref_kernels.gram_products import HEAD_ENTRIES, longest_head_gram
 from fastpref_kernels.token_blocks import ENTRIES, TokenBlocks
 
 from bench import measure
+from fastpref.batch import PairBatch
 from fastpref.config import Config
 from fastpref.data.dataset import Dataset
 from fastpref.data.loader import StepPlan
@@ -238,32 +241,39 @@ def stated_bytes(subject: Subject, track: str, turn: int, plain: int) -> int:
     """Bytes that a step with taps is stated to hold beyond one without, whose peak is ``plain``;
     the formula of docs/taps.md, *Memory*.
 
-    Two moments: where the backward begins the inputs' factors are there (later their gradients'
-    too), and exact norms work on one layer; after it, with the weights' gradients alone beside
-    them, the factors are stacked and put into blocks.
+    Two moments: where the backward begins, behind the head, the inputs' factors are there (later
+    their gradients' too), and exact norms work on one layer; after it, with the weights' gradients
+    alone beside them, the factors are multiplied, stacked and put into blocks where that is not
+    done in C.
     """
-    taps = subject.taps.get(track)
-    if taps is None:
+    if track == "none":
         return 0
     c: Any = subject.model.module.config
-    k, groups = SKETCH_DIM, len(taps.groups)
     batches = subject.micro_batches(turn)
     largest = max(batches, key=lambda own: int(fed_tokens(own).sum()))
+    packed = pack_pairs(largest)
+    hidden = max(plain - subject.weight_bytes, 0)  # activations are gone after the backward
+    # Where activations are most of the plain step, its peak is where the backward begins.
+    begins = hidden > subject.weight_bytes
+    head = _head_numbers(packed, c.vocab_size, c.hidden_size) if begins else 0
+    taps = subject.taps.get(track)
+    if taps is None:
+        return 4 * head
+    k, groups = SKETCH_DIM, len(taps.groups)
     counts = fed_tokens(largest).tolist()
     tokens, most, step = sum(counts), len(largest), len(subject.steps[0])
     blocks = TokenBlocks.make(counts, torch.device("cpu")).blocks
     slots = max(len(block.lengths) * block.length for block in blocks)
     # Two of the last block's inputs are of the tokens that are read (fastpref.last_block).
-    read = int(pack_pairs(largest).read_spans()[1].sum())
+    read = int(packed.read_spans()[1].sum())
     rows = tokens * (4 * c.num_hidden_layers - 1) + 2 * read
     narrow = 2 * min(rows * k, WAITING + tokens * k)
     sketches = k * k * groups * (step + most)
     vectors = most * c.hidden_size * (2 * c.num_hidden_layers + 1)
-    hidden = max(plain - subject.weight_bytes, 0)  # activations are gone after the backward
-    # Where activations are most of the plain step, its peak is where the backward begins.
-    begins = hidden > subject.weight_bytes
-    within = sketches + (narrow // 2 if begins else narrow + vectors)
-    after = 2 * narrow + narrow * slots // tokens + vectors
+    within = head + sketches + (narrow // 2 if begins else narrow + vectors)
+    after = narrow + vectors
+    if _native.library() is None:
+        after += narrow + narrow * slots // tokens
     after += sketches + k * k * (groups * most + c.hidden_size)
     if track == "exact":
         grams = max(len(block.lengths) * block.length**2 for block in blocks)
@@ -278,3 +288,13 @@ def stated_bytes(subject: Subject, track: str, turn: int, plain: int) -> int:
         last = tokens * heads + (slots - 2 * tokens) * c.hidden_size
         within += tokens * c.hidden_size + max(mlp, last)
     return max(4 * within, 4 * after - hidden)
+
+
+def _head_numbers(batch: PairBatch, vocab: int, dim: int) -> int:
+    """What the head's op holds for norms beside E: L^2 products and targets for a pair of L scored
+    rows, gradients of a piece of the vocabulary for one of more than pay so; a copy of the rows."""
+    rows = torch.bincount(batch.segment_id.long() // batch.group, minlength=batch.num_pairs)
+    longest = longest_head_gram(vocab, dim, batch.group, kept=True)
+    short = rows[rows <= longest]
+    pieces = 3 * batch.group * HEAD_ENTRIES if len(short) < len(rows) else 0
+    return int(2 * short.square().sum()) + pieces + len(batch.segment_id) * dim

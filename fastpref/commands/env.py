@@ -55,6 +55,7 @@ def describe() -> dict[str, Any]:
     found["device auto"] = "cuda" if on_gpu else "cpu"
     found["dtype auto"] = "bfloat16" if on_gpu else "float32"
     found["backend auto"] = _backend()
+    found["CPU passes"] = _passes()
     return found
 
 
@@ -80,6 +81,12 @@ def _backend() -> str:
         return resolve_backend("auto", device)
     except ImportError as error:
         return f"unusable: {error}"
+
+
+def _passes() -> str:
+    from fastpref_kernels import _native
+
+    return "C" if _native.library() else "torch's calls (no C compiler, or FASTPREF_NATIVE=0)"
 
 
 def _gpus() -> list[str]:

@@ -173,8 +173,8 @@ def segment_products_(
     first: Tensor,
     scale: float,
 ) -> None:
-    """out[groups[e]] (S, a, b) += scale times the sums over the rows first[s] .. first[s + 1] - 1 of
-    y_t x_t^T, for each of E matrices y (T, a), x (T, b); out (G, S, a, b), first (S + 1,) int64."""
+    """out[groups[e]] (S, a, b) += scale times sums over the rows first[s] .. first[s + 1] - 1 of
+    y_t x_t^T, of each of E matrices y (T, a), x (T, b); out (G, S, a, b), first (S + 1,) int64."""
     count = len(y)
     sides = [(ctypes.c_void_p * count)(*[m.data_ptr() for m in side]) for side in (y, x)]
     places = (ctypes.c_int64 * count)(*groups)

@@ -10,9 +10,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .pair_gram import PRODUCT_ENTRIES
 from .segment import add_rows_
 from .torch_tiles import half_product
+
+# Entries of a segment's gradient that stand in memory at a time: a second-level cache holds what
+# three of them and their copies in float64 take.
+HEAD_ENTRIES = 1 << 17
 
 
 def longest_head_gram(vocab: int, dim: int, group_size: int, kept: bool) -> int:
@@ -40,20 +43,19 @@ def head_product_gram(
     `tiles` gives (first id, last id, F (C, L), factor (L,)) with d_t = factor_t F_t but for what
     stands at the target.
 
-    Memory    g PRODUCT_ENTRIES numbers
+    Memory    3 g HEAD_ENTRIES numbers
     Numerics  gradients in float32 (float64), as dW has them; their products in float64
     """
     size, wide = len(bounds) - 1, hidden.to(dtype)
     total = hidden.new_zeros(size, size, dtype=torch.float64)
-    step = max(PRODUCT_ENTRIES // max(hidden.shape[1], 1), 1)
+    step = max(HEAD_ENTRIES // max(hidden.shape[1], 1), 1)
     for low, high, exps, factor in tiles:
         operand = wide * factor.unsqueeze(1)
         for i in range(0, high - low, step):
             some = exps[i : min(i + step, high - low)]
             first, last = low + i, low + i + some.shape[0]
-            flat = []
-            for a, b in zip(bounds, bounds[1:], strict=False):
-                gradient = wide.new_empty(some.shape[0], wide.shape[1])
+            gradients = wide.new_empty(size, some.shape[0], wide.shape[1])
+            for gradient, a, b in zip(gradients, bounds, bounds[1:], strict=False):
                 half_product(some[:, a:b], operand[a:b], hidden.dtype, gradient)
                 if a < b:
                     # Whatever F holds at the target, which may be rounded, makes room for m phi.
@@ -63,7 +65,6 @@ def head_product_gram(
                     lacks = own[a:b] - factor[a:b] * there.to(dtype)
                     scale = lacks.masked_fill(~here, 0.0).unsqueeze(1)
                     add_rows_(gradient, place, wide[a:b] * scale)
-                flat.append(gradient.flatten())
-            stacked = torch.stack(flat).double()
-            total += stacked @ stacked.t()
+            flat = gradients.flatten(1).double()
+            total += flat @ flat.t()
     return total

@@ -141,7 +141,7 @@ def test_long_groups_by_their_gradients(
     """Some groups this way, some by products of rows; tiles of E kept, and computed again."""
     set_width(monkeypatch, width)
     monkeypatch.setattr("fastpref_kernels.head_norms.longest_head_gram", lambda *_: 5)
-    monkeypatch.setattr(gram_products, "PRODUCT_ENTRIES", 7 * 6)
+    monkeypatch.setattr(gram_products, "HEAD_ENTRIES", 7 * 6)
     case = make_case(33, 6, 60, segments=12, gap=3.0, dtype=dtype, **options)
     case = replace(case, target=case.target % 5)
     case.hidden.requires_grad_("hidden" in train)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from typing import Any
 
 import pytest
 import torch
-from fastpref_kernels import _native, linear_logprob, reference
+from fastpref_kernels import _native, linear_logprob, reference, sketch_dot
+from fastpref_kernels.column_sums import normalised
+from fastpref_kernels.projection import Projection, buckets_of
 from fastpref_kernels.row_sums import FLOOR
 from torch import Tensor
 
@@ -111,6 +114,105 @@ def test_log_probs_at_both_ends() -> None:
     odds = torch.tensor([-torch.inf, -200.0, -20.0, 0.0, 20.0, 200.0, torch.inf])
     true = -torch.logaddexp(odds.double(), torch.zeros(7, dtype=torch.float64))
     torch.testing.assert_close(_native.log_probs(odds).double(), true, rtol=4 * EPS, atol=1e-80)
+
+
+COUNTS = [3, 0, 41, 1, 0]
+
+
+def segments() -> tuple[Tensor, Tensor]:
+    """first (S + 1,), and the segment of every row."""
+    return torch.tensor([0, *itertools.accumulate(COUNTS)]), torch.arange(
+        len(COUNTS)
+    ).repeat_interleave(torch.tensor(COUNTS))
+
+
+@compiled
+@pytest.mark.parametrize(("a", "b"), [(1, 1), (5, 7), (16, 16)])
+def test_products_over_segments(a: int, b: int) -> None:
+    first, segment = segments()
+    y, x = ([logits(sum(COUNTS), n + i, 1.0) for i in range(3)] for n in (a, b))
+    y, x = [m[:, :a].contiguous() for m in y], [m[:, :b].contiguous() for m in x]
+    out = torch.ones(2, len(COUNTS), a, b)
+    _native.segment_products_(out, [1, 0, 1], y, x, first, 0.25)
+    true = torch.ones(2, len(COUNTS), a, b, dtype=torch.float64)
+    for group, left, right in zip([1, 0, 1], y, x, strict=True):
+        outer = 0.25 * torch.einsum("ta,tb->tab", left.double(), right.double())
+        true[group].index_add_(0, segment, outer)
+    torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("heads", [0, 3])
+@pytest.mark.parametrize("cols", [1, 16, 37])
+@pytest.mark.parametrize("kind", ["alone", "times", "rms", "centred"])
+def test_sums_over_segments(heads: int, cols: int, kind: str) -> None:
+    first, segment = segments()
+    shape = (sum(COUNTS), heads, cols) if heads else (sum(COUNTS), cols)
+    y, x = torch.randn(shape), torch.randn(shape) + 3.0
+    eps = None if kind == "times" else 1e-5
+    found = _native.segment_sums(
+        y, None if kind == "alone" else x, first, eps, centred=kind == "centred"
+    )
+    wide, other = y.double(), x.double()
+    if kind == "alone":
+        rows = wide
+    elif kind == "times":
+        rows = wide * other
+    else:
+        rows = wide * normalised(other, 1e-5, kind == "centred")
+    true = torch.zeros(len(COUNTS), cols, dtype=torch.float64)
+    true.index_add_(0, segment, rows.sum(1) if heads else rows)
+    torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-4)
+
+
+@compiled
+@pytest.mark.parametrize("k", [2, 5, 16])
+def test_estimates_of_sketches(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.randn(3, 4, k, k), torch.randn(3, 4, k, k)
+    found = [sketch_dot(a, b), sketch_dot(a)]
+    assert all(x.dtype == torch.float64 for own in found for x in own)
+    monkeypatch.setattr(_native, "library", lambda: None)
+    for own, true in zip(found, (sketch_dot(a, b), sketch_dot(a)), strict=True):
+        torch.testing.assert_close(own.value, true.value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(own.error, true.error, rtol=1e-9, atol=1e-12)
+
+
+@compiled
+@pytest.mark.parametrize("k", [9, 16, 20, 64, 256, 1024])
+@pytest.mark.parametrize("cols", [1, 16, 37, 300])
+def test_projection(k: int, cols: int) -> None:
+    """As the product with the signs: of rows of a wider matrix, in parts, added to others."""
+    assert _native.projects(k)
+    size, side = buckets_of(k), Projection.of(3, "a", "in")
+    first = 2 * size
+    x = torch.randn(45, cols + 3)[:, :cols]
+    rows = torch.arange(first, first + cols)
+    blocks = torch.arange(first // size, -(-(first + cols) // size))
+    own = (side.row_signs(rows, torch.float32), side.turns(blocks, size).int())
+    true = x.double() @ side.signs(rows, k, torch.float64)
+    found = _native.project(x, k, own, None)
+    torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-4)
+    assert _native.project(x, k, own, found) is found
+    torch.testing.assert_close(found.double(), 2 * true, rtol=1e-5, atol=1e-4)
+
+
+@compiled
+def test_sums_for_taps_are_the_same_with_every_number_of_threads() -> None:
+    first, k = torch.tensor([0, 700, 701, 2100]), 16
+    x, y = torch.randn(2100, 256), torch.randn(2100, 256)
+    own = (torch.ones(256), torch.arange(16, dtype=torch.int32))
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            inputs = _native.project(x, k, own, None)
+            out = torch.zeros(1, 3, k, k)
+            _native.segment_products_(out, [0], [inputs], [inputs], first, 1.0)
+            found.append([inputs, out, _native.segment_sums(y, x, first, None, False)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_what_c_may_not_work_on() -> None:
