@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from fastpref_kernels import _launch
+from fastpref_kernels import _launch, _native
 from fastpref_kernels._plan import Plan
 from fastpref_kernels.token_blocks import ENTRIES, MAX_PADDING
 from torch import Tensor, nn
@@ -263,8 +263,9 @@ def _head_ops(gpu: bool) -> dict[Any, tuple[str, Scratch]]:
         wide = 4 if half else hidden.dtype.itemsize
         whole = not half and plan.kept * plan.width >= weight.shape[0]
         numbers = 0 if whole else plan.width * rows
-        if not gpu and ("entropy" in args[8] or plan.group_size):
-            numbers += plan.width * rows  # the logarithms of a tile, or its columns in order
+        in_c = wide == 4 and _native.library() is not None
+        if not gpu and (plan.group_size or ("entropy" in args[8] and not in_c)):
+            numbers += plan.width * rows  # a tile's columns in order, or its logarithms
         if half and not gpu:
             numbers += (plan.width + rows) * dim
         if plan.need_hidden and not whole:

@@ -160,7 +160,7 @@ def tile_width(dim: int, vocab: int, dtype: torch.dtype) -> int:
     Few, because calls and the products' own overhead count; no more, because float32 logits of some
     hundred rows are to stay in the second-level caches of two cores. Measured: kernels/README.md.
     """
-    width = 8192 if dim * vocab <= 16_000_000 else 2048
+    width = 2048 if dim * vocab > 16_000_000 else 8192 if vocab <= 8192 else 4096
     return min(vocab, width // 2 if dtype == torch.float64 else width)
 
 
