@@ -144,6 +144,25 @@ typedef float Lanes __attribute__((vector_size(64), aligned(4)));
   __builtin_shufflevector(v, v, 0 ^ m, 1 ^ m, 2 ^ m, 3 ^ m, 4 ^ m, 5 ^ m, 6 ^ m, 7 ^ m, 8 ^ m, \
                           9 ^ m, 10 ^ m, 11 ^ m, 12 ^ m, 13 ^ m, 14 ^ m, 15 ^ m)
 
+static void products(const float *y, const float *x, long rows, long a, long b, float scale,
+                     float *restrict sum) {
+  for (long t = 0; t < rows; t++)
+    for (long i = 0; i < a; i++) {
+      float factor = scale * y[t * a + i];
+      for (long j = 0; j < b; j++) sum[i * b + j] += factor * x[t * b + j];
+    }
+}
+
+/* The same with the sums in registers. */
+static void products16(const float *y, const float *x, long rows, float scale, Lanes *out) {
+  Lanes sum[16] = {{0}};
+  for (long t = 0; t < rows; t++) {
+    Lanes right = *(const Lanes *)(x + t * 16);
+    for (int i = 0; i < 16; i++) sum[i] += y[t * 16 + i] * right;
+  }
+  for (int i = 0; i < 16; i++) out[i] += scale * sum[i];
+}
+
 /* out[group[n]] (segments, a, b) += scale times the sums over a segment's rows of y_t x_t^T, for
    each of `count` pairs of matrices y (rows, a), x (rows, b); segment s has the rows first[s] ..
    first[s + 1] - 1. */
@@ -153,13 +172,13 @@ void segment_products(const float *const *y, const float *const *x, const int64_
 #pragma omp parallel for schedule(static) if (count * first[segments] * a * b > 16 * SMALL)
   for (long s = 0; s < segments; s++)
     for (long n = 0; n < count; n++) {
-      float *restrict sum = out + (group[n] * segments + s) * a * b;
-      for (long t = first[s]; t < first[s + 1]; t++)
-        for (long i = 0; i < a; i++) {
-          float factor = scale * y[n][t * a + i];
-          const float *restrict right = x[n] + t * b;
-          for (long j = 0; j < b; j++) sum[i * b + j] += factor * right[j];
-        }
+      const float *left = y[n] + first[s] * a, *right = x[n] + first[s] * b;
+      float *sum = out + (group[n] * segments + s) * a * b;
+      long rows = first[s + 1] - first[s];
+      if (a == 16 && b == 16)
+        products16(left, right, rows, scale, (Lanes *)sum);
+      else
+        products(left, right, rows, a, b, scale, sum);
     }
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +38,15 @@ def logits(rows: int, cols: int, spread: float = 30.0) -> Tensor:
 def test_c_is_compiled_wherever_these_tests_run() -> None:
     """A compiler is what the other tests need; a machine without is for those `without`."""
     assert _native.library() is not None
+
+
+def test_c_has_no_warnings(tmp_path: Path) -> None:
+    # psabi: of functions that nobody else calls
+    quiet = ["-Wno-unknown-pragmas", "-Wno-psabi"]
+    flags = [*_native.FLAGS, "-Wall", "-Wextra", *quiet, "-Werror", "-c"]
+    command = ["cc", *flags, str(_native.SOURCE), "-o", str(tmp_path / "native.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @compiled
