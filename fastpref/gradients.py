@@ -116,7 +116,7 @@ def pair_gradients(
             )
             for (tap, ids, _), dy in zip(taps.anchors, found, strict=True):
                 if dy is not None and tap.group >= 0:
-                    tap.receive(ids, dy, Input())
+                    taps.receive(tap, ids, dy, Input())
     values = put_together(model, taps, batch, scored, slope, of, change)
     chosen, rejected = sequence_sums(scored.logp.detach(), batch.num_pairs, tail_weight)
     return replace(values, logp_chosen=chosen, logp_rejected=rejected)

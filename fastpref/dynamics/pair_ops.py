@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from fastpref_kernels import _native, linear_norms
-from fastpref_kernels._launch import resolve_backend
+from fastpref_kernels._launch import resolve_backend, surroundings
 from fastpref_kernels.column_sums import column_sums
 from fastpref_kernels.count_sketch import vocabulary_signs
 from fastpref_kernels.projection import Projection, buckets_of, project
@@ -34,7 +34,8 @@ class Signs:
 
     def __init__(self, seed: int) -> None:
         self.seed, self.kept, self.bytes = seed, {}, 0  # type: ignore[var-annotated]
-        self.rows: dict[tuple[str, str, int, int, int], tuple[Tensor, Tensor]] = {}
+        # By key, side, first row, rows, k.
+        self.turned: dict[tuple[str, str, int, int, int], _native.Signs] = {}
 
     def get(
         self, key: str, side: str, first: int, rows: int, k: int, device: torch.device
@@ -48,17 +49,19 @@ class Signs:
             self._keep(name, found.to(torch.int8))
         return found
 
-    def of_rows(
-        self, key: str, side: str, first: int, rows: int, size: int
-    ) -> tuple[Tensor, Tensor]:
-        """What `_native.project` wants of rows first .. first + N - 1, first a multiple of K."""
-        name = (key, side, first, rows, size)
-        found = self.rows.get(name)
-        if found is None:
-            projection = Projection.of(self.seed, key, side)
-            signs = projection.row_signs(torch.arange(first, first + rows), torch.float32)
-            blocks = torch.arange(first // size, -(-(first + rows) // size))
-            found = self.rows[name] = signs, projection.turns(blocks, size).to(torch.int32)
+    def make_turned(
+        self, key: str, side: str, first: int, rows: int, k: int
+    ) -> _native.Signs | None:
+        """What `_native.project` wants of rows first .. first + N - 1, kept in `turned`; None where
+        it cannot do it."""
+        size = buckets_of(k)
+        if not _native.projects(k) or first % size:
+            return None
+        projection = Projection.of(self.seed, key, side)
+        blocks = torch.arange(first // size, -(-(first + rows) // size))
+        signs = projection.row_signs(torch.arange(first, first + rows), torch.float32)
+        found = _native.Signs(signs, projection.turns(blocks, size).to(torch.int32), k)
+        self.turned[key, side, first, rows, k] = found
         return found
 
     def of_vocabulary(
@@ -167,16 +170,19 @@ class BlockOps:
     def project(
         self, x: Tensor, key: str, side: str, k: int, first: int = 0, before: Tensor | None = None
     ) -> Tensor:
-        size = buckets_of(k)
-        if _native.projects(k) and not first % size and x.stride(1) == 1:
-            if _native.fits(x, contiguous=False) and (before is None or _native.fits(before)):
-                signs = self.signs.of_rows(key, side, first, x.shape[1], size)
-                return _native.project(x, k, signs, before)
-        wide = wide_dtype(x) if before is None else before.dtype
-        if x.dtype != wide:  # a call that does nothing costs time too
-            x = x.to(wide)
-        own = self.signs.get(key, side, first, x.shape[1], k, x.device).to(wide)
-        return torch.mm(x, own) if before is None else before.addmm_(x, own)
+        # One lookup is what a projection costs beside the call of C.
+        signs = self.signs.turned.get((key, side, first, x.shape[1], k))
+        if type(x) is not Tensor or x.dtype is not torch.float32 or x.stride(1) != 1:
+            signs = None
+        elif signs is None:
+            signs = self.signs.make_turned(key, side, first, x.shape[1], k)
+        if signs is not None and (before is None or before.dtype is torch.float32):
+            return _native.project(x, signs, before)
+        with torch.no_grad(), surroundings(x.device):
+            wide = wide_dtype(x) if before is None else before.dtype
+            own = self.signs.get(key, side, first, x.shape[1], k, x.device).to(wide)
+            rows = x.to(wide)
+            return torch.mm(rows, own) if before is None else before.addmm_(rows, own)
 
     def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
         return self.signs.of_vocabulary(ids, key, vocab, k, buckets)

@@ -194,7 +194,7 @@ class Seen:
         self.tap, self.shared = tap, shared
 
     def __call__(self, dy: Tensor) -> None:
-        self.tap.receive(None, dy, self.shared)
+        self.tap.taps.receive(self.tap, None, dy, self.shared)
 
 
 class Kept(torch.autograd.Function):
@@ -214,7 +214,7 @@ class Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.tap.receive(x, dy, ctx.shared)
+        ctx.tap.taps.receive(ctx.tap, x, dy, ctx.shared)
         return dy, None, None, None
 
 

@@ -38,7 +38,7 @@ from fastpref import last_block
 from fastpref.batch import PairBatch
 from fastpref.dynamics import tap_groups, tap_layers
 from fastpref.dynamics.pair_ops import Signs
-from fastpref.dynamics.pair_parts import Factors, PairParts, Place, VocabularyPlace
+from fastpref.dynamics.pair_parts import PairParts, Place, VocabularyPlace
 from fastpref.dynamics.tap_groups import Layer
 from fastpref.dynamics.tap_layers import Embedding, Linear, Norm
 
@@ -65,12 +65,13 @@ class Tap:
         self.taps = taps
         self.rows = tap_layers.TokenRows(f"{layer.name} ({type(layer.module).__name__})")
 
+    # What follows is met once a layer and step, between products that have emptied the caches: a
+    # line of Python is dear there (docs/lab-log.md), so frames and checks are few.
+
     def forward(self, x: Tensor, *more: Any, **named: Any) -> Any:
-        """In the place of the layer's own."""
+        """In the place of the own one of a layer that is not linear."""
         if not torch.is_grad_enabled():
             return self.plain(x, *more, **named)
-        if isinstance(self.kind, Linear):
-            return self._linear(tap_layers.as_autocast(x), *more, **named)
         y = self.plain(x, *more, **named)
         if self.taps.anchors is not None and isinstance(self.kind, Embedding):
             y = y.detach().requires_grad_()
@@ -86,13 +87,18 @@ class Tap:
         input."""
         return self.taps.gains(dtype).get(self.name)
 
-    def _linear(self, x: Tensor, *more: Any, **named: Any) -> Any:
-        if self.group < 0:
+    def linear(self, x: Tensor, *more: Any, **named: Any) -> Any:
+        """In the place of a linear layer's own."""
+        if self.group < 0 or not torch.is_grad_enabled():
             return self.plain(x, *more, **named)
+        x = tap_layers.as_autocast(x)
         shared = tap_layers.input_of(x)
-        if self.weight is not None and self.weight.key not in shared.factors:
+        place = self.weight
+        if place is not None and place.key not in shared.factors:
             # Before the layer, which then finds what was read of the input in the cache.
-            shared.factors[self.weight.key] = self.taps.project(self, x.detach())
+            parts = self.taps.parts
+            assert parts is not None
+            shared.factors[place.key] = parts.project_input(self.tokens(x, parts), place)
         y = self.plain(x, *more, **named)
         if self.taps.keeps_inputs:
             return tap_layers.Kept.apply(y, x.detach(), self, shared)
@@ -103,12 +109,10 @@ class Tap:
 
     def tokens(self, x: Tensor, parts: PairParts) -> Tensor:
         """Tokens first: the rows of x."""
+        if x.dim() == 3 and x.shape[1] == parts.tokens and x.shape[0] == 1:
+            return x.squeeze(0)
         read = [parts.read] if id(self.module) in self.taps.inside else []
         return self.rows(x, parts.tokens, *read)
-
-    def receive(self, x: Tensor | None, dy: Tensor, shared: tap_layers.Input | None) -> None:
-        """The layer's input and the gradient of its output, in the backward."""
-        self.taps.receive(self, x, dy, shared)
 
 
 class Taps:
@@ -166,16 +170,6 @@ class Taps:
             self._gains[dtype] = found
         return found
 
-    def project(self, tap: Tap, x: Tensor) -> Factors:
-        """The input ``x`` of a linear layer, projected: in the forward, where it is hot."""
-        parts, place = self.parts, tap.weight
-        assert parts is not None and place is not None
-        rows, kind = tap.tokens(x, parts), x.device.type
-        if not torch.is_autocast_enabled(kind):
-            return parts.project_input(rows, place)
-        with torch.autocast(kind, enabled=False):
-            return parts.project_input(rows, place)
-
     @contextmanager
     def watching(
         self,
@@ -202,7 +196,8 @@ class Taps:
         try:
             for tap in self.layers:
                 tap.plain = tap.module.forward
-                tap.module.__dict__["forward"] = tap.forward
+                linear = isinstance(tap.kind, Linear)
+                tap.module.__dict__["forward"] = tap.linear if linear else tap.forward
             yield
             self._flush()
         finally:

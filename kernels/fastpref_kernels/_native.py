@@ -207,21 +207,31 @@ def sketch_dots(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def projects(k: int) -> bool:
-    """Whether `project` has as many columns."""
-    return 8 < k <= 1024
+    """Whether `project` is there, and has as many columns."""
+    return 8 < k <= 1024 and library() is not None
 
 
-def project(x: Tensor, k: int, signs: tuple[Tensor, Tensor], before: Tensor | None) -> Tensor:
-    """(T, k): x (T, N), whose rows are contiguous, times the signs of a `Projection`, of which
-    `signs` are the row_signs (N,) float32 and turns, int32, from a multiple of K on. Added to
-    ``before``, in place, where given."""
-    (rows, cols), (own, turns) = x.shape, signs
-    out = x.new_empty(rows, k) if before is None else before
-    quads = (1 << (k - 1).bit_length()) // 16
-    sizes = (quads, k, before is not None, out.data_ptr())
-    _library().project(
-        x.data_ptr(), rows, cols, x.stride(0), own.data_ptr(), turns.data_ptr(), *sizes
-    )
+class Signs:
+    """Those of a `Projection` with k columns: its row_signs (N,) float32 and turns, int32, from a
+    multiple of K on."""
+
+    __slots__ = ("k", "pointers", "tensors")
+
+    def __init__(self, row_signs: Tensor, turns: Tensor, k: int) -> None:
+        self.k, self.tensors = k, (row_signs, turns)
+        quads = (1 << (k - 1).bit_length()) // 16
+        self.pointers = (row_signs.data_ptr(), turns.data_ptr(), quads, k)
+
+
+def project(x: Tensor, signs: Signs, before: Tensor | None) -> Tensor:
+    """(T, k): x (T, N), whose rows are contiguous, times the signs. Added to ``before``, in place,
+    where given."""
+    rows, cols = x.shape
+    if before is None:
+        out, adds = x.new_empty(rows, signs.k), 0
+    else:
+        out, adds = before, 1
+    _library().project(x.data_ptr(), rows, cols, x.stride(0), *signs.pointers, adds, out.data_ptr())
     return out
 
 

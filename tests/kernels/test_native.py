@@ -199,11 +199,11 @@ def test_projection(k: int, cols: int) -> None:
     x = torch.randn(45, cols + 3)[:, :cols]
     rows = torch.arange(first, first + cols)
     blocks = torch.arange(first // size, -(-(first + cols) // size))
-    own = (side.row_signs(rows, torch.float32), side.turns(blocks, size).int())
+    own = _native.Signs(side.row_signs(rows, torch.float32), side.turns(blocks, size).int(), k)
     true = x.double() @ side.signs(rows, k, torch.float64)
-    found = _native.project(x, k, own, None)
+    found = _native.project(x, own, None)
     torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-4)
-    assert _native.project(x, k, own, found) is found
+    assert _native.project(x, own, found) is found
     torch.testing.assert_close(found.double(), 2 * true, rtol=1e-5, atol=1e-4)
 
 
@@ -211,13 +211,13 @@ def test_projection(k: int, cols: int) -> None:
 def test_sums_for_taps_are_the_same_with_every_number_of_threads() -> None:
     first, k = torch.tensor([0, 700, 701, 2100]), 16
     x, y = torch.randn(2100, 256), torch.randn(2100, 256)
-    own = (torch.ones(256), torch.arange(16, dtype=torch.int32))
+    own = _native.Signs(torch.ones(256), torch.arange(16, dtype=torch.int32), k)
     found = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            inputs = _native.project(x, k, own, None)
+            inputs = _native.project(x, own, None)
             out = torch.zeros(1, 3, k, k)
             _native.segment_products_(out, [0], [inputs], [inputs], first, 1.0)
             found.append([inputs, out, _native.segment_sums(y, x, first, None, False)])
