@@ -26,6 +26,7 @@ from torch import Tensor
 from fastpref.transfer import numbers
 
 CHUNK = 1 << 20  # numbers of a norm's input that are multiplied at a time
+HALF = (torch.bfloat16, torch.float16)
 KEPT = 1 << 30  # bytes of signs that stay in memory
 
 
@@ -58,8 +59,9 @@ class Signs:
         if not _native.projects(k) or first % size:
             return None
         projection = Projection.of(self.seed, key, side)
-        blocks = torch.arange(first // size, -(-(first + rows) // size))
-        signs = projection.row_signs(torch.arange(first, first + rows), torch.float32)
+        blocks = torch.arange(first // size, -(-(first + rows) // size), device="cpu")
+        ids = torch.arange(first, first + rows, device="cpu")
+        signs = projection.row_signs(ids, torch.float32)
         found = _native.Signs(signs, projection.turns(blocks, size).to(torch.int32), k)
         self.turned[key, side, first, rows, k] = found
         return found
@@ -165,11 +167,13 @@ class BlockOps:
     @functools.cached_property
     def first(self) -> Tensor:
         """(P + 1,) the first token of every pair, and T."""
-        return torch.tensor(starts(self.counts))
+        return torch.tensor(starts(self.counts), device="cpu")
 
     def project(
         self, x: Tensor, key: str, side: str, k: int, first: int = 0, before: Tensor | None = None
     ) -> Tensor:
+        if x.dtype in HALF:
+            x = x.to(torch.float32)
         # One lookup is what a projection costs beside the call of C.
         signs = self.signs.turned.get((key, side, first, x.shape[1], k))
         if type(x) is not Tensor or x.dtype is not torch.float32 or x.stride(1) != 1:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 VERSION_KEY = b"fastpref.schema_version"
 TABLE_KEY = b"fastpref.table"
 LAST_STEP_KEY = b"fastpref.last_step"

@@ -52,7 +52,11 @@ def library() -> ctypes.CDLL | None:
     """What native.c compiled to; None where it may not or cannot be."""
     if os.environ.get("FASTPREF_NATIVE", "1") == "0":
         return None
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    try:
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+    except ValueError as error:
+        LOGGER.warning("CC=%r: %s; the CPU's passes are torch's", os.environ["CC"], error)
+        return None
     if not compiler or shutil.which(compiler[0]) is None:
         LOGGER.info("no C compiler (%s): the CPU's passes are torch's", " ".join(compiler))
         return None
@@ -68,20 +72,20 @@ def library() -> ctypes.CDLL | None:
 def _compiled(command: list[str]) -> ctypes.CDLL | str:
     """The library, or why there is none. Linked without OpenMP, whose symbols are then looked for
     among what torch has loaded: a second runtime would have threads of its own."""
-    with tempfile.TemporaryDirectory(prefix="fastpref-native-") as folder:
-        made, linked = f"{folder}/native.o", f"{folder}/native.so"
-        plain = [part for part in command if part != "-fopenmp"]
-        try:
+    plain = [part for part in command if part != "-fopenmp"]
+    try:
+        with tempfile.TemporaryDirectory(prefix="fastpref-native-") as folder:
+            made, linked = f"{folder}/native.o", f"{folder}/native.so"
             for step in (
                 [*command, "-c", str(SOURCE), "-o", made],
                 [*plain, "-shared", made, "-o", linked, "-lm"],
             ):
                 subprocess.run(step, check=True, capture_output=True, text=True, timeout=120)
             found = ctypes.CDLL(linked)
-        except subprocess.CalledProcessError as error:
-            return f"{shlex.join(error.cmd)}: {error.stderr.strip()[:500]}"
-        except (OSError, subprocess.SubprocessError) as error:
-            return str(error)
+    except subprocess.CalledProcessError as error:
+        return f"{shlex.join(error.cmd)}: {error.stderr.strip()[:500]}"
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
     for name, arguments in SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
@@ -96,12 +100,14 @@ def _machine_flags() -> list[str]:
 
 
 def fits(x: Tensor, contiguous: bool = True) -> bool:
-    """Whether C may work on x: float32 in a CPU's memory, contiguous if asked for."""
+    """Whether C may work on x: float32 in a CPU's memory, contiguous if asked for. What nothing
+    looks on at (`is_plain`), and no gradient is asked of, is for the caller to know."""
     return (
         type(x) is Tensor
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and (not contiguous or x.is_contiguous())
+        and not x.is_neg()
         and library() is not None
     )
 
@@ -208,7 +214,7 @@ def sketch_dots(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def projects(k: int) -> bool:
     """Whether `project` is there, and has as many columns."""
-    return 8 < k <= 1024 and library() is not None
+    return 8 < k <= 16384 and library() is not None
 
 
 class Signs:

@@ -13,9 +13,9 @@ from torch import Tensor
 from .segment import add_rows_
 from .torch_tiles import half_product
 
-# Entries of a segment's gradient that stand in memory at a time: a second-level cache holds what
-# three of them and their copies in float64 take.
-HEAD_ENTRIES = 1 << 17
+# Entries of a segment's gradient that stand in memory at a time: a CPU's second-level cache holds
+# what three of them and their copies in float64 take; a GPU wants larger products.
+HEAD_ENTRIES, HEAD_ENTRIES_CUDA = 1 << 17, 1 << 20
 
 
 def longest_head_gram(vocab: int, dim: int, group_size: int, kept: bool) -> int:
@@ -48,7 +48,8 @@ def head_product_gram(
     """
     size, wide = len(bounds) - 1, hidden.to(dtype)
     total = hidden.new_zeros(size, size, dtype=torch.float64)
-    step = max(HEAD_ENTRIES // max(hidden.shape[1], 1), 1)
+    entries = HEAD_ENTRIES_CUDA if hidden.is_cuda else HEAD_ENTRIES
+    step = max(entries // max(hidden.shape[1], 1), 1)
     for low, high, exps, factor in tiles:
         operand = wide * factor.unsqueeze(1)
         for i in range(0, high - low, step):

@@ -36,7 +36,8 @@ static inline float exp_of(float x, float least) {
   return p * power;
 }
 
-static inline float larger(float a, float b) { return a > b ? a : b; }
+/* The larger one; NaN where either is. */
+static inline float larger(float a, float b) { return a > b || a != a ? a : b; }
 
 /* out (cols): the largest of every column of z (rows, cols). part: (PARTS, cols) to work in. */
 void column_maxima(const float *z, long rows, long cols, float *part, float *out) {
@@ -245,11 +246,12 @@ void sketch_dots(const float *a, const float *b, long count, long k, double *wor
     /* Of terms without their factor k^2, which comes in at the end. */
     double scale = size * size, center = whole * whole / scale;
     double left_over = squares - (rows + columns) / size + center;
-    double least = (left_over > 0.0 ? left_over : 0.0) / ((size - 1.0) * (size - 1.0));
+    /* Asked the other way round NaN would be taken for 0. */
+    double least = (left_over < 0.0 ? 0.0 : left_over) / ((size - 1.0) * (size - 1.0));
     double between = (rows + columns) / size - 2.0 * center;
     double variance = between / (size * (size - 1.0)) / size - least / scale;
     value[n] = whole;
-    error[n] = sqrt(variance > 0.0 ? variance : least / scale) * scale;
+    error[n] = sqrt(variance <= 0.0 ? least / scale : variance) * scale;
   }
 }
 
@@ -280,7 +282,7 @@ static inline void turned_sums(const float *at, long step, long count, Lanes sig
 }
 
 #define TILE 32      /* rows, of sixteen numbers, whose sums stand in the first-level cache */
-#define MOST_QUADS 64 /* sixteens of a row's sums */
+#define MOST_QUADS 1024 /* sixteens of a row's sums */
 
 /* out (rows, k): x (rows, cols), `stride` numbers from row to row, times the signs of
    projection.py, added to what is there if `add`. quads: K / 16, at most MOST_QUADS; sign (cols):

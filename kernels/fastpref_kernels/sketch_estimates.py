@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._route import is_plain
 
 
 class Estimate(NamedTuple):
@@ -34,7 +35,7 @@ def sketch_dot(a: Tensor, b: Tensor | None = None) -> Estimate:
     squared norm, for b None. Unbiased."""
     name = "sketch_dot"
     a, b = _checked(name, a, b)
-    if a.shape[-1] > 1 and a.shape == b.shape and all(map(_native.fits, (a, b))):
+    if a.shape[-1] > 1 and a.shape == b.shape and _plainly(a) and _plainly(b):
         return Estimate(*_native.sketch_dots(a, b))
     terms = a.double() * b.double() * a.shape[-1] ** 2
     return Estimate(terms.mean((-2, -1)), _standard_error(terms))
@@ -73,6 +74,10 @@ def relative_spread(k: int, participation: float = 1.0) -> float:
             f"{participation!r}."
         )
     return float((2 / k**2 + (4 / k + 2 / k**2) / participation) ** 0.5)
+
+
+def _plainly(x: Tensor) -> bool:
+    return is_plain(x) and _native.fits(x) and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _checked(name: str, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,8 @@ def project_kernel(
         own = _stir(_stir(feature + low_) ^ for_sign)
         place = feature ^ _stir(_stir((feature >> BITS) + low_) ^ for_turn)
         ones = place[:, None] & lane[None, :]
+        if BITS > 16:
+            ones ^= ones >> 16
         if BITS > 8:
             ones ^= ones >> 8
         if BITS > 4:

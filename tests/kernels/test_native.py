@@ -16,6 +16,7 @@ from fastpref_kernels.column_sums import normalised
 from fastpref_kernels.projection import Projection, buckets_of
 from fastpref_kernels.row_sums import FLOOR
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.cases import assert_no_worse, make_case, run, set_width
 
@@ -28,6 +29,12 @@ compiled = pytest.mark.skipif(_native.library() is None, reason="no C compiler")
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "library", lambda: None)
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what `library` remembers."""
+    monkeypatch.setattr(_native, "library", _native.library.__wrapped__)
 
 
 def logits(rows: int, cols: int, spread: float = 30.0) -> Tensor:
@@ -93,6 +100,21 @@ def test_what_is_no_number_is_seen() -> None:
     total, *_ = _native.exp_sums_(z, maximum, FLOOR)
     assert torch.isnan(total[[0, 1, 3]]).all() and torch.isfinite(total[[2, 4, 5]]).all()
     assert z[50, 2] == pytest.approx(math.exp(FLOOR), rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [60, 16])
+@pytest.mark.parametrize("stats", [(), ("entropy",)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_row_of_no_numbers_has_no_log_prob(
+    width: int, stats: tuple[str, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of a row that is certain, which a maximum of -inf tells."""
+    set_width(monkeypatch, width)
+    hidden, weight = torch.randn(3, 4), torch.randn(50, 4)
+    hidden[1] = torch.nan
+    more = {"bias": torch.zeros(50)} if bias else {}
+    logp = linear_logprob(hidden, weight, torch.tensor([1, 2, 3]), stats=stats, **more).logp
+    assert logp.isnan().tolist() == [False, True, False]
 
 
 @compiled
@@ -188,8 +210,33 @@ def test_estimates_of_sketches(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(own.error, true.error, rtol=1e-9, atol=1e-12)
 
 
+def test_an_estimate_of_no_number_has_no_error() -> None:
+    a = torch.randn(2, 4, 4)
+    a[0, 0, 0] = torch.nan
+    found = sketch_dot(a)
+    assert found.value.isnan().tolist() == found.error.isnan().tolist() == [True, False]
+
+
+def test_whoever_looks_on_at_an_estimate_sees_torch() -> None:
+    """Gradients, transforms, fake tensors, graphs: none of them knows of C."""
+    a = torch.randn(3, 4, 4, requires_grad=True)
+    plain = sketch_dot(a.detach())
+    found = sketch_dot(a)
+    (grad,) = torch.autograd.grad(found.value.sum(), a)
+    torch.testing.assert_close(grad, 2 * a.detach())
+    own = a.detach()
+    for other in (torch.vmap(lambda x: sketch_dot(x).value)(own), found.value.detach()):
+        torch.testing.assert_close(other, plain.value, rtol=1e-12, atol=1e-12)
+    negative = sketch_dot(own, torch._neg_view(own)).value
+    torch.testing.assert_close(negative, -plain.value, rtol=1e-12, atol=1e-12)
+    compiled_ = torch.compile(sketch_dot, fullgraph=True, backend="eager")(own)
+    torch.testing.assert_close(compiled_.error, plain.error, rtol=1e-9, atol=1e-12)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert sketch_dot(own).value.shape == (3,)
+
+
 @compiled
-@pytest.mark.parametrize("k", [9, 16, 20, 64, 256, 1024])
+@pytest.mark.parametrize("k", [9, 16, 20, 64, 256, 4096, 10000])
 @pytest.mark.parametrize("cols", [1, 16, 37, 300])
 def test_projection(k: int, cols: int) -> None:
     """As the product with the signs: of rows of a wider matrix, in parts, added to others."""
@@ -249,17 +296,29 @@ def test_the_head_without_c(
     assert_no_worse(ours, naive, truth, torch.float32, scale=1.0 + spread)
 
 
+@pytest.mark.usefixtures("anew")
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
         ("FASTPREF_NATIVE", "0", None),
         ("CC", "no-such-compiler", "no C compiler (no-such-compiler)"),
         ("CC", "false", "native.c was not compiled"),
+        ("CC", "'cc", "No closing quotation"),
     ],
 )
 def test_no_library(name: str, value: str, says: str | None, monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.setenv(name, value)
-    monkeypatch.setattr(_native, "library", _native.library.__wrapped__)  # not what it remembers
     with caplog.at_level(logging.INFO, logger="fastpref_kernels"):
         assert _native.library() is None
     assert (says in caplog.text) if says else not caplog.text
+
+
+@pytest.mark.usefixtures("anew")
+def test_no_library_where_nothing_can_be_written(monkeypatch: Any, caplog: Any) -> None:
+    def refuse(**_: object) -> None:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(_native.tempfile, "TemporaryDirectory", refuse)
+    with caplog.at_level(logging.WARNING, logger="fastpref_kernels"):
+        assert _native.library() is None
+    assert "no usable temporary directory" in caplog.text

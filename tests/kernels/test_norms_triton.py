@@ -158,6 +158,7 @@ def test_column_sums(shape: tuple[int, ...]) -> None:
         (65, 200, 48, 2**32 - 200),
         (33, 64, 100, 0),
         (3, 40, 1, 0),
+        (2, 5, 65600, 3),
     ],
 )
 def test_projection(rows_: int, features: int, k: int, first: int) -> None:
