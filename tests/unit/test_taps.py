@@ -298,3 +298,16 @@ def test_what_no_layer_tells_a_first_batch_shows(mode: str) -> None:
     module.model.layers[1].mlp = Crossed(module.model.layers[1].mlp)
     with pytest.raises(ValueError, match="see in block.1.mlp of LlamaForCausalLM differ.*head"):
         check_taps(model, attach(module, mode), PAIRS)
+
+
+def test_a_default_device_is_none_of_the_projections_business() -> None:
+    x = torch.randn(5, 40)
+
+    def projected() -> torch.Tensor:
+        ops = BlockOps(torch.tensor([0, 0, 1, 1, 1], device="cpu"), [2, 3], Signs(0))
+        assert ops.first.device.type == "cpu"
+        return ops.project(x, "a", "in", 16)
+
+    plain = projected()
+    with torch.device("meta"):
+        assert torch.equal(projected(), plain)
