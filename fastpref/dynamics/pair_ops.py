@@ -1,8 +1,9 @@
-"""What pair parts are computed by: the fused operations of a GPU, or dense blocks on a CPU.
+"""What pair parts are computed by: the fused operations of a GPU, or C and dense blocks on a CPU.
 
 Both give the same numbers but for rounding. On a CPU a step of a small model is a few hundred calls
 long, so the parts of its pairs must not take many calls either: signs of projections are made once
-and kept, segments are summed in dense blocks. Shapes: T tokens, P pairs, k sketch size.
+and kept, and sums over a pair's tokens are one call of C, or of dense blocks. Shapes: T tokens, P
+pairs, k sketch size.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Signs:
         blocks = torch.arange(first // size, -(-(first + rows) // size), device="cpu")
         ids = torch.arange(first, first + rows, device="cpu")
         signs = projection.row_signs(ids, torch.float32)
-        found = _native.Signs(signs, projection.turns(blocks, size).to(torch.int32), k)
+        found = _native.Signs(signs, projection.turns(blocks, size).to(torch.int32), size, k)
         self.turned[key, side, first, rows, k] = found
         return found
 

@@ -101,6 +101,7 @@ def check_shapes(
 def check_numbers(
     softcap: float | None, logit_scale: float, temperature: float, cache: int, group_size: int
 ) -> None:
+    """ValueError for an option of `linear_logprob` that is no number of its range."""
     scales = (("softcap", softcap), ("temperature", temperature), ("logit_scale", logit_scale))
     for name, value in scales:
         # A tensor would get no gradient, and its value may change after it was checked.
@@ -127,6 +128,7 @@ def check_numbers(
 
 
 def check_names(stats: Sequence[str], norms: str | None) -> None:
+    """ValueError for statistics or norms that `linear_logprob` does not know."""
     known = SEGMENT_STATS + ROW_STATS
     if not isinstance(stats, Collection):
         raise ValueError(f"linear_logprob: stats must be a sequence of names, got {stats!r}.")

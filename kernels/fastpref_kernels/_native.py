@@ -27,7 +27,7 @@ LOGGER = logging.getLogger("fastpref_kernels")
 SOURCE = Path(__file__).with_name("native.c")
 # No errno and no traps, so that loops vectorise; every multiply-add that is to be fused says so.
 FLAGS = ("-O3", "-std=c11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
-PARTS, WORK = 8, 48  # rows of what column_maxima and exp_sums work in
+PARTS, WORK = 8, 48  # rows of what column_maxima and exp_sums work in: PARTS of native.c, 6 each
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _matrix = (_pointer, _long, _long)
@@ -219,14 +219,13 @@ def projects(k: int) -> bool:
 
 class Signs:
     """Those of a `Projection` with k columns: its row_signs (N,) float32 and turns, int32, from a
-    multiple of K on."""
+    multiple of K = `size` on."""
 
     __slots__ = ("k", "pointers", "tensors")
 
-    def __init__(self, row_signs: Tensor, turns: Tensor, k: int) -> None:
+    def __init__(self, row_signs: Tensor, turns: Tensor, size: int, k: int) -> None:
         self.k, self.tensors = k, (row_signs, turns)
-        quads = (1 << (k - 1).bit_length()) // 16
-        self.pointers = (row_signs.data_ptr(), turns.data_ptr(), quads, k)
+        self.pointers = (row_signs.data_ptr(), turns.data_ptr(), size // 16, k)
 
 
 def project(x: Tensor, signs: Signs, before: Tensor | None) -> Tensor:

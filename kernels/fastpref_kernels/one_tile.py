@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native
@@ -20,7 +19,7 @@ from ._launch import surroundings
 from ._plan import Plan
 from ._route import is_plain
 from .head_op import backward_op
-from .row_sums import FLOOR, column_maxima, column_sums
+from .row_sums import FLOOR, column_maxima, column_sums, exp_, log_prob
 from .segment import segment_expand, segment_sum
 
 
@@ -50,7 +49,10 @@ def _forward(
         z = torch.mm(weight, hidden.t())
         if slope != 1.0:
             z.mul_(slope)
-        state, logp = (_native.one_tile_ if _native.fits(z) else _rows)(z, target, FLOOR, keep)
+        if _native.fits(z):
+            state, logp = _native.one_tile_(z, target, FLOOR, keep)
+        else:
+            state, logp = _rows(z, target, keep)
         nothing = z.new_empty(0, len(target))
         mixed, exps = z.new_empty(0, weight.shape[1]), z if keep else nothing
         if need_hidden and not keep:
@@ -61,17 +63,17 @@ def _forward(
     return logp, state, mixed, exps, nothing
 
 
-def _rows(z: Tensor, target: Tensor, floor: float, keep: bool) -> tuple[Tensor, Tensor]:
+def _rows(z: Tensor, target: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """As `_native.one_tile_`."""
     place = target.unsqueeze(0)
     own = z.gather(0, place)
     z.scatter_(0, place, -torch.inf)
     maximum = column_maxima(z)
-    total = column_sums(z.sub_(maximum).clamp_(min=floor).exp_())
+    total = column_sums(exp_(z, maximum))
     odds = (maximum - own.squeeze(0)).add_(total.log())
     if keep:
         z.scatter_(0, place, total.neg().unsqueeze(0))
-    return torch.stack((maximum, total, odds)), F.logsigmoid(odds.neg())
+    return torch.stack((maximum, total, odds)), log_prob(odds)
 
 
 class _OneTile(torch.autograd.Function):

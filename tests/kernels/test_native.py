@@ -246,7 +246,9 @@ def test_projection(k: int, cols: int) -> None:
     x = torch.randn(45, cols + 3)[:, :cols]
     rows = torch.arange(first, first + cols)
     blocks = torch.arange(first // size, -(-(first + cols) // size))
-    own = _native.Signs(side.row_signs(rows, torch.float32), side.turns(blocks, size).int(), k)
+    own = _native.Signs(
+        side.row_signs(rows, torch.float32), side.turns(blocks, size).int(), size, k
+    )
     true = x.double() @ side.signs(rows, k, torch.float64)
     found = _native.project(x, own, None)
     torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-4)
@@ -258,7 +260,7 @@ def test_projection(k: int, cols: int) -> None:
 def test_sums_for_taps_are_the_same_with_every_number_of_threads() -> None:
     first, k = torch.tensor([0, 700, 701, 2100]), 16
     x, y = torch.randn(2100, 256), torch.randn(2100, 256)
-    own = _native.Signs(torch.ones(256), torch.arange(16, dtype=torch.int32), k)
+    own = _native.Signs(torch.ones(256), torch.arange(16, dtype=torch.int32), 16, k)
     found = []
     threads = torch.get_num_threads()
     try:
@@ -284,15 +286,21 @@ def test_what_c_may_not_work_on() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("cache", [-1, 1])
 @pytest.mark.parametrize("spread", [2.0, 150.0])
+@pytest.mark.parametrize("stats", [(), ("entropy", "sum_sq_prob")])  # none: one_tile.py
 @pytest.mark.usefixtures("without")
 def test_the_head_without_c(
-    width: int, bias: bool, cache: int, spread: float, monkeypatch: pytest.MonkeyPatch
+    width: int,
+    bias: bool,
+    cache: int,
+    spread: float,
+    stats: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_width(monkeypatch, width)
     case = make_case(21, 16, 301, dtype=torch.float32, segments=6, bias=bias, spread=spread)
     truth = run(reference.linear_logprob, case.to(torch.float64))
     naive = run(reference.linear_logprob, case)
-    ours = run(linear_logprob, case, cache=cache, stats=("entropy", "sum_sq_prob"))
+    ours = run(linear_logprob, case, cache=cache, stats=stats)
     assert_no_worse(ours, naive, truth, torch.float32, scale=1.0 + spread)
 
 
