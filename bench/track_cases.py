@@ -25,8 +25,8 @@ from fastpref.data.dataset import Dataset
 from fastpref.data.loader import StepPlan
 from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
 from fastpref.data.tokenize import TokenPair
-from fastpref.dynamics.pair_parts import WAITING
-from fastpref.dynamics.taps import attach
+from fastpref.dynamics.taps import WAITING, attach
+from fastpref.heap import keep_freed_memory
 from fastpref.loading import prepare
 from fastpref.losses import get_loss
 from fastpref.model import PairModel
@@ -137,6 +137,7 @@ class Subject:
         torch.manual_seed(0)
         with torch.device(device):
             module = LlamaForCausalLM(size.config()).to(weights_dtype)
+        keep_freed_memory()
         prepare(module)
         products = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.model = PairModel(module, None, device, products, "bench")

@@ -15,7 +15,7 @@ from fastpref_kernels.segment import segment_sum
 from torch import Tensor, nn
 
 from fastpref.batch import GROUP_WITH_TAILS, PairBatch
-from fastpref.dynamics.tap_layers import Embedding, Input
+from fastpref.dynamics.tap_layers import Embedding
 from fastpref.dynamics.taps import Taps, TapValues
 from fastpref.losses import sequence_sums
 from fastpref.model import Head, HeadNorms, PairModel, Scored
@@ -54,11 +54,11 @@ class PairGradients:
 
     def scaled(self, factor: Tensor | float, of: str) -> PairGradients:
         """Of ``factor`` (P,) times the quantity, which is called ``of``."""
-        if not isinstance(factor, Tensor):
-            factor = self.norm_sq.new_full((), factor)
-        factor = factor.to(self.norm_sq.dtype)
-        square = factor.square()
-        sides = factor.unsqueeze(-1).unsqueeze(-1) if factor.dim() else factor
+        sides = factor
+        if isinstance(factor, Tensor):
+            factor = factor.to(self.norm_sq.dtype)
+            sides = factor.unsqueeze(-1).unsqueeze(-1)
+        square = factor * factor
         return replace(
             self,
             norm_sq=self.norm_sq * square,
@@ -116,7 +116,7 @@ def pair_gradients(
             )
             for (tap, ids, _), dy in zip(taps.anchors, found, strict=True):
                 if dy is not None and tap.group >= 0:
-                    taps.receive(tap, ids, dy, Input())
+                    taps.add_embedding(tap, ids, dy)
     values = put_together(model, taps, batch, scored, slope, of, change)
     chosen, rejected = sequence_sums(scored.logp.detach(), batch.num_pairs, tail_weight)
     return replace(values, logp_chosen=chosen, logp_rejected=rejected)
@@ -188,10 +188,12 @@ def combine_head(batch: PairBatch, scored: Scored, slope: Tensor) -> tuple[Tenso
     """Squared norm (P,) and sketch (P, k, k) of the head's gradient of sum over a pair's segments
     of slope x logp, from those of the segments."""
     assert scored.gram is not None and scored.sketch is not None
-    own = slope.view(batch.num_pairs, -1)
-    norms = torch.einsum("pa,pab,pb->p", own, scored.gram.to(own.dtype), own).clamp(min=0)
-    parts = scored.sketch.unflatten(0, own.shape)
-    return norms, torch.einsum("pa,paij->pij", own.to(parts.dtype), parts)
+    own = slope.view(batch.num_pairs, 1, -1)
+    norms = own @ scored.gram.to(own.dtype) @ own.mT
+    k = scored.sketch.shape[-1]
+    parts = scored.sketch.view(batch.num_pairs, -1, k * k)
+    sketch = (own.to(parts.dtype) @ parts).view(-1, k, k)
+    return norms.view(-1).clamp_(min=0), sketch
 
 
 def _without_head(taps: Taps, values: TapValues) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from fastpref import attention, last_block, lora, quantised
 from fastpref.architecture import NO_INTERFACE
 from fastpref.attention_backends import choose_backend, demand_backend
 from fastpref.config import Config, unplanned
+from fastpref.heap import keep_freed_memory
 from fastpref.model import PairModel
 from fastpref.recompute import checkpoint_layers, last_layer
 from fastpref.router import Router, find_router
@@ -108,6 +109,8 @@ def _load(config: Config, source: Source, tokenizer: Any) -> PairModel:
     quantised.settle(module)
     if kept is torch.bfloat16:  # other log-probs than those of the files' own precision
         identity += " weights:bfloat16"
+    if device.type == "cpu":
+        keep_freed_memory()
     prepare(module)
     checkpoint_layers(module, unplanned(config).gradient_checkpointing)
     return PairModel(module, tokenizer, device, dtype, identity)

@@ -24,7 +24,7 @@ from fastpref import attention_torch
 from fastpref.attention_backends import HALF, Backend
 from fastpref.batch import PairBatch
 from fastpref.config import Config
-from fastpref.dynamics.pair_parts import WAITING
+from fastpref.dynamics.taps import WAITING
 from fastpref.head import freeze_body
 from fastpref.live_bytes import LiveBytes, Scratch
 from fastpref.loading import reference_skeleton, skeleton

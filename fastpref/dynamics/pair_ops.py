@@ -2,33 +2,38 @@
 
 Both give the same numbers but for rounding. On a CPU a step of a small model is a few hundred calls
 long, so the parts of its pairs must not take many calls either: signs of projections are made once
-and kept, and sums over a pair's tokens are one call of C, or of dense blocks. Shapes: T tokens, P
-pairs, k sketch size.
+and kept, and all that is sketched of many linear layers is one call of C. Shapes: T tokens, P
+pairs, G layer groups, d inputs, p outputs, D features, k sketch size.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from fastpref_kernels import _native, linear_norms
 from fastpref_kernels._launch import resolve_backend, surroundings
 from fastpref_kernels.column_sums import column_sums
 from fastpref_kernels.count_sketch import vocabulary_signs
-from fastpref_kernels.projection import Projection, buckets_of, project
-from fastpref_kernels.segment import add_rows_
+from fastpref_kernels.projection import Projection, native_signs, project
 from fastpref_kernels.segment_products import segment_products, wide_dtype
 from fastpref_kernels.spans import starts
 from fastpref_kernels.token_blocks import TokenBlocks
 from torch import Tensor
 
-from fastpref.transfer import numbers
+from fastpref.dynamics.places import Place
 
 CHUNK = 1 << 20  # numbers of a norm's input that are multiplied at a time
 HALF = (torch.bfloat16, torch.float16)
 KEPT = 1 << 30  # bytes of signs that stay in memory
+
+# What follows is by token, (T, ...), or, as most layers see it, in a row of tokens, (1, T, ...).
+# An input x (T, d) of linear layers, and of each the gradient of its output (T, p) and its weight.
+LinearInput = tuple[Tensor, Sequence[tuple[Tensor, Place]]]
+# A bias or a norm's weight, and what `sums` makes its gradient of.
+VectorInput = tuple[Place, Tensor, Tensor | None, float, bool]
 
 
 class Signs:
@@ -36,8 +41,10 @@ class Signs:
 
     def __init__(self, seed: int) -> None:
         self.seed, self.kept, self.bytes = seed, {}, 0  # type: ignore[var-annotated]
-        # By key, side, first row, rows, k.
-        self.turned: dict[tuple[str, str, int, int, int], _native.Signs] = {}
+        # Pointers to signs for C, both sides of a linear layer's weight or one of a vector; None
+        # where C has none. By k.
+        self.linear: dict[int, dict[Place, tuple[_native.Signs, _native.Signs] | None]] = {}
+        self.vector: dict[int, dict[Place, _native.Signs | None]] = {}
 
     def get(
         self, key: str, side: str, first: int, rows: int, k: int, device: torch.device
@@ -51,21 +58,26 @@ class Signs:
             self._keep(name, found.to(torch.int8))
         return found
 
-    def make_turned(
-        self, key: str, side: str, first: int, rows: int, k: int
-    ) -> _native.Signs | None:
-        """What `_native.project` wants of rows first .. first + N - 1, kept in `turned`; None where
-        it cannot do it."""
-        size = buckets_of(k)
-        if not _native.projects(k) or first % size:
-            return None
-        projection = Projection.of(self.seed, key, side)
-        blocks = torch.arange(first // size, -(-(first + rows) // size), device="cpu")
-        ids = torch.arange(first, first + rows, device="cpu")
-        signs = projection.row_signs(ids, torch.float32)
-        found = _native.Signs(signs, projection.turns(blocks, size).to(torch.int32), size, k)
-        self.turned[key, side, first, rows, k] = found
-        return found
+    def of_linear(self, place: Place, k: int) -> tuple[_native.Signs, _native.Signs] | None:
+        """For C, of the inputs and the outputs of a linear layer's weight; None where it cannot."""
+        found = self.linear.setdefault(k, {})
+        if place not in found:
+            inputs, outputs = place.parameter.shape[:: 1 if place.transposed else -1]
+            sides = ("in", 0, inputs), ("out", place.first_output, outputs)
+            both = [self.for_c(place.key, *side, k) for side in sides]
+            found[place] = None if None in both else tuple(both)  # type: ignore[assignment]
+        return found[place]
+
+    def of_vector(self, place: Place, k: int) -> _native.Signs | None:
+        """For C, of a weight that is a vector; None where it cannot."""
+        found = self.vector.setdefault(k, {})
+        if place not in found:
+            found[place] = self.for_c(place.key, "vector", 0, len(place.parameter), k)
+        return found[place]
+
+    def for_c(self, key: str, side: str, first: int, rows: int, k: int) -> _native.Signs | None:
+        """Of rows first .. first + N - 1; None where C cannot do it."""
+        return native_signs(Projection.of(self.seed, key, side), first, rows, k)
 
     def of_vocabulary(
         self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None
@@ -96,70 +108,89 @@ class Signs:
 class PairOps(Protocol):
     """Sums over the tokens of every pair."""
 
-    def project(
-        self, x: Tensor, key: str, side: str, k: int, first: int = 0, before: Tensor | None = None
-    ) -> Tensor:
-        """(T, k) x times the signs of a projection; added to ``before``, in place, where given."""
+    def add_linear(self, out: Tensor, inputs: Sequence[LinearInput]) -> None:
+        """out[group] (P, k, k) += sketches of linear layers' gradients, the weight's group."""
 
-    def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
-        """(T, k) signs of the rows of an embedding."""
+    def add_vectors(self, norm_sq: Tensor, sketch: Tensor, given: Sequence[VectorInput]) -> None:
+        """norm_sq[group] (P,), sketch[group] (P, k, k) += those of the gradients of vectors."""
 
-    def add_products(
-        self, out: Tensor, groups: Sequence[int], y: Sequence[Tensor], x: Sequence[Tensor]
-    ) -> None:
-        """out[groups[e]] (P, k, k) += sums of y_t x_t^T / k, for E narrow matrices y, x (T, k)."""
+    def add_products(self, out: Tensor, y: Tensor, x: Tensor) -> None:
+        """out (P, k, k) += sums of y_t x_t^T / k, y and x (T, k)."""
+
+    def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
+        """(T, k) x times the signs of a projection."""
 
     def sums(
-        self, dy: Tensor, x: Tensor | None = None, eps: float | None = 0.0, centred: bool = False
+        self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
     ) -> Tensor:
-        """(P, D) as `column_sums`; with eps None of dy times x as it is."""
+        """(P, D) as `column_sums`."""
 
     def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
         """(P,) as `linear_norms`."""
 
 
-class FusedOps:
+class CalledOps:
+    """What is the same however the calls themselves are made."""
+
+    signs: Signs
+
+    def add_linear(self: PairOps, out: Tensor, inputs: Sequence[LinearInput]) -> None:
+        k = out.shape[-1]
+        for x, layers in inputs:
+            for own in of_one_projection(layers):
+                place = own[0][1]
+                outputs = functools.reduce(
+                    torch.Tensor.add_,
+                    [self.project(by_token(dy), p.key, "out", k, p.first_output) for dy, p in own],
+                )
+                projected = self.project(by_token(x), place.key, "in", k)
+                self.add_products(out[place.group], outputs, projected)
+
+    def add_vectors(
+        self: PairOps, norm_sq: Tensor, sketch: Tensor, given: Sequence[VectorInput]
+    ) -> None:
+        k = sketch.shape[-1]
+        for place, dy, x, eps, centred in given:
+            sums = self.sums(by_token(dy), None if x is None else by_token(x), eps, centred)
+            norm_sq[place.group] += sums.square().sum(1)
+            own = self.project(sums, place.key, "vector", k * k)
+            sketch[place.group] += own.unflatten(1, (k, k)) / k
+
+
+class FusedOps(CalledOps):
     """Of fastpref_kernels' operations."""
 
     def __init__(self, pair_of_token: Tensor, counts: list[int], signs: Signs) -> None:
         self.pair, self.counts, self.signs = pair_of_token, counts, signs
 
-    def project(
-        self, x: Tensor, key: str, side: str, k: int, first: int = 0, before: Tensor | None = None
-    ) -> Tensor:
-        found = project(x, Projection.of(self.signs.seed, key, side), k, first_row=first)
-        return found if before is None else before.add_(found)
-
-    def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
-        return self.signs.of_vocabulary(ids, key, vocab, k, buckets)
-
-    def add_products(
-        self, out: Tensor, groups: Sequence[int], y: Sequence[Tensor], x: Sequence[Tensor]
-    ) -> None:
+    def add_products(self, out: Tensor, y: Tensor, x: Tensor) -> None:
         pairs = len(self.counts)
-        backend = resolve_backend("auto", self.pair.device, wide_dtype(*y, *x), op="taps")
-        known: dict[str, Any] = {"counts": self.counts, "backend": backend, "name": "taps"}
-        found = [
-            segment_products(a, b, self.pair, pairs, **known) for a, b in zip(y, x, strict=True)
-        ]
-        add_sketches(out, groups, torch.stack(found))
+        backend = resolve_backend("auto", self.pair.device, wide_dtype(y, x), op="taps")
+        out += (
+            segment_products(
+                y, x, self.pair, pairs, counts=self.counts, backend=backend, name="taps"
+            )
+            / out.shape[-1]
+        )
+
+    def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
+        return project(x, Projection.of(self.signs.seed, key, side), k, first_row=first)
 
     def sums(
-        self, dy: Tensor, x: Tensor | None = None, eps: float | None = 0.0, centred: bool = False
+        self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
     ) -> Tensor:
-        if eps is None:
-            dy, x, eps = dy if x is None else dy * x, None, 0.0
         return column_sums(dy, self.pair, len(self.counts), x=x, eps=eps, centred=centred)
 
     def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
         return linear_norms(x, dy, self.pair, num_segments=len(self.counts), counts=self.counts)
 
 
-class BlockOps:
+class BlockOps(CalledOps):
     """In C where it is there, else of dense blocks: for a CPU."""
 
     def __init__(self, pair_of_token: Tensor, counts: list[int], signs: Signs) -> None:
         self.pair, self.counts, self.signs = pair_of_token, counts, signs
+        self.tokens = sum(counts)
 
     @functools.cached_property
     def blocks(self) -> TokenBlocks:
@@ -170,39 +201,70 @@ class BlockOps:
         """(P + 1,) the first token of every pair, and T."""
         return torch.tensor(starts(self.counts), device="cpu")
 
-    def project(
-        self, x: Tensor, key: str, side: str, k: int, first: int = 0, before: Tensor | None = None
-    ) -> Tensor:
-        if x.dtype in HALF:
-            x = x.to(torch.float32)
-        # One lookup is what a projection costs beside the call of C.
-        signs = self.signs.turned.get((key, side, first, x.shape[1], k))
-        if type(x) is not Tensor or x.dtype is not torch.float32 or x.stride(1) != 1:
-            signs = None
-        elif signs is None:
-            signs = self.signs.make_turned(key, side, first, x.shape[1], k)
-        if signs is not None and (before is None or before.dtype is torch.float32):
-            return _native.project(x, signs, before)
-        with torch.no_grad(), surroundings(x.device):
-            wide = wide_dtype(x) if before is None else before.dtype
-            own = self.signs.get(key, side, first, x.shape[1], k, x.device).to(wide)
-            rows = x.to(wide)
-            return torch.mm(rows, own) if before is None else before.addmm_(rows, own)
+    # Both that follow run between products that have emptied the caches, see taps.py.
 
-    def vocabulary(self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None) -> Tensor:
-        return self.signs.of_vocabulary(ids, key, vocab, k, buckets)
+    def add_linear(self, out: Tensor, inputs: Sequence[LinearInput]) -> None:
+        k = out.shape[-1]
+        sides: list[_native.Side] = []
+        for x, layers in inputs:
+            own = self._sides(x, layers, k) if _native.fits(out) else None
+            if own is None:
+                super().add_linear(out, [(x, layers)])
+            else:
+                sides += own
+        if sides:
+            _native.linear_sketches_(out, sides, self.first, 1.0 / k)
 
-    def add_products(
-        self, out: Tensor, groups: Sequence[int], y: Sequence[Tensor], x: Sequence[Tensor]
-    ) -> None:
-        if all(map(_native.fits, (out, *y, *x))):
-            _native.segment_products_(out, groups, y, x, self.first, 1.0 / out.shape[-1])
+    def _sides(
+        self, x: Tensor, layers: Sequence[tuple[Tensor, Place]], k: int
+    ) -> list[_native.Side] | None:
+        """For `_native.linear_sketches_`; None where C cannot do it."""
+        found: list[_native.Side] = []
+        key, x = None, _single(x)
+        for dy, place in layers:
+            dy, signs = _single(dy), self.signs.of_linear(place, k)
+            if signs is None or not _native.fits_rows(dy):
+                return None
+            if place.key != key:
+                key = place.key
+                found.append((x, signs[0], place.group))
+            found.append((dy, signs[1], -1))
+        return found if k <= _native.NARROW and _native.fits_rows(x) else None
+
+    def add_vectors(self, norm_sq: Tensor, sketch: Tensor, given: Sequence[VectorInput]) -> None:
+        size = sketch.shape[-1] ** 2
+        vectors: list[_native.Vector] = []
+        for one in given:
+            place, dy, x, eps, centred = one
+            signs, kind = self.signs.of_vector(place, size), _native.ALONE
+            fits = dy.shape[-1] <= MOST_FEATURES and _native.fits(dy) and _native.fits(norm_sq)
+            if x is not None:
+                kind, fits = _native.CENTRED if centred else _native.RMS, fits and _native.fits(x)
+            if fits and signs is not None:
+                vectors.append((dy, x, kind, eps, signs, place.group))
+            else:
+                super().add_vectors(norm_sq, sketch, [one])
+        if vectors:
+            _native.vector_sketches_(norm_sq, sketch, vectors, self.first, self.tokens, size**-0.5)
+
+    def add_products(self, out: Tensor, y: Tensor, x: Tensor) -> None:
+        if all(map(_native.fits, (out, y, x))):
+            _native.segment_products_(out, y, x, self.first, 1.0 / out.shape[-1])
         else:
-            found = self.blocks.products(torch.stack(list(y)), torch.stack(list(x)))
-            add_sketches(out, groups, found)
+            out += self.blocks.products(y.unsqueeze(0), x.unsqueeze(0))[0] / out.shape[-1]
+
+    def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
+        x = _single(x)
+        turned = self.signs.for_c(key, side, first, x.shape[1], k) if _native.fits_rows(x) else None
+        if turned is not None:
+            return _native.project(x, turned)
+        with torch.no_grad(), surroundings(x.device):
+            wide = wide_dtype(x)
+            signs = self.signs.get(key, side, first, x.shape[1], k, x.device)
+            return torch.mm(x.to(wide), signs.to(wide))
 
     def sums(
-        self, dy: Tensor, x: Tensor | None = None, eps: float | None = 0.0, centred: bool = False
+        self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
     ) -> Tensor:
         if _native.fits(dy) and (x is None or _native.fits(x)):
             return _native.segment_sums(dy, x, self.first, eps, centred)
@@ -212,8 +274,7 @@ class BlockOps:
         for i in range(0, len(dy), step):
             rows = dy[i : i + step].to(dtype)
             if x is not None:
-                own = x[i : i + step].to(dtype)
-                rows = rows * own if eps is None else _times_normalised(rows, own, eps, centred)
+                rows = _times_normalised(rows, x[i : i + step].to(dtype), eps, centred)
             if rows.dim() == 3:
                 rows = rows.sum(1)
             out.index_add_(0, self.pair[i : i + step], rows)
@@ -223,10 +284,27 @@ class BlockOps:
         return self.blocks.norms(x, dy)
 
 
-def add_sketches(out: Tensor, groups: Sequence[int], sketches: Tensor) -> None:
-    """out[groups[e]] (P, k, k) += sketches (E, P, k, k) / k."""
-    own = sketches.flatten(1).to(out.dtype) / out.shape[-1]
-    add_rows_(out.flatten(1), numbers(groups, out.device), own)
+MOST_FEATURES = 1 << 14  # of a vector whose sums stand on a thread's stack
+
+
+def of_one_projection(
+    layers: Sequence[tuple[Tensor, Place]],
+) -> Iterator[Sequence[tuple[Tensor, Place]]]:
+    """Layers of one input by the key of their projections, which come one behind the other."""
+    start = 0
+    for i in range(1, len(layers) + 1):
+        if i == len(layers) or layers[i][1].key != layers[start][1].key:
+            yield layers[start:i]
+            start = i
+
+
+def by_token(x: Tensor) -> Tensor:
+    """(T, ...) of that or (1, T, ...); a batch has more than one token."""
+    return x[0] if x.shape[0] == 1 else x
+
+
+def _single(x: Tensor) -> Tensor:
+    return x.to(torch.float32) if x.dtype in HALF else x
 
 
 def _times_normalised(dy: Tensor, x: Tensor, eps: float, centred: bool) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fastpref.dynamics import tap_layers
-from fastpref.dynamics.pair_parts import Place, VocabularyPlace
+from fastpref.dynamics.places import Place, VocabularyPlace
 from fastpref.dynamics.tap_layers import Embedding, Kind, Linear, Norm
 
 _BLOCK = re.compile(r"^(?:.*?\.)??(\d+)\.(.+)$")

@@ -7,7 +7,7 @@ Shapes: T tokens of a packed batch, d inputs, p outputs, D features, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 if TYPE_CHECKING:
-    from fastpref.dynamics.pair_parts import Factors
-    from fastpref.dynamics.taps import Tap
+    from fastpref.dynamics.taps import Tap, Taps
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class Norm:
 
     eps: float
     centred: bool
-    offset: float | None = None  # of a y that is (offset + weight) times that derivative
 
 
 Kind = Linear | Embedding | Norm
@@ -107,7 +105,7 @@ def _norm(module: nn.Module) -> Norm | None:
     for centred in (False, True):
         at = [(x * size).to(wide) for size in (1.0, eps**0.5)]
         if all(_is_norm(module, own, rows, eps, centred) for rows in at):
-            return Norm(eps, centred, None if centred else _offset(module, own, at[0]))
+            return Norm(eps, centred)
     return None
 
 
@@ -138,39 +136,6 @@ def _at_weight(module: nn.Module, own: dict[str, nn.Parameter], x: Tensor, value
     return found
 
 
-def _offset(module: nn.Module, own: dict[str, nn.Parameter], x: Tensor) -> float | None:
-    """What y is at a weight of 0, over what it gains until 1: 0, or Gemma's 1; None with a bias,
-    which y holds too."""
-    if "bias" in own:
-        return None
-    zero, one = (_at_weight(module, own, x, value) for value in (0.0, 1.0))
-    found = [c for c in (0.0, 1.0) if torch.allclose(zero, c * (one - zero), rtol=1e-3, atol=1e-5)]
-    return found[0] if found else None
-
-
-def gains(norms: Sequence[tuple[Norm, Tensor]], dtype: torch.dtype) -> list[Tensor | None]:
-    """Of norms and their weights (D,): what the derivative in the weight is multiplied by in a y of
-    this dtype, (D,), so that it can be had of y, in half the passes over memory. None where it
-    cannot, or a GPU would have to be waited for."""
-    found: list[Tensor | None] = [None] * len(norms)
-    if dtype.itemsize < 4:
-        return found
-    by_size: dict[int, list[int]] = {}  # few calls for many norms: they are small
-    for i, (norm, weight) in enumerate(norms):
-        if norm.offset is not None and weight.device.type == "cpu":
-            by_size.setdefault(len(weight), []).append(i)
-    small = torch.finfo(dtype).smallest_normal ** 0.5
-    for places in by_size.values():
-        every = torch.stack([norms[i][1].detach().to(dtype) for i in places])
-        offsets = [norms[i][0].offset for i in places]
-        if any(offsets):
-            every += torch.tensor(offsets, dtype=dtype).unsqueeze(1)
-        least = every.abs().amin(1).tolist()
-        for i, gain, size in zip(places, every, least, strict=True):
-            found[i] = gain if size > small else None
-    return found
-
-
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """(name of the layer, layer, name of the parameter in it, parameter), of all layers."""
     for name, layer in module.named_modules():
@@ -179,43 +144,70 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.
 
 
 class Input:
-    """What layers that are given the same tensor have in common: q, k and v, gate and up."""
+    """What layers are given, the same tensor q, k and v, or gate and up, and what the backward has
+    brought of their outputs."""
+
+    __slots__ = ("calls", "taps", "x")
 
     def __init__(self) -> None:
-        self.factors: dict[str, Factors] = {}  # by key of the projection
+        self.x: Tensor | None = None  # where autograd brings it with the gradients: not yet
+        self.calls: list[tuple[Tap, list[Tensor]]] = []  # gradients of the output: none, then one
+        self.taps: list[Tap] = []  # of the calls
+
+    def is_complete(self) -> bool:
+        """Whether the backward has passed all layers."""
+        return all([dy for _, dy in self.calls])
 
 
-class Seen:
-    """A hook on the gradient of a layer's output, which it leaves as it is."""
+class Last:
+    """A hook on the gradient of a layer's output for which other inputs wait."""
 
-    __slots__ = ("shared", "tap")
+    __slots__ = ("brought", "taps", "waiting")
 
-    def __init__(self, tap: Tap, shared: Input) -> None:
-        self.tap, self.shared = tap, shared
+    def __init__(self, brought: list[Tensor], taps: Taps, waiting: list[Input]) -> None:
+        self.brought, self.taps, self.waiting = brought, taps, waiting
 
     def __call__(self, dy: Tensor) -> None:
-        self.tap.taps.receive(self.tap, None, dy, self.shared)
+        self.brought.append(dy)
+        self.taps.take(self.waiting)
 
 
 class Kept(torch.autograd.Function):
-    """The identity on a layer's output. It keeps the layer's input and tells the tap of the
-    gradient that comes back; it hands it on as it is.
+    """The identity on a layer's output. It keeps the layer's input and tells the taps of it and of
+    the gradient that comes back; it hands that on as it is.
 
     What it keeps goes through autograd's saved tensors, so that activation checkpointing drops it
     and computes it again; the forward has no effects and may run twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, tap: Tap, shared: Input | None) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, shared: Input, brought: Callable[[Tensor], None]
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.tap, ctx.shared = tap, shared
+        ctx.shared, ctx.brought = shared, brought
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        ctx.tap.taps.receive(ctx.tap, x, dy, ctx.shared)
+        (ctx.shared.x,) = ctx.saved_tensors
+        ctx.brought(dy)
         return dy, None, None, None
+
+
+def on_gradient(y: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """``y.register_hook(hook)`` without the handle by which it could be removed: what that does
+    besides takes two thirds of its time."""
+    if y._backward_hooks is None and y.grad_fn is not None:
+        y._backward_hooks = {-1: hook}  # handles count from 0
+        y.grad_fn._register_hook_dict(y)
+    else:
+        y.register_hook(hook)
+
+
+def saved_elsewhere() -> bool:
+    """Whether what autograd saves now goes through hooks, as under activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def as_autocast(x: Tensor) -> Tensor:
@@ -224,14 +216,6 @@ def as_autocast(x: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64 or not x.is_floating_point():
         return x
     return x.to(torch.get_autocast_dtype(kind))
-
-
-def input_of(x: Tensor) -> Input:
-    """The same object for layers that are given the same tensor."""
-    shared = getattr(x, "_fastpref_input", None)
-    if shared is None:
-        shared = x._fastpref_input = Input()  # type: ignore[attr-defined]
-    return shared
 
 
 class TokenRows:

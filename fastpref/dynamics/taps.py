@@ -17,8 +17,8 @@ outside of blocks), `norms` (every norm's weight and bias) or `head`; only those
 weights are there. A head that is tied to the embedding belongs to `embedding`.
 
 Memory    Of a tap: nothing beyond what autograd keeps for the layer's own gradient. Sketches: k^2
-          numbers for every pair and group. Layers that share an input wait for each other: the
-          gradients of their outputs live until the last of them has come.
+          numbers for every pair and group. Layers that share an input wait for each other, on a CPU
+          also small layers for others (WAITING): inputs, and gradients of outputs, live until then.
 Shapes    T tokens, P pairs, G groups, k sketch size.
 """
 
@@ -37,12 +37,14 @@ from torch import Tensor, nn
 from fastpref import last_block
 from fastpref.batch import PairBatch
 from fastpref.dynamics import tap_groups, tap_layers
-from fastpref.dynamics.pair_ops import Signs
-from fastpref.dynamics.pair_parts import PairParts, Place, VocabularyPlace
+from fastpref.dynamics.pair_ops import LinearInput, Signs, VectorInput, by_token
+from fastpref.dynamics.pair_parts import PairParts
+from fastpref.dynamics.places import Place
 from fastpref.dynamics.tap_groups import Layer
-from fastpref.dynamics.tap_layers import Embedding, Linear, Norm
+from fastpref.dynamics.tap_layers import Embedding, Input, Kept, Last, Linear, Norm
 
 MODES = ("sketch", "exact")
+WAITING = 1 << 20  # numbers, of inputs and gradients of outputs, that wait for others on a CPU
 
 
 @dataclass(frozen=True)
@@ -70,47 +72,31 @@ class Tap:
 
     def forward(self, x: Tensor, *more: Any, **named: Any) -> Any:
         """In the place of the own one of a layer that is not linear."""
-        if not torch.is_grad_enabled():
-            return self.plain(x, *more, **named)
         y = self.plain(x, *more, **named)
+        if not torch.is_grad_enabled():
+            return y
         if self.taps.anchors is not None and isinstance(self.kind, Embedding):
             y = y.detach().requires_grad_()
             self.taps.anchors.append((self, x, y))
             return y
         if self.group < 0 or not y.requires_grad:
             return y
-        kept = x if self.gain(y.dtype) is None else y
-        return tap_layers.Kept.apply(y, kept.detach(), self, None)
-
-    def gain(self, dtype: torch.dtype) -> Tensor | None:
-        """`tap_layers.gains`, where the layer's output is what is kept of it, in the place of its
-        input."""
-        return self.taps.gains(dtype).get(self.name)
+        return self.taps.watch(self, y, x, Input())
 
     def linear(self, x: Tensor, *more: Any, **named: Any) -> Any:
         """In the place of a linear layer's own."""
         if self.group < 0 or not torch.is_grad_enabled():
             return self.plain(x, *more, **named)
+        shared = x.__dict__.get("_fastpref_input")
+        if shared is None or self in shared.taps:  # a layer that has seen it is recomputed
+            shared = x._fastpref_input = Input()  # type: ignore[attr-defined]
         x = tap_layers.as_autocast(x)
-        shared = tap_layers.input_of(x)
-        place = self.weight
-        if place is not None and place.key not in shared.factors:
-            # Before the layer, which then finds what was read of the input in the cache.
-            parts = self.taps.parts
-            assert parts is not None
-            shared.factors[place.key] = parts.project_input(self.tokens(x, parts), place)
-        y = self.plain(x, *more, **named)
-        if self.taps.keeps_inputs:
-            return tap_layers.Kept.apply(y, x.detach(), self, shared)
-        # Nothing is kept of the input, so a hook on the output's gradient does, at a fraction of
-        # the cost of a Function: the graph is a few hundred nodes long where models are small.
-        y.register_hook(tap_layers.Seen(self, shared))
-        return y
+        return self.taps.watch(self, self.plain(x, *more, **named), x, shared)
 
     def tokens(self, x: Tensor, parts: PairParts) -> Tensor:
-        """Tokens first: the rows of x."""
+        """The rows of x by token: (T, ...), or (1, T, D) as it is."""
         if x.dim() == 3 and x.shape[1] == parts.tokens and x.shape[0] == 1:
-            return x.squeeze(0)
+            return x
         read = [parts.read] if id(self.module) in self.taps.inside else []
         return self.rows(x, parts.tokens, *read)
 
@@ -124,11 +110,10 @@ class Taps:
         self.signs = Signs(seed)
         self.anchors: list[tuple[Tap, Tensor, Tensor]] | None = None
         self.parts: PairParts | None = None
-        self.keeps_inputs = self.exact  # of linear layers, for the backward
         self._watched = False
-        self._gains: dict[torch.dtype, dict[str, Tensor | None]] = {}  # with the weights as watched
-        # An input, and the layers that had it with the gradients of their outputs.
-        self._waiting: tuple[tap_layers.Input, Tensor, list[tuple[Tap, Tensor]]] | None = None
+        # Inputs in the order of the forward. Those of one list wait for the gradients of the first.
+        self._waiting: list[list[Input]] = []
+        self._numbers = 0  # of the last list
         found = tap_groups.find(module)
         self.groups, self.head = found.groups, found.head
         self.layers = [Tap(layer, self) for layer in found.layers]
@@ -146,29 +131,6 @@ class Taps:
         which take all tokens themselves."""
         parts = last_block.narrowed(self.module)
         return {id(m) for part in parts for m in part.modules() if m is not part}
-
-    @functools.cached_property
-    def late(self) -> set[str]:
-        """Names of the norms of a narrowed block, and of those outside of blocks."""
-        parts = {id(part) for part in last_block.narrowed(self.module)}
-        names = [name for name, layer in self.module.named_modules() if id(layer) in parts]
-        narrow = {tap_groups.block_of(name) for name in names} | {None}
-        return {tap.name for tap in self.layers if tap_groups.block_of(tap.name) in narrow}
-
-    def gains(self, dtype: torch.dtype) -> dict[str, Tensor | None]:
-        """Of norms whose output layers behind them keep anyhow, not only some of its rows."""
-        found = self._gains.get(dtype)
-        if found is None:
-            norms = [
-                (tap.name, tap.kind, tap.weight.parameter)
-                for tap in self.layers
-                if isinstance(tap.kind, Norm) and tap.weight is not None
-                if tap.name not in self.late
-            ]
-            of_each = tap_layers.gains([(kind, weight) for _, kind, weight in norms], dtype)
-            found = dict(zip([name for name, *_ in norms], of_each, strict=True))
-            self._gains[dtype] = found
-        return found
 
     @contextmanager
     def watching(
@@ -190,8 +152,7 @@ class Taps:
         if change is not None:
             parts.change = parts.norm_sq.new_zeros(parts.norm_sq.shape)
         self.parts, self._watched = parts, True
-        self.keeps_inputs = self.exact or change is not None
-        self.anchors, self._gains = [] if anchored else None, {}
+        self.anchors = [] if anchored else None
         before = [tap.module.__dict__.get("forward") for tap in self.layers]
         try:
             for tap in self.layers:
@@ -199,20 +160,23 @@ class Taps:
                 linear = isinstance(tap.kind, Linear)
                 tap.module.__dict__["forward"] = tap.linear if linear else tap.forward
             yield
-            self._flush()
+            with torch.no_grad():
+                for inputs in reversed(self._waiting):
+                    self._add(inputs)
         finally:
             for tap, own in zip(self.layers, before, strict=True):
                 if own is None:
                     del tap.module.__dict__["forward"]
                 else:
                     tap.module.__dict__["forward"] = own
-            self._watched, self._waiting, self.anchors = False, None, None
+            for shared in (shared for inputs in self._waiting for shared in inputs):
+                shared.x, shared.calls = None, []  # it hangs on x, which hangs on it
+            self._watched, self._waiting, self._numbers, self.anchors = False, [], 0, None
 
     def collect(self) -> TapValues:
         """What the taps saw since the last call: of the batch that was watched."""
         parts, self.parts = self.parts, None
         assert parts is not None, "nothing was watched since the last collect()"
-        parts.finish()
         exact = {
             name: parts.norm_sq[i]
             for i, name in enumerate(self.groups)
@@ -220,51 +184,80 @@ class Taps:
         }
         return TapValues(exact, parts.sketch, parts.change)
 
-    def receive(
-        self, tap: Tap, x: Tensor | None, dy: Tensor, shared: tap_layers.Input | None
-    ) -> None:
-        """A tap's layer has been passed by the backward."""
+    def watch(self, tap: Tap, y: Tensor, x: Tensor, shared: Input) -> Tensor:
+        """y, the output of a layer for x, whose gradient will be seen when the backward comes."""
+        brought: list[Tensor] = []
+        hook = brought.append
+        if not shared.calls:
+            self._numbers += x.numel()
+            if self._numbers > WAITING or not self._waiting:
+                self._numbers = x.numel()
+                self._waiting.append([])
+            waiting = self._waiting[-1]
+            if not waiting:  # in the order of the backward, the first call of the first is the last
+                hook = Last(brought, self, waiting)
+            waiting.append(shared)
+        self._numbers += y.numel()
+        shared.calls.append((tap, brought))
+        shared.taps.append(tap)
+        if tap_layers.saved_elsewhere():
+            return Kept.apply(y, x.detach(), shared, hook)
+        # At a fraction of the cost of a Function: the graph of a small model is a few hundred nodes
+        # long. What is kept autograd keeps for the layer's own gradient.
+        shared.x = x
+        tap_layers.on_gradient(y, hook)
+        return y
+
+    def take(self, inputs: list[Input]) -> None:
+        """The backward has passed a layer of the first of ``inputs``, or all."""
+        assert self._watched, "the backward ran outside of watching()"
+        if inputs and inputs[0].is_complete():
+            ready = [shared for shared in inputs if shared.is_complete()]
+            inputs[:] = [shared for shared in inputs if not shared.is_complete()]
+            self._add(ready)
+
+    def _add(self, inputs: list[Input]) -> None:
+        """To the sums, the last first."""
         parts = self.parts
-        assert parts is not None and self._watched, "the backward ran outside of watching()"
-        kind, dy = tap.kind, tap.tokens(dy, parts)
-        if isinstance(kind, Linear):
-            assert shared is not None
-            if tap.weight is not None:
-                parts.project_output(shared.factors[tap.weight.key], dy, tap.weight)
-                if x is not None:
-                    self._wait(tap, x, dy, shared)
-            if tap.bias is not None:
-                parts.bias(dy, tap.bias)
-            return
-        assert x is not None
-        if isinstance(kind, Norm):
-            rows, gain = tap.tokens(x, parts), tap.gain(dy.dtype)
-            parts.norm(rows, dy, kind, tap.weight, tap.bias, gain)
-        elif tap.weight is not None:
-            assert isinstance(tap.weight, VocabularyPlace)
-            ids = x.reshape(-1)
+        assert parts is not None
+        linear: list[LinearInput] = []
+        vectors: list[VectorInput] = []
+        for shared in reversed(inputs):
+            # Taken out, as the lists hang on the graph.
+            x, calls = shared.x, [(tap, dy.pop()) for tap, dy in shared.calls if dy]
+            shared.x, shared.calls = None, []
+            if not calls:
+                continue
+            assert x is not None
+            (tap, dy), kind = calls[0], calls[0][0].kind
+            if isinstance(kind, Embedding):
+                self.add_embedding(tap, x, dy)
+                continue
+            rows = tap.tokens(x, parts)
+            calls = [(tap, tap.tokens(dy, parts)) for tap, dy in calls]
+            if isinstance(kind, Norm):
+                vectors += [
+                    (tap.weight, dy, rows, kind.eps, kind.centred)
+                    for tap, dy in calls
+                    if tap.weight
+                ]
+            else:
+                linear.append((rows, [(dy, tap.weight) for tap, dy in calls if tap.weight]))
+            vectors += [(tap.bias, dy, None, 0.0, False) for tap, dy in calls if tap.bias]
+        if linear:
+            parts.linear(linear)
+        if vectors:
+            parts.vectors(vectors)
+
+    def add_embedding(self, tap: Tap, ids: Tensor, dy: Tensor) -> None:
+        """What an embedding got ``ids`` for; dy the gradient of its output."""
+        parts, kind = self.parts, tap.kind
+        assert parts is not None and isinstance(kind, Embedding)
+        ids, dy = ids.reshape(-1), by_token(tap.tokens(dy, parts))
+        if tap.weight is not None:
             parts.embedding(ids, dy, kind.scale, kind.padding_idx, tap.weight)
             if tap is self.tied:
                 parts.tied = (ids, dy)
-
-    def _wait(self, tap: Tap, x: Tensor, dy: Tensor, shared: tap_layers.Input) -> None:
-        """For the other layers of the same input and group: their norms cost less together."""
-        waiting = self._waiting
-        if waiting and (waiting[0] is not shared or waiting[2][0][0].group != tap.group):
-            self._flush()
-        if self._waiting is None:
-            self._waiting = (shared, x, [])
-        self._waiting[2].append((tap, dy))
-
-    def _flush(self) -> None:
-        """What waited for layers of the same input."""
-        waiting, self._waiting = self._waiting, None
-        if waiting is None:
-            return
-        assert self.parts is not None
-        _, x, layers = waiting
-        rows = layers[0][0].tokens(x, self.parts)
-        self.parts.linear(rows, [(dy, tap.weight) for tap, dy in layers if tap.weight is not None])
 
     def weight_sketch(self) -> Tensor:
         """(G, k, k) float64: sketch of the trained weights as they are, under the projections of

@@ -37,13 +37,16 @@ SIGNATURES = {
     "log_odds": (_pointer, _pointer, _pointer, _long, _pointer),
     "log_probs": (_pointer, _long, _pointer),
     "one_tile": (*_matrix, _pointer, _float, _int, *[_pointer] * 3),
-    "segment_products": (
-        *(_pointer, _pointer, _pointer, _long),
-        *(_pointer, _long, _long, _long, _float, _pointer),
-    ),
+    "group_products": (*_matrix, _pointer, _pointer, _long, _long, *[_pointer] * 3),
+    "group_gram": (*[_pointer] * 3, _long, *[_pointer] * 6, *[_long] * 3, _pointer),
+    "project_columns": (*_matrix, _pointer, _pointer, _long, _long, _pointer, _pointer),
+    "head_outputs": (*[_pointer] * 6, _long, _long, _pointer),
+    "segment_products": (_pointer, _pointer, _pointer, *[_long] * 3, _float, _pointer),
     "segment_sums": (_pointer, _pointer, _pointer, *[_long] * 3, _int, _float, _pointer),
     "sketch_dots": (_pointer, _pointer, _long, _long, *[_pointer] * 3),
-    "project": (*_matrix, _long, _pointer, _pointer, _long, _long, _int, _pointer),
+    "project": (*_matrix, _long, _pointer, _pointer, _long, _long, _pointer),
+    "linear_sketches": (_pointer, _long, _pointer, *[_long] * 3, _float, _pointer),
+    "vector_sketches": (*(_pointer, _long) * 2, _long, _float, _pointer, _pointer),
 }
 
 
@@ -103,13 +106,18 @@ def fits(x: Tensor, contiguous: bool = True) -> bool:
     """Whether C may work on x: float32 in a CPU's memory, contiguous if asked for. What nothing
     looks on at (`is_plain`), and no gradient is asked of, is for the caller to know."""
     return (
-        type(x) is Tensor
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
+        x.dtype is torch.float32
+        and type(x) is Tensor
+        and x.is_cpu
         and (not contiguous or x.is_contiguous())
         and not x.is_neg()
         and library() is not None
     )
+
+
+def fits_rows(x: Tensor) -> bool:
+    """Whether C may work on x, whose rows need not follow each other."""
+    return fits(x, contiguous=False) and x.stride(-1) == 1
 
 
 def column_maxima(z: Tensor) -> Tensor:
@@ -171,34 +179,78 @@ def one_tile_(z: Tensor, target: Tensor, floor: float, keep: bool) -> tuple[Tens
     return state, logp
 
 
-def segment_products_(
-    out: Tensor,
-    groups: Sequence[int],
-    y: Sequence[Tensor],
-    x: Sequence[Tensor],
+def group_products(z: Tensor, target: Tensor, first: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Of groups of neighbouring columns of z (C, R), first[b] .. first[b + 1] - 1 in group b, at
+    most ``most`` each: (R, most), [t, j] column t times the j'th of its group, and the latter's
+    entry at row target[t]. What is beyond a group's columns is not written."""
+    (vocab, rows), target = z.shape, target.contiguous()
+    products, met = z.new_empty(rows, most), z.new_empty(rows, most)
+    work = z.new_empty(2 * PARTS * most * rows)
+    sizes = (target.data_ptr(), first.data_ptr(), len(first) - 1, most)
+    places = (work.data_ptr(), products.data_ptr(), met.data_ptr())
+    _library().group_products(z.data_ptr(), vocab, rows, *sizes, *places)
+    return products, met
+
+
+def group_gram_(
+    out: Tensor,  # (B, g, g)
+    found: tuple[Tensor, Tensor],  # of `group_products`
+    hidden: Tensor,  # (R, D)
+    target: Tensor,  # (R,)
+    segment: Tensor,  # (R,) int64
+    total: Tensor,
+    miss: Tensor,
+    phi: Tensor | None,
     first: Tensor,
-    scale: float,
 ) -> None:
-    """out[groups[e]] (S, a, b) += scale times sums over the rows first[s] .. first[s + 1] - 1 of
-    y_t x_t^T, of each of E matrices y (T, a), x (T, b); out (G, S, a, b), first (S + 1,) int64."""
-    count = len(y)
-    sides = [(ctypes.c_void_p * count)(*[m.data_ptr() for m in side]) for side in (y, x)]
-    places = (ctypes.c_int64 * count)(*groups)
-    sizes = (first.data_ptr(), *out.shape[1:], scale, out.data_ptr())
-    _library().segment_products(*sides, places, count, *sizes)
+    """As `GroupGram.finish`."""
+    per_row = [None if x is None else x.contiguous() for x in (target, segment, total, miss, phi)]
+    sizes = (out.shape[0], found[0].shape[1], out.shape[1], out.data_ptr())
+    _library().group_gram(
+        *(x.data_ptr() for x in found),
+        *(hidden.data_ptr(), hidden.shape[1]),
+        *(None if x is None else x.data_ptr() for x in per_row),
+        *(first.data_ptr(), *sizes),
+    )
 
 
-def segment_sums(
-    y: Tensor, x: Tensor | None, first: Tensor, eps: float | None, centred: bool
+def project_columns_(out: Tensor, z: Tensor, bucket: Tensor, sign: Tensor, size: int) -> None:
+    """out (k, R) += z (C, R) times the signs of its rows, a `Projection`'s with K = ``size``: bucket
+    (C,) int32, b_i, and sign (C,), s_i."""
+    work = z.new_empty(PARTS * size * z.shape[1])
+    signs = (bucket.data_ptr(), sign.data_ptr(), size, out.shape[0])
+    _library().project_columns(z.data_ptr(), *z.shape, *signs, work.data_ptr(), out.data_ptr())
+
+
+def head_outputs(
+    sums: Tensor, table: Tensor, target: Tensor, total: Tensor, miss: Tensor, phi: Tensor | None
 ) -> Tensor:
+    """(R, k) the projected gradients of rows, of sums (k, R) of F and the signs ``table`` (V, k):
+    miss (phi table[target] - sums / total), (R,) each."""
+    rows, k = sums.shape[1], sums.shape[0]
+    out = sums.new_empty(rows, k)
+    per_row = [None if x is None else x.contiguous() for x in (target, total, miss, phi)]
+    places = (None if x is None else x.data_ptr() for x in per_row)
+    _library().head_outputs(sums.data_ptr(), table.data_ptr(), *places, rows, k, out.data_ptr())
+    return out
+
+
+def segment_products_(out: Tensor, y: Tensor, x: Tensor, first: Tensor, scale: float) -> None:
+    """out (S, a, b) += scale times sums over the rows first[s] .. first[s + 1] - 1 of y_t x_t^T, of
+    y (T, a), x (T, b); first (S + 1,) int64."""
+    sizes = (first.data_ptr(), *out.shape, scale, out.data_ptr())
+    _library().segment_products(y.data_ptr(), x.data_ptr(), *sizes)
+
+
+def segment_sums(y: Tensor, x: Tensor | None, first: Tensor, eps: float, centred: bool) -> Tensor:
     """(S, D) sums over the rows first[s] .. first[s + 1] - 1, and heads, of y (T, D) | (T, H, D),
-    times x where it is given: as it is, or with eps normalised as `column_sums` does."""
+    times x where it is given, normalised as `column_sums` does."""
     segments, cols = len(first) - 1, y.shape[-1]
     out = y.new_empty(segments, cols)
     each = y.shape[1] if y.dim() == 3 else 1
-    kind = 0 if x is None else 1 if eps is None else 3 if centred else 2
+    kind = ALONE if x is None else CENTRED if centred else RMS
     sides = (y.data_ptr(), None if x is None else x.data_ptr(), first.data_ptr())
-    _library().segment_sums(*sides, segments, each, cols, kind, eps or 0.0, out.data_ptr())
+    _library().segment_sums(*sides, segments, each, cols, kind, eps, out.data_ptr())
     return out
 
 
@@ -228,16 +280,68 @@ class Signs:
         self.pointers = (row_signs.data_ptr(), turns.data_ptr(), size // 16, k)
 
 
-def project(x: Tensor, signs: Signs, before: Tensor | None) -> Tensor:
-    """(T, k): x (T, N), whose rows are contiguous, times the signs. Added to ``before``, in place,
-    where given."""
+def project(x: Tensor, signs: Signs) -> Tensor:
+    """(T, k): x (T, N), whose rows are contiguous, times the signs."""
     rows, cols = x.shape
-    if before is None:
-        out, adds = x.new_empty(rows, signs.k), 0
-    else:
-        out, adds = before, 1
-    _library().project(x.data_ptr(), rows, cols, x.stride(0), *signs.pointers, adds, out.data_ptr())
+    out = x.new_empty(rows, signs.k)
+    _library().project(x.data_ptr(), rows, cols, x.stride(0), *signs.pointers, out.data_ptr())
     return out
+
+
+NARROW = 2048  # k of `linear_sketches_` at most
+# An input of linear layers or the gradient of an output, (T, d) | (1, T, d) with contiguous rows,
+# its signs, and the group of an input; -1 for the output of a layer of the input before it.
+Side = tuple[Tensor, Signs, int]
+
+
+def linear_sketches_(out: Tensor, sides: Sequence[Side], first: Tensor, scale: float) -> None:
+    """out[group] (S, k, k) += scale times sums over the rows first[s] .. first[s + 1] - 1 of
+    g_t p_t^T, p an input of ``sides``, projected, g the sum of its projected outputs, one at least.
+    out (G, S, k, k), first (S + 1,) int64, k at most NARROW."""
+    table: list[int] = []
+    for x, signs, group in sides:
+        table += (x.data_ptr(), x.shape[-1], x.stride(-2), *signs.pointers[:2], group)
+    packed, pointers = (ctypes.c_int64 * len(table))(*table), sides[0][1].pointers
+    sizes = (first.data_ptr(), out.shape[1], *pointers[2:])
+    _library().linear_sketches(packed, len(sides), *sizes, scale, out.data_ptr())
+
+
+ALONE, RMS, CENTRED = 0, 1, 2  # what is made of x beside y, see native.c
+# y (T, [H,] D) | (1, T, [H,] D), x like it or None, kind, eps, signs, group.
+Vector = tuple[Tensor, Tensor | None, int, float, Signs, int]
+
+
+class _Vector(ctypes.Structure):
+    """That of native.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("y", "x")),
+        *((name, ctypes.c_int64) for name in ("cols", "each", "kind")),
+        *((name, ctypes.c_int64) for name in ("sign", "turn", "quads", "k", "group")),
+        ("eps", ctypes.c_double),
+    )
+
+
+def vector_sketches_(
+    norm_sq: Tensor,
+    sketch: Tensor,
+    vectors: Sequence[Vector],
+    first: Tensor,
+    tokens: int,
+    scale: float,
+) -> None:
+    """Of `segment_sums` (S, D) of each of ``vectors``: norm_sq[group] (S,) += their squares,
+    sketch[group] (S, ...) += scale times their products with the signs, as many of them for each;
+    norm_sq (G, S), contiguous like all."""
+    table = (_Vector * len(vectors))()
+    for i, (y, x, kind, eps, signs, group) in enumerate(vectors):
+        cols = y.shape[-1]
+        sides = (y.data_ptr(), None if x is None else x.data_ptr())
+        sizes = (cols, y.numel() // (tokens * cols), kind)
+        table[i] = _Vector(*sides, *sizes, *signs.pointers, group, eps)
+    places = (norm_sq.data_ptr(), sketch.data_ptr())
+    sizes = (first.data_ptr(), norm_sq.shape[1], vectors[0][4].k)
+    _library().vector_sketches(table, len(vectors), *sizes, scale, *places)
 
 
 def _library() -> ctypes.CDLL:

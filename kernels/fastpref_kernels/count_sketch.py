@@ -23,13 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .projection import Projection, times_signs
+from . import _native
+from .projection import Projection, buckets_of, times_signs
 from .row_sums import Tiles
 from .segment import add_rows_
 from .spans import kept_tables
 
 BUCKETS = 1024
 EIGHT = 8  # ids whose places differ in the last three bits
+MOST_IN_C = 256  # columns of a projection whose sums C keeps in the first-level cache
 SQUARES = 256  # rows that sums of squares are first taken to: one vector addition a tile's row
 
 
@@ -118,6 +120,18 @@ def vocabulary_table(
     return vocabulary_signs(ids, k, dtype, seed=seed, key=key, buckets=buckets)
 
 
+@kept_tables
+def vocabulary_buckets(
+    vocab: int, k: int, seed: int, key: str, buckets: int
+) -> tuple[Tensor, Tensor]:
+    """b_i (V,) int32 and s_i (V,) float32 of `vocabulary_signs`, on the CPU."""
+    hashed, side = Buckets.of(seed, key, buckets), Projection.of(seed, key, "out")
+    ids = torch.arange(vocab, device="cpu")
+    place = hashed.place(ids)
+    sign = hashed.signs(ids, torch.float32) * side.row_signs(place, torch.float32)
+    return side.buckets(place, k).to(torch.int32), sign
+
+
 @lru_cache(maxsize=8)
 def tile_matrices(buckets: Buckets, vocab: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     """For every tile of a vocabulary the (K, C) matrix with sign(v) at the bucket of v, sparse, on
@@ -170,18 +184,28 @@ class CountSketch:
 
 class ProjectedTiles:
     """Sums over the tiles: R_out^T F (k, R), without the buckets between, for a CPU where nothing
-    is estimated from them: a product takes less time than the passes over K buckets a row."""
+    is estimated from them: a product, or a pass in C, takes less time than those over K buckets a
+    row."""
 
-    def __init__(self, table: Tensor, rows: int, like: Tensor) -> None:
-        self.table = table  # (V, k)
-        self.sums = like.new_zeros(table.shape[1], rows)
+    def __init__(
+        self, vocab: int, k: int, rows: int, like: Tensor, seed: int, key: str, buckets: int
+    ) -> None:
+        self.asked = (seed, key, buckets)
+        self.table = vocabulary_table(vocab, k, like.dtype, like.device, *self.asked)  # (V, k)
+        self.sums = like.new_zeros(k, rows)
 
     def add_tile(self, exps: Tensor, shrink: Tensor | None, tiles: Tiles, i: int) -> None:
         """As `CountSketch.add_tile`."""
         if shrink is not None:
             self.sums.mul_(shrink)
         low, high = tiles.bounds[i]
-        self.sums.addmm_(self.table[low:high].t(), exps)
+        vocab, k = self.table.shape
+        if k <= MOST_IN_C and _native.fits(exps):
+            bucket, sign = vocabulary_buckets(vocab, k, *self.asked)
+            cut = (bucket[low:high], sign[low:high])
+            _native.project_columns_(self.sums, exps, *cut, buckets_of(k))
+        else:
+            self.sums.addmm_(self.table[low:high].t(), exps)
 
     def rows(self, total: Tensor) -> Tensor:  # (R, k)
         """Of q, as `CountSketch.rows`."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import _native
 from .row_sums import Tiles
 from .segment import add_rows_
 from .spans import group_counts, kept_tables, starts, to_device
@@ -224,6 +225,34 @@ class GroupGram:
             products += same * (phi.unsqueeze(2) * phi.unsqueeze(1))
         products -= met + met.transpose(1, 2)
         return products.mul_(miss.unsqueeze(2) * miss.unsqueeze(1))
+
+
+MOST_SHORT = 16  # rows of a group that C multiplies with each other, faster than small products do
+
+
+class ShortGram:
+    """`GroupGram` of short groups and one tile, in C."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+        self.first = torch.tensor(starts(groups.lengths), device="cpu")
+        self.found: tuple[Tensor, Tensor] | None = None  # of `_native.group_products`
+
+    @staticmethod
+    def serves(groups: Groups, hidden: Tensor) -> bool:
+        """Of float32 rows (R, D) on a CPU; a head of one tile is for the caller to know."""
+        return 0 < max(groups.lengths, default=0) <= MOST_SHORT and _native.fits(hidden)
+
+    def add_tile(self, exps: Tensor, shrink: Tensor | None, tiles: Tiles, i: int) -> None:
+        """As `GroupGram.add_tile`."""
+        most, target = max(self.groups.lengths), tiles.local[i].squeeze(0)
+        self.found = _native.group_products(exps, target, self.first, most)
+
+    def finish(self, out: Tensor, hidden: Tensor, target: Tensor, terms: RowTerms) -> None:
+        """As `GroupGram.finish`."""
+        assert self.found is not None
+        rows = (target, self.groups.segment_id, terms.total, terms.miss, terms.phi)
+        _native.group_gram_(out, self.found, hidden, *rows, self.first)
 
 
 def hidden_dots(batch: GroupRows, hidden: Tensor, dtype: torch.dtype) -> Tensor:

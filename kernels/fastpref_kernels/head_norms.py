@@ -13,20 +13,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _native
 from .count_sketch import (
     Buckets,
     CountSketch,
     ProjectedTiles,
     SquareSums,
     vocabulary_signs,
-    vocabulary_table,
 )
-from .gram import GroupGram, Groups, RowTerms
+from .gram import GroupGram, Groups, RowTerms, ShortGram
 from .gram_products import head_product_gram, longest_head_gram
-from .projection import Projection, sign_rows
+from .projection import Projection, native_signs, sign_rows
 from .row_sums import RowSums
 from .segment_products import multiply, torch_segment_products
 from .sketched_gram import sketched_gram
+from .spans import starts
 from .token_blocks import TokenBlocks
 from .torch_tiles import Rider, Saved, Transform, tiles_again
 
@@ -67,7 +68,7 @@ class HeadNorms:
     sketch: SketchPlan | None
     like: Tensor  # dtype and device of the results
     riders: list[Rider] = field(default_factory=list)
-    gram: GroupGram | None = None
+    gram: GroupGram | ShortGram | None = None
     squares: SquareSums | None = None
     counted: CountSketch | None = None
     projected: ProjectedTiles | None = None
@@ -85,28 +86,31 @@ class HeadNorms:
         group_size: int,  # 0: no Gram matrices
         sketch: SketchPlan | None,
         row_norms: bool,
-        rows: int,
+        hidden: Tensor,  # (R, D)
         weight: Tensor,  # (V, D)
         kept: bool,  # all tiles of E
+        one_tile: bool,
         like: Tensor,
         triton: bool,
         counts: Sequence[int] | None,  # rows of every segment; None: read from the device
     ) -> HeadNorms:
-        vocab, dim = weight.shape
+        (vocab, dim), rows = weight.shape, hidden.shape[0]
         norms = HeadNorms(None, sketch, like, longest=rows)
         if group_size:
             norms.groups = Groups.make(segment_id, segments, group_size, like.device, counts)
             if not norms.estimated:
                 norms.longest = longest_head_gram(vocab, dim, group_size, kept)
-            if norms.estimated or not triton:
+            exact_here = not (norms.estimated or triton)
+            if exact_here and one_tile and ShortGram.serves(norms.groups, hidden):
+                norms.gram, norms.longest = ShortGram(norms.groups), rows
+            elif norms.estimated or not triton:
                 batches = norms.groups.by_length(norms.longest)
                 norms.gram = GroupGram(norms.groups, batches, like, riding=not norms.estimated)
             if norms.gram is not None and not norms.estimated:
                 norms.riders.append(norms.gram)
         if sketch is not None and sketch.exact and like.device.type == "cpu" and not triton:
             asked = (sketch.seed, sketch.key, sketch.buckets)
-            table = vocabulary_table(vocab, sketch.size, like.dtype, like.device, *asked)
-            norms.projected = ProjectedTiles(table, rows, like)
+            norms.projected = ProjectedTiles(vocab, sketch.size, rows, like, *asked)
             norms.riders.append(norms.projected)
         elif sketch is not None:
             buckets = Buckets.of(sketch.seed, sketch.key, sketch.buckets)
@@ -135,7 +139,7 @@ class HeadNorms:
         head = (hidden, weight, target, transform)
         terms, size = row_terms(transform, sums, saved), self.groups.group_size
         gram = self.like.new_zeros(self.groups.count, size, size)
-        if self.gram is not None and self.estimated:
+        if isinstance(self.gram, GroupGram) and self.estimated:
             self.gram.look_up_targets(*head, sums.maximum)
             assert self.counted is not None
             squares, counted = self.counted.squares.total(), self.counted.rows(terms.total)
@@ -196,11 +200,39 @@ class HeadNorms:
         assert self.groups and self.sketch
         hidden, weight, target, _ = head
         plan, dtype, device = self.sketch, terms.total.dtype, hidden.device
+        in_c = counted is None and _native.fits(hidden)
+        if in_c:
+            assert self.projected is not None
+            per_row = (target, terms.total, terms.miss, terms.phi)
+            outputs = _native.head_outputs(self.projected.sums, self.projected.table, *per_row)
+        else:
+            outputs = self._outputs(counted, target, terms, weight.shape[0])
+        side, counts = Projection.of(plan.seed, plan.key, "in"), self.groups.counts
+        signs = native_signs(side, 0, hidden.shape[1], plan.size) if in_c else None
+        if signs is not None:
+            sketch = hidden.new_zeros(len(counts), plan.size, plan.size)
+            first = torch.tensor(starts(counts), device="cpu")
+            inputs = _native.project(hidden, signs)
+            _native.segment_products_(sketch, outputs, inputs, first, 1.0 / plan.size)
+            return sketch
+        rows = sign_rows(side, hidden.shape[1], plan.size, hidden.dtype, device)
+        inputs = multiply(hidden, rows, dtype)
+        if device.type == "cpu":
+            blocks = TokenBlocks.make(counts, device)
+            return blocks.products(outputs.unsqueeze(0), inputs.unsqueeze(0))[0] / plan.size
+        return torch_segment_products(outputs, inputs, counts) / plan.size
+
+    def _outputs(
+        self, counted: Tensor | None, target: Tensor, terms: RowTerms, vocab: int
+    ) -> Tensor:  # (R, k)
+        """R_out^T d_t."""
+        assert self.sketch
+        plan, dtype, device = self.sketch, terms.total.dtype, target.device
         if counted is None:
             assert self.projected is not None
             outputs = self.projected.rows(terms.total)
             # A target out of range has made its row NaN already.
-            own = self.projected.table[target.clamp(0, weight.shape[0] - 1)]
+            own = self.projected.table[target.clamp(0, vocab - 1)]
         else:
             side = Projection.of(plan.seed, plan.key, "out")
             outputs = counted @ sign_rows(side, plan.buckets, plan.size, dtype, device)
@@ -209,14 +241,7 @@ class HeadNorms:
             )
         outputs *= -terms.miss.unsqueeze(1)
         miss = terms.miss if terms.phi is None else terms.miss * terms.phi
-        outputs.addcmul_(own, miss.unsqueeze(1))
-        side = Projection.of(plan.seed, plan.key, "in")
-        signs = sign_rows(side, hidden.shape[1], plan.size, hidden.dtype, device)
-        inputs, counts = multiply(hidden, signs, dtype), self.groups.counts
-        if device.type == "cpu":
-            blocks = TokenBlocks.make(counts, device)
-            return blocks.products(outputs.unsqueeze(0), inputs.unsqueeze(0))[0] / plan.size
-        return torch_segment_products(outputs, inputs, counts) / plan.size
+        return outputs.addcmul_(own, miss.unsqueeze(1))
 
     def row_norm_sq(self, transform: Transform, sums: RowSums, saved: Saved) -> Tensor:  # (R,)
         """||d logp_t / d raw logits||^2 = m^2 (phi^2 + sum F^2 / S'^2), no cancellation."""

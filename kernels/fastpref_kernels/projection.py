@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _launch
+from . import _launch, _native
 from ._launch import surroundings
 from .segment_products import wide_dtype
 from .spans import kept_tables
@@ -73,11 +73,15 @@ class Projection:
         """(N,) int64: turn mod `size`, a power of two, of the block numbers (N,) int64."""
         return self.words(blocks, 2)[:, 1] & (size - 1)
 
+    def buckets(self, rows: Tensor, k: int) -> Tensor:
+        """(N,) int64: b_i of the row numbers `rows` (N,), with k columns."""
+        size = buckets_of(k)
+        return (rows ^ self.turns(rows // size, size)) & (size - 1)
+
     def signs(self, rows: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, k) of +-1 for the row numbers `rows` (N,) int64, 0 .. 2^32 - 1, on their device."""
         size = buckets_of(k)
-        place = (rows ^ self.turns(rows // size, size)) & (size - 1)
-        ones = place.unsqueeze(1) & torch.arange(k, device=rows.device)
+        ones = self.buckets(rows, k).unsqueeze(1) & torch.arange(k, device=rows.device)
         for shift in (16, 8, 4, 2, 1):
             if size > 1 << shift:
                 ones = ones ^ (ones >> shift)
@@ -96,6 +100,23 @@ def sign_rows(
 ) -> Tensor:  # (N, k)
     """Signs of the first rows, where every batch asks for the same."""
     return projection.signs(torch.arange(count, device=device), k, dtype)
+
+
+def native_signs(projection: Projection, first: int, count: int, k: int) -> _native.Signs | None:
+    """What `_native` wants of the signs of rows first .. first + count - 1; None where it cannot do
+    it."""
+    if not _native.projects(k) or first % buckets_of(k):
+        return None
+    return _signs_for_c(projection, first, count, k)
+
+
+@kept_tables
+def _signs_for_c(projection: Projection, first: int, count: int, k: int) -> _native.Signs:
+    size = buckets_of(k)
+    blocks = torch.arange(first // size, -(-(first + count) // size), device="cpu")
+    rows = torch.arange(first, first + count, device="cpu")
+    turns = projection.turns(blocks, size).to(torch.int32)
+    return _native.Signs(projection.row_signs(rows, torch.float32), turns, size, k)
 
 
 def project(

@@ -108,12 +108,11 @@ def held_against(ours: PairGradients, taps: Taps, grads: Gradients, tolerance: f
     assert error <= 10 * tolerance, f"sketches: {error:.1e}"
 
 
-def test_gains_of_norms_follow_the_weights() -> None:
-    """Between two batches an optimizer changes the weights that a norm's output is divided by."""
+def test_taps_follow_the_weights() -> None:
+    """Between two batches an optimizer changes them."""
     module, changed = (clean_norms(build("llama")) for _ in range(2))
     model, taps = pairs_model(module), attach(module, "exact", sketch_dim=K, seed=SEED)
     pair_gradients(model, taps, pack_pairs(PAIRS))
-    assert any(gain is not None for gain in taps.gains(torch.float64).values())
     with torch.no_grad():
         for own in (module, changed):
             for name, parameter in own.named_parameters():

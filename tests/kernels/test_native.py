@@ -13,7 +13,7 @@ import pytest
 import torch
 from fastpref_kernels import _native, linear_logprob, reference, sketch_dot
 from fastpref_kernels.column_sums import normalised
-from fastpref_kernels.projection import Projection, buckets_of
+from fastpref_kernels.projection import Projection, buckets_of, native_signs
 from fastpref_kernels.row_sums import FLOOR
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -163,34 +163,28 @@ def segments() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("a", "b"), [(1, 1), (5, 7), (16, 16)])
 def test_products_over_segments(a: int, b: int) -> None:
     first, segment = segments()
-    y, x = ([logits(sum(COUNTS), n + i, 1.0) for i in range(3)] for n in (a, b))
-    y, x = [m[:, :a].contiguous() for m in y], [m[:, :b].contiguous() for m in x]
-    out = torch.ones(2, len(COUNTS), a, b)
-    _native.segment_products_(out, [1, 0, 1], y, x, first, 0.25)
-    true = torch.ones(2, len(COUNTS), a, b, dtype=torch.float64)
-    for group, left, right in zip([1, 0, 1], y, x, strict=True):
-        outer = 0.25 * torch.einsum("ta,tb->tab", left.double(), right.double())
-        true[group].index_add_(0, segment, outer)
+    y, x = (logits(sum(COUNTS), n, 1.0)[:, :n].contiguous() for n in (a, b))
+    out = torch.ones(len(COUNTS), a, b)
+    _native.segment_products_(out, y, x, first, 0.25)
+    true = torch.ones(len(COUNTS), a, b, dtype=torch.float64)
+    true.index_add_(0, segment, 0.25 * torch.einsum("ta,tb->tab", y.double(), x.double()))
     torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=1e-5)
 
 
 @compiled
 @pytest.mark.parametrize("heads", [0, 3])
 @pytest.mark.parametrize("cols", [1, 16, 37])
-@pytest.mark.parametrize("kind", ["alone", "times", "rms", "centred"])
+@pytest.mark.parametrize("kind", ["alone", "rms", "centred"])
 def test_sums_over_segments(heads: int, cols: int, kind: str) -> None:
     first, segment = segments()
     shape = (sum(COUNTS), heads, cols) if heads else (sum(COUNTS), cols)
     y, x = torch.randn(shape), torch.randn(shape) + 3.0
-    eps = None if kind == "times" else 1e-5
     found = _native.segment_sums(
-        y, None if kind == "alone" else x, first, eps, centred=kind == "centred"
+        y, None if kind == "alone" else x, first, 1e-5, centred=kind == "centred"
     )
     wide, other = y.double(), x.double()
     if kind == "alone":
         rows = wide
-    elif kind == "times":
-        rows = wide * other
     else:
         rows = wide * normalised(other, 1e-5, kind == "centred")
     true = torch.zeros(len(COUNTS), cols, dtype=torch.float64)
@@ -239,37 +233,138 @@ def test_whoever_looks_on_at_an_estimate_sees_torch() -> None:
 @pytest.mark.parametrize("k", [9, 16, 20, 64, 256, 4096, 10000])
 @pytest.mark.parametrize("cols", [1, 16, 37, 300])
 def test_projection(k: int, cols: int) -> None:
-    """As the product with the signs: of rows of a wider matrix, in parts, added to others."""
-    assert _native.projects(k)
-    size, side = buckets_of(k), Projection.of(3, "a", "in")
-    first = 2 * size
+    """As the product with the signs: of rows of a wider matrix, of as many as no tile has."""
+    side, first = Projection.of(3, "a", "in"), 2 * buckets_of(k)
     x = torch.randn(45, cols + 3)[:, :cols]
-    rows = torch.arange(first, first + cols)
-    blocks = torch.arange(first // size, -(-(first + cols) // size))
-    own = _native.Signs(
-        side.row_signs(rows, torch.float32), side.turns(blocks, size).int(), size, k
-    )
-    true = x.double() @ side.signs(rows, k, torch.float64)
-    found = _native.project(x, own, None)
-    torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=1e-4)
-    assert _native.project(x, own, found) is found
-    torch.testing.assert_close(found.double(), 2 * true, rtol=1e-5, atol=1e-4)
+    true = x.double() @ side.signs(torch.arange(first, first + cols), k, torch.float64)
+    own = signs(side, first, cols, k)
+    torch.testing.assert_close(_native.project(x, own).double(), true, rtol=1e-5, atol=1e-4)
+
+
+def signs(side: Projection, first: int, cols: int, k: int) -> _native.Signs:
+    found = native_signs(side, first, cols, k)
+    assert found is not None
+    return found
+
+
+@compiled
+@pytest.mark.parametrize("k", [9, 16, 33, 2048])
+def test_sketches_of_linear_layers(k: int) -> None:
+    """Two layers of one input and one of another, which are of one group; rows of wider matrices,
+    in a row of tokens or not, more of them than are projected at a time."""
+    counts = [0, 1, 37, 0, 2 * _native.NARROW // k + 5, 8]
+    first, rows = torch.tensor([0, *itertools.accumulate(counts)]), sum(counts)
+    widths = {"in": 37, "q": 21, "k": 16, "up in": 5, "up": 300}
+    sides = {name: Projection.of(3, name, "in") for name in widths}
+    x = {name: torch.randn(1, rows, cols + 3)[..., :cols] for name, cols in widths.items()}
+    x["k"] = x["k"][0]
+    groups = {"in": 1, "up in": 1}
+    given = [(x[n], signs(sides[n], 0, widths[n], k), groups.get(n, -1)) for n in widths]
+    out = torch.ones(3, len(counts), k, k)
+    _native.linear_sketches_(out, given, first, 0.25)
+    wide = {
+        n: x[n].double().view(rows, -1) @ sides[n].signs(torch.arange(cols), k, torch.float64)
+        for n, cols in widths.items()
+    }
+    true = torch.ones(3, len(counts), k, k, dtype=torch.float64)
+    for s, (a, b) in enumerate(itertools.pairwise(first.tolist())):
+        true[1, s] += 0.25 * (wide["q"] + wide["k"])[a:b].t() @ wide["in"][a:b]
+        true[1, s] += 0.25 * wide["up"][a:b].t() @ wide["up in"][a:b]
+    torch.testing.assert_close(out.double(), true, rtol=1e-4, atol=1e-3)
+
+
+@compiled
+@pytest.mark.parametrize("k", [4, 16])
+def test_sketches_of_vectors(k: int) -> None:
+    first, segment = segments()
+    tokens, widths = sum(COUNTS), (37, 300, 16)
+    y = [torch.randn(1, tokens, widths[0]), torch.randn(tokens, 3, widths[1])]
+    y += [torch.randn(tokens, widths[2])]
+    x = [None, torch.randn(tokens, 3, widths[1]) + 2.0, torch.randn(tokens, widths[2]) + 2.0]
+    kinds, groups = (_native.ALONE, _native.CENTRED, _native.RMS), (1, 0, 1)
+    sides = [Projection.of(3, str(n), "vector") for n in widths]
+    own = [signs(side, 0, n, k * k) for side, n in zip(sides, widths, strict=True)]
+    norm_sq, sketch = torch.ones(2, len(COUNTS)), torch.ones(2, len(COUNTS), k, k)
+    vectors = list(zip(y, x, kinds, [1e-5] * 3, own, groups, strict=True))
+    _native.vector_sketches_(norm_sq, sketch, vectors, first, tokens, 0.5)
+    true = torch.ones(2, len(COUNTS)).double(), torch.ones(2, len(COUNTS), k * k).double()
+    for one, other, side, width, group in zip(y, x, sides, widths, groups, strict=True):
+        rows = one.double().view(tokens, -1, width)
+        if other is not None:
+            wide = other.double().view(tokens, -1, width)
+            rows = rows * normalised(wide, 1e-5, group == 0)
+        sums = torch.zeros(len(COUNTS), width, dtype=torch.float64)
+        sums.index_add_(0, segment, rows.sum(1))
+        true[0][group] += sums.square().sum(1)
+        true[1][group] += 0.5 * sums @ side.signs(torch.arange(width), k * k, torch.float64)
+    torch.testing.assert_close(norm_sq.double(), true[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sketch.flatten(2).double(), true[1], rtol=1e-4, atol=1e-3)
+
+
+@compiled
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("counts", [[1] * 6, [4, 0, 3, 9, 0, 0], [16, 0, 0, 2, 1, 13]])
+def test_norms_of_short_groups(
+    counts: list[int], softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of two segments, equal targets among them, against torch's calls in float64."""
+    rows = sum(counts)
+    hidden, weight = torch.randn(rows, 24), torch.randn(600, 24)
+    target = torch.randint(0, 600, (rows,))
+    target[1] = target[0]
+    segment = torch.arange(6).repeat_interleave(torch.tensor(counts))
+    products = spy(monkeypatch, "group_products")
+    columns = spy(monkeypatch, "project_columns_")
+
+    def found(dtype: torch.dtype) -> Any:
+        return linear_logprob(
+            hidden.to(dtype).requires_grad_(),
+            weight.to(dtype).requires_grad_(),
+            target,
+            segment_id=segment,
+            num_segments=6,
+            group_size=2,
+            softcap=softcap,
+            norms="both",
+            sketch_dim=16,
+        )
+
+    own, true = found(torch.float32), found(torch.float64)
+    assert len(products) == len(columns) == 1
+    for name in ("gram", "sketch"):
+        a, b = getattr(own, name).double(), getattr(true, name)
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """What a function of `_native` is called with from here on."""
+    calls, plain = [], getattr(_native, name)
+    monkeypatch.setattr(_native, name, lambda *a: (calls.append(a), plain(*a))[1])
+    return calls
 
 
 @compiled
 def test_sums_for_taps_are_the_same_with_every_number_of_threads() -> None:
     first, k = torch.tensor([0, 700, 701, 2100]), 16
     x, y = torch.randn(2100, 256), torch.randn(2100, 256)
-    own = _native.Signs(torch.ones(256), torch.arange(16, dtype=torch.int32), 16, k)
+    own = signs(Projection.of(3, "a", "in"), 0, 256, k)
+    vector = signs(Projection.of(3, "a", "vector"), 0, 256, k * k)
+    z, target, groups = torch.rand(5000, 40), torch.arange(40), torch.arange(0, 41, 8)
     found = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            inputs = _native.project(x, own, None)
-            out = torch.zeros(1, 3, k, k)
-            _native.segment_products_(out, [0], [inputs], [inputs], first, 1.0)
-            found.append([inputs, out, _native.segment_sums(y, x, first, None, False)])
+            out, norm_sq = torch.zeros(1, 3, k, k), torch.zeros(1, 3)
+            _native.linear_sketches_(out, [(x, own, 0), (y, own, -1)], first, 1.0)
+            _native.segment_products_(out[0], x[:, :k].clone(), y[:, :k].clone(), first, 1.0)
+            beside = [(y, x, _native.RMS, 1e-5, vector, 0)]
+            _native.vector_sketches_(norm_sq, out, beside, first, 2100, 1.0)
+            columns = torch.zeros(k, 40)
+            _native.project_columns_(columns, z, (torch.arange(5000) % 16).int(), z[:, 0], 16)
+            sums = _native.segment_sums(y, x, first, 1e-5, False)
+            products = _native.group_products(z, target, groups, 8)
+            found.append([_native.project(x, own), out, norm_sq, columns, sums, *products])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

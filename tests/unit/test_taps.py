@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from fastpref import recompute
 from fastpref.data.pack import pack_pairs
 from fastpref.dynamics import tap_layers
+from fastpref.dynamics import taps as taps_module
 from fastpref.dynamics.pair_ops import BlockOps, Signs
+from fastpref.dynamics.pair_parts import PairParts
 from fastpref.dynamics.taps import attach
-from fastpref.gradients import pair_gradients
+from fastpref.gradients import head_norms, pair_gradients
 from tests.architectures import PAIRS, packed, tiny_model
 from tests.kernels.test_norms_models import build
 
@@ -140,9 +143,9 @@ def test_kinds_are_found_by_what_layers_do() -> None:
     kind = tap_layers.kind_of
     assert kind(nn.Linear(3, 4)) == tap_layers.Linear(False)
     assert kind(Conv1D(4, 3)) == tap_layers.Linear(True)
-    assert kind(LlamaRMSNorm(6, eps=1e-4)) == tap_layers.Norm(1e-4, False, 0.0)
-    assert kind(gemma.Gemma3RMSNorm(6, eps=1e-5)) == tap_layers.Norm(1e-5, False, 1.0)
-    assert kind(nn.RMSNorm(6)) == tap_layers.Norm(torch.finfo(torch.float32).eps, False, 0.0)
+    assert kind(LlamaRMSNorm(6, eps=1e-4)) == tap_layers.Norm(1e-4, False)
+    assert kind(gemma.Gemma3RMSNorm(6, eps=1e-5)) == tap_layers.Norm(1e-5, False)
+    assert kind(nn.RMSNorm(6)) == tap_layers.Norm(torch.finfo(torch.float32).eps, False)
     assert kind(nn.LayerNorm(6, eps=1e-3)) == tap_layers.Norm(1e-3, True)
     assert kind(nn.LayerNorm(6, bias=False)) == tap_layers.Norm(1e-5, True)
     assert kind(nn.Embedding(9, 6, padding_idx=8)) == tap_layers.Embedding(1.0, 8)
@@ -185,8 +188,8 @@ def test_kinds_of_layers_in_half_precision() -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     kind = tap_layers.kind_of
-    assert kind(LlamaRMSNorm(6, eps=1e-4).bfloat16()) == tap_layers.Norm(1e-4, False, 0.0)
-    assert kind(gemma.Gemma3RMSNorm(6, eps=1e-4).bfloat16()) == tap_layers.Norm(1e-4, False, 1.0)
+    assert kind(LlamaRMSNorm(6, eps=1e-4).bfloat16()) == tap_layers.Norm(1e-4, False)
+    assert kind(gemma.Gemma3RMSNorm(6, eps=1e-4).bfloat16()) == tap_layers.Norm(1e-4, False)
     assert kind(nn.LayerNorm(6, eps=1e-3).bfloat16()) == tap_layers.Norm(1e-3, True)
     scaled = gemma.Gemma3TextScaledWordEmbedding(9, 6, 0, embed_scale=6**0.5).bfloat16()
     found = kind(scaled)
@@ -194,49 +197,61 @@ def test_kinds_of_layers_in_half_precision() -> None:
     assert found.scale == float(torch.tensor(6**0.5).bfloat16()) != float(torch.tensor(6**0.5))
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_a_norm_is_known_by_its_output_where_that_tells(offset: float) -> None:
-    """y / gain is what the weight multiplies; where the gain is 0, nothing of it is left in y."""
-    kind = tap_layers.Norm(1e-6, False, offset)
-    weight = torch.tensor([0.5, -2.0, 3.0])
-    gain = tap_layers.gains([(kind, weight)], torch.float32)[0]
-    assert gain is not None and gain.tolist() == [offset + w for w in (0.5, -2.0, 3.0)]
-    assert tap_layers.gains([(kind, torch.tensor([0.5, -offset, 3.0]))], torch.float32)[0] is None
-    assert (
-        tap_layers.gains([(kind, torch.tensor([0.5, 1e-42 - offset, 3.0]))], torch.float32)[0]
-        is None
-    )
-    assert (
-        tap_layers.gains([(kind, weight)], torch.bfloat16)[0] is None
-    )  # y is rounded, the derivative is not
-    assert tap_layers.gains([(tap_layers.Norm(1e-6, True), weight)], torch.float32)[0] is None
-
-
 @pytest.mark.parametrize("dead", [False, True])
-def test_sums_of_norms_by_output_and_by_input(dead: bool) -> None:
+def test_sums_of_norms(dead: bool) -> None:
+    """Of float64, without C; also where a weight is 0, so that nothing of x is left in y."""
     torch.manual_seed(3)
     norm = nn.RMSNorm(6, eps=1e-6).double()
     with torch.no_grad():
         norm.weight.normal_()
         if dead:
             norm.weight[2] = 0.0
-    kind = tap_layers.kind_of(norm)
-    assert isinstance(kind, tap_layers.Norm)
     x, dy = torch.randn(2, 9, 6, dtype=torch.float64)
     ops = BlockOps(torch.tensor([0] * 4 + [1] * 5), [4, 5], Signs(0))
-    gain = tap_layers.gains([(kind, norm.weight)], torch.float64)[0]
-    assert (gain is None) == dead
-    by_input = ops.sums(dy, x, kind.eps)
     expected = torch.stack(
         [
             torch.autograd.grad((norm(x[own]) * dy[own]).sum(), norm.weight)[0]
             for own in (slice(0, 4), slice(4, 9))
         ]
     )
-    torch.testing.assert_close(by_input, expected, rtol=1e-12, atol=1e-14)
-    if gain is not None:
-        by_output = ops.sums(dy, norm(x).detach(), None) / gain
-        torch.testing.assert_close(by_output, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(ops.sums(dy, x, 1e-6), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("waiting", [0, 1 << 20])
+@pytest.mark.parametrize("mode", ["sketch", "exact"])
+def test_no_gradient_outlives_the_backward(
+    mode: str, waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the graph that the hooks hang on does; nor do inputs."""
+    monkeypatch.setattr(taps_module, "WAITING", waiting)
+    model = packed(tiny_model("llama", torch.float32))
+    taps, batch, seen = attach(model.module, mode, sketch_dim=16), pack_pairs(PAIRS), []
+    plain = taps.watch
+
+    def watch(tap: Any, y: Tensor, x: Tensor, shared: Any) -> Tensor:
+        y.register_hook(lambda dy: seen.append(weakref.ref(dy)))
+        return plain(tap, y, x, shared)
+
+    monkeypatch.setattr(taps, "watch", watch)
+    with taps.watching(batch):
+        logp = model.logp(batch, head_norms(taps)).logp
+        logp.backward(torch.ones_like(logp))
+    assert len(seen) == len(taps.layers) and logp.grad_fn is not None
+    assert not [own for own in seen if own() is not None]
+    assert taps.collect().sketch.abs().sum() > 0
+
+
+def test_layers_of_one_input_are_summed_together() -> None:
+    """q, k and v; gate and up; on every device, as exact norms cost less so."""
+    model = packed(tiny_model("llama", torch.float32))
+    taps, batch, given = attach(model.module, "exact"), pack_pairs(PAIRS), []
+    plain = PairParts.linear
+    with pytest.MonkeyPatch.context() as patch, taps.watching(batch):
+        patch.setattr(PairParts, "linear", lambda s, i: (given.extend(i), plain(s, i)))
+        logp = model.logp(batch, head_norms(taps)).logp
+        logp.backward(torch.ones_like(logp))
+    layers = len(model.module.model.layers)
+    assert sorted(len(own) for _, own in given) == sorted([3, 1, 2, 1] * layers)
 
 
 def test_the_dimension_of_tokens() -> None:

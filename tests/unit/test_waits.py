@@ -27,7 +27,7 @@ from fastpref.config import Config
 from fastpref.data.loader import StepPlan
 from fastpref.data.pack import pack_pairs
 from fastpref.data.tokenize import TokenPair
-from fastpref.dynamics import pair_parts, tap_layers
+from fastpref.dynamics import pair_parts
 from fastpref.dynamics.pair_ops import FusedOps
 from fastpref.dynamics.taps import Taps, attach
 from fastpref.errors import NonFiniteError
@@ -212,7 +212,6 @@ def test_on_the_cpu_nothing_would_wait_either(track: str, monkeypatch: pytest.Mo
     for name in ("check_rows_of_segments", "check_segments"):
         monkeypatch.setattr(_head_checks, name, lambda *a, **k: None)
     monkeypatch.setattr(pair_parts, "BlockOps", FusedOps)  # a GPU's way of summing
-    monkeypatch.setattr(tap_layers, "gains", lambda norms, _: [None] * len(norms))
     with without_finite(monkeypatch) as waits:
         a_step(model, taps, track, config(max_grad_norm=0.0), wait=False)
     assert not waits.found
