@@ -242,10 +242,9 @@ def stated_bytes(subject: Subject, track: str, turn: int, plain: int) -> int:
     """Bytes that a step with taps is stated to hold beyond one without, whose peak is ``plain``;
     the formula of docs/taps.md, *Memory*.
 
-    Two moments: where the backward begins, behind the head, the inputs' factors are there (later
-    their gradients' too), and exact norms work on one layer; after it, with the weights' gradients
-    alone beside them, the factors are multiplied, stacked and put into blocks where that is not
-    done in C.
+    The head's numbers are gone when the backward begins, and count where activations are most of
+    the plain step, whose peak lies there. Exact norms work on one layer, where the activations of
+    what is behind it are gone.
     """
     if track == "none":
         return 0
@@ -265,17 +264,9 @@ def stated_bytes(subject: Subject, track: str, turn: int, plain: int) -> int:
     tokens, most, step = sum(counts), len(largest), len(subject.steps[0])
     blocks = TokenBlocks.make(counts, torch.device("cpu")).blocks
     slots = max(len(block.lengths) * block.length for block in blocks)
-    # Two of the last block's inputs are of the tokens that are read (fastpref.last_block).
-    read = int(packed.read_spans()[1].sum())
-    rows = tokens * (4 * c.num_hidden_layers - 1) + 2 * read
-    narrow = 2 * min(rows * k, WAITING + tokens * k)
-    sketches = k * k * groups * (step + most)
-    vectors = most * c.hidden_size * (2 * c.num_hidden_layers + 1)
-    within = head + sketches + (narrow // 2 if begins else narrow + vectors)
-    after = narrow + vectors
-    if _native.library() is None:
-        after += narrow + narrow * slots // tokens
-    after += sketches + k * k * (groups * most + c.hidden_size)
+    within = head + WAITING + k * k * groups * (step + most)
+    if _native.library() is None:  # factors of an input, as they are and in dense blocks
+        within += 2 * k * (2 * tokens + slots)
     if track == "exact":
         grams = max(len(block.lengths) * block.length**2 for block in blocks)
         head = c.hidden_size // c.num_attention_heads
@@ -288,7 +279,7 @@ def stated_bytes(subject: Subject, track: str, turn: int, plain: int) -> int:
         mlp = (tokens + slots) * max(c.intermediate_size, heads) - gone
         last = tokens * heads + (slots - 2 * tokens) * c.hidden_size
         within += tokens * c.hidden_size + max(mlp, last)
-    return max(4 * within, 4 * after - hidden)
+    return 4 * within
 
 
 def _head_numbers(batch: PairBatch, vocab: int, dim: int) -> int:

@@ -43,10 +43,11 @@ class PairGradients:
         """(P,) norm over all trained weights."""
         return self.norm_sq.sum(0).clamp(min=0).sqrt()
 
-    def error(self) -> Tensor:
+    def error(self, gnorm: Tensor | None = None) -> Tensor:
         """(P,) one standard error of `gnorm`, to first order; 0 where it is exact."""
-        variance = self.norm_sq_error.square().sum(0)
-        return torch.where(variance > 0, variance.sqrt() / (2 * self.gnorm()), 0.0)
+        gnorm = self.gnorm() if gnorm is None else gnorm
+        error = torch.linalg.vector_norm(self.norm_sq_error, dim=0)
+        return torch.where(error > 0, error / (2 * gnorm), 0.0)
 
     def gnorm_groups(self) -> Tensor:
         """(P, G) norm within each layer group."""
@@ -74,10 +75,13 @@ class PairGradients:
         NaN for a pair of weight (P,) 0, whose loss does not tell it.
         """
         assert self.of == "loss"
-        known = weight != 0
-        return self.scaled(
-            torch.where(known, -1.0 / torch.where(known, weight, 1.0), torch.nan), "margin"
-        )
+        return self.scaled(margin_factor(weight), "margin")
+
+
+def margin_factor(weight: Tensor) -> Tensor:
+    """(P,) what grad m is of the gradient of a loss that sees the margin alone: -1 / weight, NaN
+    where that is 0."""
+    return torch.where(weight == 0, torch.nan, -1.0 / weight)
 
 
 def head_norms(taps: Taps, changed: bool = False) -> HeadNorms:

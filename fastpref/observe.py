@@ -15,7 +15,7 @@ from fastpref import dist
 from fastpref.data.loader import StepPlan
 from fastpref.dynamics.recorder import Recorder
 from fastpref.dynamics.schema import TRAIN
-from fastpref.gradients import PairGradients
+from fastpref.gradients import PairGradients, margin_factor
 from fastpref.router import Router
 from fastpref.step import PairResult, StepResult, demand_finite
 from fastpref.transfer import HostCopy
@@ -66,13 +66,14 @@ def pair_columns(result: PairResult, head_is_all: bool = False) -> dict[str, tor
 
 def _norm_columns(result: PairResult, gradients: PairGradients) -> dict[str, torch.Tensor]:
     """Norms over all trained weights, (P,) each, and `gnorm_groups` (P, G) by layer group."""
-    found = {"gnorm_loss": gradients.gnorm()}
+    norm, groups = gradients.gnorm(), gradients.gnorm_groups()
+    found = {"gnorm_loss": norm, "gnorm_groups": groups}
     if gradients.method == "sketch":
-        found["gnorm_error"] = gradients.error() / found["gnorm_loss"]
+        found["gnorm_error"] = gradients.error(norm) / norm
     if result.margin_only:
-        gradients = gradients.as_margin(result.weight)
-        found["gnorm_m"] = gradients.gnorm()
-    return found | {"gnorm_groups": gradients.gnorm_groups()}
+        factor = margin_factor(result.weight).abs().to(norm.dtype)
+        found |= {"gnorm_m": norm * factor, "gnorm_groups": groups * factor.unsqueeze(1)}
+    return found
 
 
 def norm_method(columns: Columns) -> str | None:

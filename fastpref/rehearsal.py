@@ -138,19 +138,17 @@ def tracks(config: Config) -> bool:
 
 
 def _track_bytes(model: PairModel, config: Config, batch: PairBatch, learning: int) -> int:
-    """What taps hold beside a step, at most (docs/taps.md): inputs and gradients of outputs of
-    linear layers as k numbers a token, waiting to be multiplied, and stacked then; gradients of the
-    outputs of layers with one input; rows of norms; sketches of a step and of its micro-batch. With
-    `exact`: a padded block of rows of the widest layers, and the copy of the trained weights that
-    rates compare with."""
+    """What taps hold beside a step, at most (docs/taps.md): inputs and gradients that wait for
+    others, those of layers with one input, too; of one input, without C, k numbers a token, and
+    those in blocks; sketches of a step and of its micro-batch. With `exact`: a padded block of rows
+    of the widest layers, and the copy of the trained weights that rates compare with."""
     linear = [m.weight.shape for m in model.module.modules() if isinstance(m, nn.Linear)]
     k, tokens, pairs = config.sketch_dim, batch.num_tokens, batch.num_pairs
     layers = sum(1 for _ in decoder_layers(model.module)) or 1
     widest = max(max(shape) for shape in linear) if linear else 1
     dim = model.head.weight.shape[1]
-    narrow = min(2 * tokens * k * len(linear), WAITING + tokens * k)
-    numbers = 2 * (2 + MAX_PADDING) * narrow + tokens * widest
-    numbers += pairs * dim * (2 * layers + 1)
+    numbers = min(WAITING, tokens * widest * len(linear)) + tokens * widest
+    numbers += 2 * (2 + MAX_PADDING) * tokens * k
     numbers += k * k * (2 * layers + 3) * (config.train_batch_size + 2 * pairs)
     if config.track == "exact":
         longest = max(map(sum, batch.lengths))

@@ -41,10 +41,10 @@ class Signs:
 
     def __init__(self, seed: int) -> None:
         self.seed, self.kept, self.bytes = seed, {}, 0  # type: ignore[var-annotated]
-        # Pointers to signs for C, both sides of a linear layer's weight or one of a vector; None
-        # where C has none. By k.
-        self.linear: dict[int, dict[Place, tuple[_native.Signs, _native.Signs] | None]] = {}
-        self.vector: dict[int, dict[Place, _native.Signs | None]] = {}
+        # For C, None where it has none: by key, side, first row, rows, k; pointers to both sides of
+        # a linear layer's.
+        self.turned: dict[tuple[str, str, int, int, int], _native.Signs | None] = {}
+        self.linear: dict[tuple[Place, int], tuple[tuple[int, int], tuple[int, int]] | None] = {}
 
     def get(
         self, key: str, side: str, first: int, rows: int, k: int, device: torch.device
@@ -58,26 +58,25 @@ class Signs:
             self._keep(name, found.to(torch.int8))
         return found
 
-    def of_linear(self, place: Place, k: int) -> tuple[_native.Signs, _native.Signs] | None:
-        """For C, of the inputs and the outputs of a linear layer's weight; None where it cannot."""
-        found = self.linear.setdefault(k, {})
-        if place not in found:
-            inputs, outputs = place.parameter.shape[:: 1 if place.transposed else -1]
-            sides = ("in", 0, inputs), ("out", place.first_output, outputs)
-            both = [self.for_c(place.key, *side, k) for side in sides]
-            found[place] = None if None in both else tuple(both)  # type: ignore[assignment]
-        return found[place]
-
-    def of_vector(self, place: Place, k: int) -> _native.Signs | None:
-        """For C, of a weight that is a vector; None where it cannot."""
-        found = self.vector.setdefault(k, {})
-        if place not in found:
-            found[place] = self.for_c(place.key, "vector", 0, len(place.parameter), k)
-        return found[place]
-
     def for_c(self, key: str, side: str, first: int, rows: int, k: int) -> _native.Signs | None:
-        """Of rows first .. first + N - 1; None where C cannot do it."""
-        return native_signs(Projection.of(self.seed, key, side), first, rows, k)
+        """What `_native` wants of rows first .. first + N - 1; None where it cannot do it."""
+        name = (key, side, first, rows, k)
+        if name not in self.turned:
+            projection = Projection.of(self.seed, key, side)
+            self.turned[name] = native_signs(projection, first, rows, k)
+        return self.turned[name]
+
+    def of_linear(self, place: Place, k: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """For C, pointers to the signs of the inputs and of the outputs of a linear layer's weight;
+        None where it cannot do it."""
+        if (place, k) not in self.linear:
+            inputs, outputs = place.parameter.shape[:: 1 if place.transposed else -1]
+            left = self.for_c(place.key, "in", 0, inputs, k)
+            right = self.for_c(place.key, "out", place.first_output, outputs, k)
+            self.linear[place, k] = None
+            if left and right and k <= _native.NARROW:
+                self.linear[place, k] = (left.pointers[:2], right.pointers[:2])
+        return self.linear[place, k]
 
     def of_vocabulary(
         self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None
@@ -190,7 +189,6 @@ class BlockOps(CalledOps):
 
     def __init__(self, pair_of_token: Tensor, counts: list[int], signs: Signs) -> None:
         self.pair, self.counts, self.signs = pair_of_token, counts, signs
-        self.tokens = sum(counts)
 
     @functools.cached_property
     def blocks(self) -> TokenBlocks:
@@ -201,7 +199,8 @@ class BlockOps(CalledOps):
         """(P + 1,) the first token of every pair, and T."""
         return torch.tensor(starts(self.counts), device="cpu")
 
-    # Both that follow run between products that have emptied the caches, see taps.py.
+    # What follows runs between products that have emptied the caches, see taps.py: there what is
+    # asked of a tensor takes a microsecond or two.
 
     def add_linear(self, out: Tensor, inputs: Sequence[LinearInput]) -> None:
         k = out.shape[-1]
@@ -219,33 +218,38 @@ class BlockOps(CalledOps):
         self, x: Tensor, layers: Sequence[tuple[Tensor, Place]], k: int
     ) -> list[_native.Side] | None:
         """For `_native.linear_sketches_`; None where C cannot do it."""
+        given, key = _native.rows_of(x), None
         found: list[_native.Side] = []
-        key, x = None, _single(x)
         for dy, place in layers:
-            dy, signs = _single(dy), self.signs.of_linear(place, k)
-            if signs is None or not _native.fits_rows(dy):
+            own, signs = _native.rows_of(dy), self.signs.of_linear(place, k)
+            if given is None or own is None or signs is None:
                 return None
             if place.key != key:
                 key = place.key
-                found.append((x, signs[0], place.group))
-            found.append((dy, signs[1], -1))
-        return found if k <= _native.NARROW and _native.fits_rows(x) else None
+                found.append((*given, *signs[0], place.group))
+            found.append((*own, *signs[1], -1))
+        return found
 
     def add_vectors(self, norm_sq: Tensor, sketch: Tensor, given: Sequence[VectorInput]) -> None:
         size = sketch.shape[-1] ** 2
         vectors: list[_native.Vector] = []
         for one in given:
             place, dy, x, eps, centred = one
-            signs, kind = self.signs.of_vector(place, size), _native.ALONE
-            fits = dy.shape[-1] <= MOST_FEATURES and _native.fits(dy) and _native.fits(norm_sq)
-            if x is not None:
-                kind, fits = _native.CENTRED if centred else _native.RMS, fits and _native.fits(x)
-            if fits and signs is not None:
-                vectors.append((dy, x, kind, eps, signs, place.group))
-            else:
+            shape = dy.shape
+            cols, each = shape[-1], 1 if len(shape) == 2 or shape[0] == 1 else shape[1]
+            signs = self.signs.for_c(place.key, "vector", 0, cols, size)
+            fit = cols <= MOST_FEATURES and _native.fits(norm_sq) and _native.fits(dy)
+            if signs is None or not fit or (x is not None and not _native.fits(x)):
                 super().add_vectors(norm_sq, sketch, [one])
+                continue
+            kind, at = _native.CENTRED if centred else _native.RMS, None
+            if x is None:
+                kind = _native.ALONE
+            else:
+                at = x.data_ptr()
+            vectors.append((dy.data_ptr(), at, cols, each, kind, eps, signs, place.group))
         if vectors:
-            _native.vector_sketches_(norm_sq, sketch, vectors, self.first, self.tokens, size**-0.5)
+            _native.vector_sketches_(norm_sq, sketch, vectors, self.first, size**-0.5)
 
     def add_products(self, out: Tensor, y: Tensor, x: Tensor) -> None:
         if all(map(_native.fits, (out, y, x))):
@@ -255,9 +259,10 @@ class BlockOps(CalledOps):
 
     def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
         x = _single(x)
-        turned = self.signs.for_c(key, side, first, x.shape[1], k) if _native.fits_rows(x) else None
-        if turned is not None:
-            return _native.project(x, turned)
+        if _native.rows_of(x):
+            turned = self.signs.for_c(key, side, first, x.shape[1], k)
+            if turned is not None:
+                return _native.project(x, turned)
         with torch.no_grad(), surroundings(x.device):
             wide = wide_dtype(x)
             signs = self.signs.get(key, side, first, x.shape[1], k, x.device)
@@ -300,7 +305,7 @@ def of_one_projection(
 
 def by_token(x: Tensor) -> Tensor:
     """(T, ...) of that or (1, T, ...); a batch has more than one token."""
-    return x[0] if x.shape[0] == 1 else x
+    return x.squeeze(0)
 
 
 def _single(x: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ def saved_elsewhere() -> bool:
 
 def as_autocast(x: Tensor) -> Tensor:
     """x in the dtype in which autocast would multiply it: the layer then keeps the same tensor."""
-    kind = x.device.type
+    kind = "cpu" if x.is_cpu else x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64 or not x.is_floating_point():
         return x
     return x.to(torch.get_autocast_dtype(kind))

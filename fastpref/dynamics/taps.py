@@ -17,8 +17,8 @@ outside of blocks), `norms` (every norm's weight and bias) or `head`; only those
 weights are there. A head that is tied to the embedding belongs to `embedding`.
 
 Memory    Of a tap: nothing beyond what autograd keeps for the layer's own gradient. Sketches: k^2
-          numbers for every pair and group. Layers that share an input wait for each other, on a CPU
-          also small layers for others (WAITING): inputs, and gradients of outputs, live until then.
+          numbers for every pair and group. Layers that share an input wait for each other, and
+          small ones for others (WAITING): inputs, and gradients of outputs, live until then.
 Shapes    T tokens, P pairs, G groups, k sketch size.
 """
 
@@ -44,7 +44,7 @@ from fastpref.dynamics.tap_groups import Layer
 from fastpref.dynamics.tap_layers import Embedding, Input, Kept, Last, Linear, Norm
 
 MODES = ("sketch", "exact")
-WAITING = 1 << 20  # numbers, of inputs and gradients of outputs, that wait for others on a CPU
+WAITING = 1 << 20  # numbers, of inputs and gradients of outputs, that wait for others
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class Tap:
 
     def tokens(self, x: Tensor, parts: PairParts) -> Tensor:
         """The rows of x by token: (T, ...), or (1, T, D) as it is."""
-        if x.dim() == 3 and x.shape[1] == parts.tokens and x.shape[0] == 1:
+        shape = x.shape
+        if len(shape) == 3 and shape[1] == parts.tokens and shape[0] == 1:
             return x
         read = [parts.read] if id(self.module) in self.taps.inside else []
         return self.rows(x, parts.tokens, *read)
@@ -213,7 +214,10 @@ class Taps:
         assert self._watched, "the backward ran outside of watching()"
         if inputs and inputs[0].is_complete():
             ready = [shared for shared in inputs if shared.is_complete()]
-            inputs[:] = [shared for shared in inputs if not shared.is_complete()]
+            if len(ready) < len(inputs):
+                inputs[:] = [shared for shared in inputs if shared not in ready]
+            else:
+                inputs.clear()
             self._add(ready)
 
     def _add(self, inputs: list[Input]) -> None:
@@ -234,7 +238,8 @@ class Taps:
                 self.add_embedding(tap, x, dy)
                 continue
             rows = tap.tokens(x, parts)
-            calls = [(tap, tap.tokens(dy, parts)) for tap, dy in calls]
+            if rows is not x:  # else the gradients are such rows, too
+                calls = [(tap, tap.tokens(dy, parts)) for tap, dy in calls]
             if isinstance(kind, Norm):
                 vectors += [
                     (tap.weight, dy, rows, kind.eps, kind.centred)

@@ -115,9 +115,13 @@ def fits(x: Tensor, contiguous: bool = True) -> bool:
     )
 
 
-def fits_rows(x: Tensor) -> bool:
-    """Whether C may work on x, whose rows need not follow each other."""
-    return fits(x, contiguous=False) and x.stride(-1) == 1
+def rows_of(x: Tensor) -> tuple[int, int, int] | None:
+    """Where C finds x, (T, d) | (1, T, d) on a CPU: its address, d and the step from row to row;
+    None where it may not work on it. Rows need not follow each other."""
+    if x.dtype is not torch.float32 or type(x) is not Tensor or x.is_neg() or not library():
+        return None
+    *_, step, within = x.stride()
+    return (x.data_ptr(), x.shape[-1], step) if within == 1 else None
 
 
 def column_maxima(z: Tensor) -> Tensor:
@@ -215,8 +219,8 @@ def group_gram_(
 
 
 def project_columns_(out: Tensor, z: Tensor, bucket: Tensor, sign: Tensor, size: int) -> None:
-    """out (k, R) += z (C, R) times the signs of its rows, a `Projection`'s with K = ``size``: bucket
-    (C,) int32, b_i, and sign (C,), s_i."""
+    """out (k, R) += z (C, R) times the signs of its rows, of a `Projection` with K = ``size``:
+    bucket (C,) int32, b_i, and sign (C,), s_i."""
     work = z.new_empty(PARTS * size * z.shape[1])
     signs = (bucket.data_ptr(), sign.data_ptr(), size, out.shape[0])
     _library().project_columns(z.data_ptr(), *z.shape, *signs, work.data_ptr(), out.data_ptr())
@@ -269,6 +273,11 @@ def projects(k: int) -> bool:
     return 8 < k <= 16384 and library() is not None
 
 
+def buckets_of(k: int) -> int:
+    """K of `Signs`: k rounded up to a power of two."""
+    return 1 << (k - 1).bit_length()
+
+
 class Signs:
     """Those of a `Projection` with k columns: its row_signs (N,) float32 and turns, int32, from a
     multiple of K = `size` on."""
@@ -289,26 +298,24 @@ def project(x: Tensor, signs: Signs) -> Tensor:
 
 
 NARROW = 2048  # k of `linear_sketches_` at most
-# An input of linear layers or the gradient of an output, (T, d) | (1, T, d) with contiguous rows,
-# its signs, and the group of an input; -1 for the output of a layer of the input before it.
-Side = tuple[Tensor, Signs, int]
+# An input of linear layers or the gradient of an output: `rows_of`, pointers to its signs (two of
+# `Signs.pointers`), and the group of an input; -1 for an output of the input before it.
+Side = tuple[int, int, int, int, int, int]
 
 
 def linear_sketches_(out: Tensor, sides: Sequence[Side], first: Tensor, scale: float) -> None:
     """out[group] (S, k, k) += scale times sums over the rows first[s] .. first[s + 1] - 1 of
     g_t p_t^T, p an input of ``sides``, projected, g the sum of its projected outputs, one at least.
     out (G, S, k, k), first (S + 1,) int64, k at most NARROW."""
-    table: list[int] = []
-    for x, signs, group in sides:
-        table += (x.data_ptr(), x.shape[-1], x.stride(-2), *signs.pointers[:2], group)
-    packed, pointers = (ctypes.c_int64 * len(table))(*table), sides[0][1].pointers
-    sizes = (first.data_ptr(), out.shape[1], *pointers[2:])
+    k, table = out.shape[-1], [number for side in sides for number in side]
+    packed = (ctypes.c_int64 * len(table))(*table)
+    sizes = (first.data_ptr(), out.shape[1], buckets_of(k) // 16, k)
     _library().linear_sketches(packed, len(sides), *sizes, scale, out.data_ptr())
 
 
 ALONE, RMS, CENTRED = 0, 1, 2  # what is made of x beside y, see native.c
-# y (T, [H,] D) | (1, T, [H,] D), x like it or None, kind, eps, signs, group.
-Vector = tuple[Tensor, Tensor | None, int, float, Signs, int]
+# Address of y (T, [H,] D), of x like it or None, D, H, kind, eps, signs, group.
+Vector = tuple[int, int | None, int, int, int, float, Signs, int]
 
 
 class _Vector(ctypes.Structure):
@@ -323,24 +330,16 @@ class _Vector(ctypes.Structure):
 
 
 def vector_sketches_(
-    norm_sq: Tensor,
-    sketch: Tensor,
-    vectors: Sequence[Vector],
-    first: Tensor,
-    tokens: int,
-    scale: float,
+    norm_sq: Tensor, sketch: Tensor, vectors: Sequence[Vector], first: Tensor, scale: float
 ) -> None:
     """Of `segment_sums` (S, D) of each of ``vectors``: norm_sq[group] (S,) += their squares,
     sketch[group] (S, ...) += scale times their products with the signs, as many of them for each;
     norm_sq (G, S), contiguous like all."""
     table = (_Vector * len(vectors))()
-    for i, (y, x, kind, eps, signs, group) in enumerate(vectors):
-        cols = y.shape[-1]
-        sides = (y.data_ptr(), None if x is None else x.data_ptr())
-        sizes = (cols, y.numel() // (tokens * cols), kind)
-        table[i] = _Vector(*sides, *sizes, *signs.pointers, group, eps)
+    for i, (y, x, cols, each, kind, eps, signs, group) in enumerate(vectors):
+        table[i] = _Vector(y, x, cols, each, kind, *signs.pointers, group, eps)
+    sizes = (first.data_ptr(), norm_sq.shape[1], vectors[0][6].k)
     places = (norm_sq.data_ptr(), sketch.data_ptr())
-    sizes = (first.data_ptr(), norm_sq.shape[1], vectors[0][4].k)
     _library().vector_sketches(table, len(vectors), *sizes, scale, *places)
 
 

@@ -31,7 +31,7 @@ from .spans import kept_tables
 
 BUCKETS = 1024
 EIGHT = 8  # ids whose places differ in the last three bits
-MOST_IN_C = 256  # columns of a projection whose sums C keeps in the first-level cache
+MOST_IN_C = 1 << 14  # sums, k for every row, of which C keeps several sets
 SQUARES = 256  # rows that sums of squares are first taken to: one vector addition a tile's row
 
 
@@ -200,7 +200,7 @@ class ProjectedTiles:
             self.sums.mul_(shrink)
         low, high = tiles.bounds[i]
         vocab, k = self.table.shape
-        if k <= MOST_IN_C and _native.fits(exps):
+        if self.sums.numel() <= MOST_IN_C and _native.fits(exps):
             bucket, sign = vocabulary_buckets(vocab, k, *self.asked)
             cut = (bucket[low:high], sign[low:high])
             _native.project_columns_(self.sums, exps, *cut, buckets_of(k))

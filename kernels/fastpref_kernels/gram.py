@@ -228,6 +228,7 @@ class GroupGram:
 
 
 MOST_SHORT = 16  # rows of a group that C multiplies with each other, faster than small products do
+MOST_PRODUCTS = 1 << 14  # as many for every row, of which C keeps several sets
 
 
 class ShortGram:
@@ -241,7 +242,9 @@ class ShortGram:
     @staticmethod
     def serves(groups: Groups, hidden: Tensor) -> bool:
         """Of float32 rows (R, D) on a CPU; a head of one tile is for the caller to know."""
-        return 0 < max(groups.lengths, default=0) <= MOST_SHORT and _native.fits(hidden)
+        longest = max(groups.lengths, default=0)
+        few = 0 < longest <= MOST_SHORT and longest * hidden.shape[0] <= MOST_PRODUCTS
+        return few and _native.fits(hidden)
 
     def add_tile(self, exps: Tensor, shrink: Tensor | None, tiles: Tiles, i: int) -> None:
         """As `GroupGram.add_tile`."""

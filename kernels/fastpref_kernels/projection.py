@@ -31,6 +31,7 @@ from torch import Tensor
 
 from . import _launch, _native
 from ._launch import surroundings
+from ._native import buckets_of
 from .segment_products import wide_dtype
 from .spans import kept_tables
 
@@ -87,11 +88,6 @@ class Projection:
                 ones = ones ^ (ones >> shift)
         turned = (ones & 1).to(dtype).mul_(-2.0).add_(1.0)
         return turned.mul_(self.row_signs(rows, dtype).unsqueeze(1))
-
-
-def buckets_of(k: int) -> int:
-    """K: k rounded up to a power of two."""
-    return 1 << (k - 1).bit_length()
 
 
 @kept_tables

@@ -259,7 +259,10 @@ def test_sketches_of_linear_layers(k: int) -> None:
     x = {name: torch.randn(1, rows, cols + 3)[..., :cols] for name, cols in widths.items()}
     x["k"] = x["k"][0]
     groups = {"in": 1, "up in": 1}
-    given = [(x[n], signs(sides[n], 0, widths[n], k), groups.get(n, -1)) for n in widths]
+    given = [
+        (*_native.rows_of(x[n]), *signs(sides[n], 0, cols, k).pointers[:2], groups.get(n, -1))
+        for n, cols in widths.items()
+    ]
     out = torch.ones(3, len(counts), k, k)
     _native.linear_sketches_(out, given, first, 0.25)
     wide = {
@@ -285,8 +288,10 @@ def test_sketches_of_vectors(k: int) -> None:
     sides = [Projection.of(3, str(n), "vector") for n in widths]
     own = [signs(side, 0, n, k * k) for side, n in zip(sides, widths, strict=True)]
     norm_sq, sketch = torch.ones(2, len(COUNTS)), torch.ones(2, len(COUNTS), k, k)
-    vectors = list(zip(y, x, kinds, [1e-5] * 3, own, groups, strict=True))
-    _native.vector_sketches_(norm_sq, sketch, vectors, first, tokens, 0.5)
+    at = [None if one is None else one.data_ptr() for one in x]
+    pointers, eps = [one.data_ptr() for one in y], [1e-5] * 3
+    vectors = zip(pointers, at, widths, (1, 3, 1), kinds, eps, own, groups, strict=True)
+    _native.vector_sketches_(norm_sq, sketch, list(vectors), first, 0.5)
     true = torch.ones(2, len(COUNTS)).double(), torch.ones(2, len(COUNTS), k * k).double()
     for one, other, side, width, group in zip(y, x, sides, widths, groups, strict=True):
         rows = one.double().view(tokens, -1, width)
@@ -356,10 +361,11 @@ def test_sums_for_taps_are_the_same_with_every_number_of_threads() -> None:
         for count in (1, 3):
             torch.set_num_threads(count)
             out, norm_sq = torch.zeros(1, 3, k, k), torch.zeros(1, 3)
-            _native.linear_sketches_(out, [(x, own, 0), (y, own, -1)], first, 1.0)
+            sides = [(*_native.rows_of(m), *own.pointers[:2], g) for m, g in ((x, 0), (y, -1))]
+            _native.linear_sketches_(out, sides, first, 1.0)
             _native.segment_products_(out[0], x[:, :k].clone(), y[:, :k].clone(), first, 1.0)
-            beside = [(y, x, _native.RMS, 1e-5, vector, 0)]
-            _native.vector_sketches_(norm_sq, out, beside, first, 2100, 1.0)
+            beside = [(y.data_ptr(), x.data_ptr(), 256, 1, _native.RMS, 1e-5, vector, 0)]
+            _native.vector_sketches_(norm_sq, out, beside, first, 1.0)
             columns = torch.zeros(k, 40)
             _native.project_columns_(columns, z, (torch.arange(5000) % 16).int(), z[:, 0], 16)
             sums = _native.segment_sums(y, x, first, 1e-5, False)
