@@ -25,7 +25,7 @@ from fastpref.data.dataset import Dataset
 from fastpref.data.loader import StepPlan
 from fastpref.data.pack import fed_tokens, pack_pairs, plan_microbatches
 from fastpref.data.tokenize import TokenPair
-from fastpref.dynamics.taps import WAITING, attach
+from fastpref.dynamics.taps import attach
 from fastpref.heap import keep_freed_memory
 from fastpref.loading import prepare
 from fastpref.losses import get_loss
@@ -264,7 +264,9 @@ def stated_bytes(subject: Subject, track: str, turn: int, plain: int) -> int:
     tokens, most, step = sum(counts), len(largest), len(subject.steps[0])
     blocks = TokenBlocks.make(counts, torch.device("cpu")).blocks
     slots = max(len(block.lengths) * block.length for block in blocks)
-    within = head + WAITING + k * k * groups * (step + most)
+    # In the last block, where activations are still there, k's and v's gradients wait for q's.
+    waiting = 2 * tokens * c.hidden_size // c.num_attention_heads * c.num_key_value_heads
+    within = head + waiting + k * k * groups * (step + most)
     if _native.library() is None:  # factors of an input, as they are and in dense blocks
         within += 2 * k * (2 * tokens + slots)
     if track == "exact":

@@ -24,7 +24,6 @@ from fastpref import attention_torch
 from fastpref.attention_backends import HALF, Backend
 from fastpref.batch import PairBatch
 from fastpref.config import Config
-from fastpref.dynamics.taps import WAITING
 from fastpref.head import freeze_body
 from fastpref.live_bytes import LiveBytes, Scratch
 from fastpref.loading import reference_skeleton, skeleton
@@ -138,16 +137,16 @@ def tracks(config: Config) -> bool:
 
 
 def _track_bytes(model: PairModel, config: Config, batch: PairBatch, learning: int) -> int:
-    """What taps hold beside a step, at most (docs/taps.md): inputs and gradients that wait for
-    others, those of layers with one input, too; of one input, without C, k numbers a token, and
-    those in blocks; sketches of a step and of its micro-batch. With `exact`: a padded block of rows
-    of the widest layers, and the copy of the trained weights that rates compare with."""
+    """What taps hold beside a step, at most (docs/taps.md): gradients of the outputs of layers with
+    one input; without C k numbers a token of one layer, and those in blocks; sketches of a step and
+    of its micro-batch. With `exact`: a padded block of rows of the widest layers, and the copy of
+    the trained weights that rates compare with."""
     linear = [m.weight.shape for m in model.module.modules() if isinstance(m, nn.Linear)]
     k, tokens, pairs = config.sketch_dim, batch.num_tokens, batch.num_pairs
     layers = sum(1 for _ in decoder_layers(model.module)) or 1
     widest = max(max(shape) for shape in linear) if linear else 1
     dim = model.head.weight.shape[1]
-    numbers = min(WAITING, tokens * widest * len(linear)) + tokens * widest
+    numbers = 2.0 * tokens * widest
     numbers += 2 * (2 + MAX_PADDING) * tokens * k
     numbers += k * k * (2 * layers + 3) * (config.train_batch_size + 2 * pairs)
     if config.track == "exact":

@@ -30,8 +30,8 @@ HALF = (torch.bfloat16, torch.float16)
 KEPT = 1 << 30  # bytes of signs that stay in memory
 
 # What follows is by token, (T, ...), or, as most layers see it, in a row of tokens, (1, T, ...).
-# An input x (T, d) of linear layers, and of each the gradient of its output (T, p) and its weight.
-LinearInput = tuple[Tensor, Sequence[tuple[Tensor, Place]]]
+# The gradient of a linear layer's output (T, p), and the layer's weight.
+LinearOutput = tuple[Tensor, Place]
 # A bias or a norm's weight, and what `sums` makes its gradient of.
 VectorInput = tuple[Place, Tensor, Tensor | None, float, bool]
 
@@ -107,8 +107,8 @@ class Signs:
 class PairOps(Protocol):
     """Sums over the tokens of every pair."""
 
-    def add_linear(self, out: Tensor, inputs: Sequence[LinearInput]) -> None:
-        """out[group] (P, k, k) += sketches of linear layers' gradients, the weight's group."""
+    def add_linear(self, out: Tensor, x: Tensor, layers: Sequence[LinearOutput]) -> None:
+        """out[group] (P, k, k) += sketches of gradients of linear layers of one input x (T, d)."""
 
     def add_vectors(self, norm_sq: Tensor, sketch: Tensor, given: Sequence[VectorInput]) -> None:
         """norm_sq[group] (P,), sketch[group] (P, k, k) += those of the gradients of vectors."""
@@ -133,17 +133,16 @@ class CalledOps:
 
     signs: Signs
 
-    def add_linear(self: PairOps, out: Tensor, inputs: Sequence[LinearInput]) -> None:
+    def add_linear(self: PairOps, out: Tensor, x: Tensor, layers: Sequence[LinearOutput]) -> None:
         k = out.shape[-1]
-        for x, layers in inputs:
-            for own in of_one_projection(layers):
-                place = own[0][1]
-                outputs = functools.reduce(
-                    torch.Tensor.add_,
-                    [self.project(by_token(dy), p.key, "out", k, p.first_output) for dy, p in own],
-                )
-                projected = self.project(by_token(x), place.key, "in", k)
-                self.add_products(out[place.group], outputs, projected)
+        for own in of_one_projection(layers):
+            place = own[0][1]
+            outputs = functools.reduce(
+                torch.Tensor.add_,
+                [self.project(by_token(dy), p.key, "out", k, p.first_output) for dy, p in own],
+            )
+            inputs = self.project(by_token(x), place.key, "in", k)
+            self.add_products(out[place.group], outputs, inputs)
 
     def add_vectors(
         self: PairOps, norm_sq: Tensor, sketch: Tensor, given: Sequence[VectorInput]
@@ -202,33 +201,19 @@ class BlockOps(CalledOps):
     # What follows runs between products that have emptied the caches, see taps.py: there what is
     # asked of a tensor takes a microsecond or two.
 
-    def add_linear(self, out: Tensor, inputs: Sequence[LinearInput]) -> None:
-        k = out.shape[-1]
+    def add_linear(self, out: Tensor, x: Tensor, layers: Sequence[LinearOutput]) -> None:
+        k, given, key = out.shape[-1], _native.rows_of(x), None
         sides: list[_native.Side] = []
-        for x, layers in inputs:
-            own = self._sides(x, layers, k) if _native.fits(out) else None
-            if own is None:
-                super().add_linear(out, [(x, layers)])
-            else:
-                sides += own
-        if sides:
-            _native.linear_sketches_(out, sides, self.first, 1.0 / k)
-
-    def _sides(
-        self, x: Tensor, layers: Sequence[tuple[Tensor, Place]], k: int
-    ) -> list[_native.Side] | None:
-        """For `_native.linear_sketches_`; None where C cannot do it."""
-        given, key = _native.rows_of(x), None
-        found: list[_native.Side] = []
         for dy, place in layers:
             own, signs = _native.rows_of(dy), self.signs.of_linear(place, k)
-            if given is None or own is None or signs is None:
-                return None
+            if given is None or own is None or signs is None or not _native.fits(out):
+                super().add_linear(out, x, layers)
+                return
             if place.key != key:
                 key = place.key
-                found.append((*given, *signs[0], place.group))
-            found.append((*own, *signs[1], -1))
-        return found
+                sides.append((*given, *signs[0], place.group))
+            sides.append((*own, *signs[1], -1))
+        _native.linear_sketches_(out, sides, self.first, 1.0 / k)
 
     def add_vectors(self, norm_sq: Tensor, sketch: Tensor, given: Sequence[VectorInput]) -> None:
         size = sketch.shape[-1] ** 2
@@ -293,8 +278,8 @@ MOST_FEATURES = 1 << 14  # of a vector whose sums stand on a thread's stack
 
 
 def of_one_projection(
-    layers: Sequence[tuple[Tensor, Place]],
-) -> Iterator[Sequence[tuple[Tensor, Place]]]:
+    layers: Sequence[LinearOutput],
+) -> Iterator[Sequence[LinearOutput]]:
     """Layers of one input by the key of their projections, which come one behind the other."""
     start = 0
     for i in range(1, len(layers) + 1):

@@ -20,7 +20,7 @@ from fastpref.batch import PairBatch
 from fastpref.dynamics.pair_ops import (
     BlockOps,
     FusedOps,
-    LinearInput,
+    LinearOutput,
     PairOps,
     Signs,
     VectorInput,
@@ -93,24 +93,18 @@ class PairParts:
         assert rows == self.read
         return self.read_ops
 
-    def linear(self, inputs: Sequence[LinearInput]) -> None:
-        """Weights of linear layers, by their inputs."""
-        by_ops: dict[PairOps, list[LinearInput]] = {}
-        for given in inputs:
-            self._widen(given[0].dtype)
-            by_ops.setdefault(self.of_rows(given[0]), []).append(given)
-        for ops, those in by_ops.items():
-            ops.add_linear(self.sketch, those)
+    def linear(self, x: Tensor, layers: Sequence[LinearOutput]) -> None:
+        """Weights of linear layers of one input x (T, d) | (1, T, d)."""
+        ops = self.of_rows(x)
+        self._widen(x.dtype)
+        ops.add_linear(self.sketch, x, layers)
         if self.exact:
-            for x, layers in inputs:
-                groups = dict.fromkeys(place.group for _, place in layers)
-                for group in groups:
-                    own = [by_token(dy) for dy, place in layers if place.group == group]
-                    self._add_norms(group, self.of_rows(x).norms(by_token(x), own))
+            for group in dict.fromkeys(place.group for _, place in layers):
+                own = [by_token(dy) for dy, place in layers if place.group == group]
+                self._add_norms(group, ops.norms(by_token(x), own))
         if self.changes is not None:
-            for x, layers in inputs:
-                for dy, place in layers:
-                    self._linear_change(by_token(x), by_token(dy), place)
+            for dy, place in layers:
+                self._linear_change(by_token(x), by_token(dy), place)
 
     def _linear_change(self, x: Tensor, dy: Tensor, place: Place) -> None:
         moved = self._changed(place)
@@ -120,13 +114,9 @@ class PairParts:
             self._add_change(place.group, (dy.to(wide) * there).sum(1))
 
     def vectors(self, given: Sequence[VectorInput]) -> None:
-        """Gradients that are vectors, of biases and norms' weights."""
-        by_ops: dict[PairOps, list[VectorInput]] = {}
-        for one in given:
-            self._widen(one[1].dtype)
-            by_ops.setdefault(self.of_rows(one[1]), []).append(one)
-        for ops, own in by_ops.items():
-            ops.add_vectors(self.norm_sq, self.sketch, own)
+        """Gradients that are vectors, of the biases and the norm's weight of one input."""
+        self._widen(given[0][1].dtype)
+        self.of_rows(given[0][1]).add_vectors(self.norm_sq, self.sketch, given)
         if self.changes is not None:
             for one in given:
                 self._vector_change(*one)

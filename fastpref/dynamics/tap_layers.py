@@ -154,22 +154,18 @@ class Input:
         self.calls: list[tuple[Tap, list[Tensor]]] = []  # gradients of the output: none, then one
         self.taps: list[Tap] = []  # of the calls
 
-    def is_complete(self) -> bool:
-        """Whether the backward has passed all layers."""
-        return all([dy for _, dy in self.calls])
-
 
 class Last:
-    """A hook on the gradient of a layer's output for which other inputs wait."""
+    """A hook on the gradient of the output of an input's first layer."""
 
-    __slots__ = ("brought", "taps", "waiting")
+    __slots__ = ("brought", "shared", "taps")
 
-    def __init__(self, brought: list[Tensor], taps: Taps, waiting: list[Input]) -> None:
-        self.brought, self.taps, self.waiting = brought, taps, waiting
+    def __init__(self, brought: list[Tensor], taps: Taps, shared: Input) -> None:
+        self.brought, self.taps, self.shared = brought, taps, shared
 
     def __call__(self, dy: Tensor) -> None:
         self.brought.append(dy)
-        self.taps.take(self.waiting)
+        self.taps.take(self.shared)
 
 
 class Kept(torch.autograd.Function):

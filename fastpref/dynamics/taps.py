@@ -17,8 +17,8 @@ outside of blocks), `norms` (every norm's weight and bias) or `head`; only those
 weights are there. A head that is tied to the embedding belongs to `embedding`.
 
 Memory    Of a tap: nothing beyond what autograd keeps for the layer's own gradient. Sketches: k^2
-          numbers for every pair and group. Layers that share an input wait for each other, and
-          small ones for others (WAITING): inputs, and gradients of outputs, live until then.
+          numbers for every pair and group. Layers that share an input wait for each other: the
+          gradients of their outputs live until the last of them has come.
 Shapes    T tokens, P pairs, G groups, k sketch size.
 """
 
@@ -37,14 +37,13 @@ from torch import Tensor, nn
 from fastpref import last_block
 from fastpref.batch import PairBatch
 from fastpref.dynamics import tap_groups, tap_layers
-from fastpref.dynamics.pair_ops import LinearInput, Signs, VectorInput, by_token
+from fastpref.dynamics.pair_ops import Signs, VectorInput, by_token
 from fastpref.dynamics.pair_parts import PairParts
 from fastpref.dynamics.places import Place
 from fastpref.dynamics.tap_groups import Layer
 from fastpref.dynamics.tap_layers import Embedding, Input, Kept, Last, Linear, Norm
 
 MODES = ("sketch", "exact")
-WAITING = 1 << 20  # numbers, of inputs and gradients of outputs, that wait for others
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,7 @@ class Taps:
         self.anchors: list[tuple[Tap, Tensor, Tensor]] | None = None
         self.parts: PairParts | None = None
         self._watched = False
-        # Inputs in the order of the forward. Those of one list wait for the gradients of the first.
-        self._waiting: list[list[Input]] = []
-        self._numbers = 0  # of the last list
+        self._inputs: list[Input] = []  # of the batch
         found = tap_groups.find(module)
         self.groups, self.head = found.groups, found.head
         self.layers = [Tap(layer, self) for layer in found.layers]
@@ -162,17 +159,17 @@ class Taps:
                 tap.module.__dict__["forward"] = tap.linear if linear else tap.forward
             yield
             with torch.no_grad():
-                for inputs in reversed(self._waiting):
-                    self._add(inputs)
+                for shared in reversed(self._inputs):  # what the backward has passed in part
+                    self._add(shared)
         finally:
             for tap, own in zip(self.layers, before, strict=True):
                 if own is None:
                     del tap.module.__dict__["forward"]
                 else:
                     tap.module.__dict__["forward"] = own
-            for shared in (shared for inputs in self._waiting for shared in inputs):
+            for shared in self._inputs:
                 shared.x, shared.calls = None, []  # it hangs on x, which hangs on it
-            self._watched, self._waiting, self._numbers, self.anchors = False, [], 0, None
+            self._watched, self._inputs, self.anchors = False, [], None
 
     def collect(self) -> TapValues:
         """What the taps saw since the last call: of the batch that was watched."""
@@ -189,16 +186,9 @@ class Taps:
         """y, the output of a layer for x, whose gradient will be seen when the backward comes."""
         brought: list[Tensor] = []
         hook = brought.append
-        if not shared.calls:
-            self._numbers += x.numel()
-            if self._numbers > WAITING or not self._waiting:
-                self._numbers = x.numel()
-                self._waiting.append([])
-            waiting = self._waiting[-1]
-            if not waiting:  # in the order of the backward, the first call of the first is the last
-                hook = Last(brought, self, waiting)
-            waiting.append(shared)
-        self._numbers += y.numel()
+        if not shared.calls:  # which is the last in the order of the backward
+            hook = Last(brought, self, shared)
+            self._inputs.append(shared)
         shared.calls.append((tap, brought))
         shared.taps.append(tap)
         if tap_layers.saved_elsewhere():
@@ -209,48 +199,39 @@ class Taps:
         tap_layers.on_gradient(y, hook)
         return y
 
-    def take(self, inputs: list[Input]) -> None:
-        """The backward has passed a layer of the first of ``inputs``, or all."""
+    def take(self, shared: Input) -> None:
+        """The backward has passed the first layer that was given the input."""
         assert self._watched, "the backward ran outside of watching()"
-        if inputs and inputs[0].is_complete():
-            ready = [shared for shared in inputs if shared.is_complete()]
-            if len(ready) < len(inputs):
-                inputs[:] = [shared for shared in inputs if shared not in ready]
-            else:
-                inputs.clear()
-            self._add(ready)
+        if all([dy for _, dy in shared.calls]):
+            self._add(shared)
 
-    def _add(self, inputs: list[Input]) -> None:
-        """To the sums, the last first."""
+    def _add(self, shared: Input) -> None:
+        """To the sums."""
         parts = self.parts
         assert parts is not None
-        linear: list[LinearInput] = []
-        vectors: list[VectorInput] = []
-        for shared in reversed(inputs):
-            # Taken out, as the lists hang on the graph.
-            x, calls = shared.x, [(tap, dy.pop()) for tap, dy in shared.calls if dy]
-            shared.x, shared.calls = None, []
-            if not calls:
-                continue
-            assert x is not None
-            (tap, dy), kind = calls[0], calls[0][0].kind
-            if isinstance(kind, Embedding):
-                self.add_embedding(tap, x, dy)
-                continue
-            rows = tap.tokens(x, parts)
-            if rows is not x:  # else the gradients are such rows, too
-                calls = [(tap, tap.tokens(dy, parts)) for tap, dy in calls]
-            if isinstance(kind, Norm):
-                vectors += [
-                    (tap.weight, dy, rows, kind.eps, kind.centred)
-                    for tap, dy in calls
-                    if tap.weight
-                ]
-            else:
-                linear.append((rows, [(dy, tap.weight) for tap, dy in calls if tap.weight]))
-            vectors += [(tap.bias, dy, None, 0.0, False) for tap, dy in calls if tap.bias]
-        if linear:
-            parts.linear(linear)
+        # Taken out, as the lists hang on the graph.
+        x, calls = shared.x, [(tap, dy.pop()) for tap, dy in shared.calls if dy]
+        shared.x, shared.calls = None, []
+        if not calls:
+            return
+        assert x is not None
+        (tap, dy), kind = calls[0], calls[0][0].kind
+        if isinstance(kind, Embedding):
+            self.add_embedding(tap, x, dy)
+            return
+        rows = tap.tokens(x, parts)
+        if rows is not x:  # else the gradients are such rows, too
+            calls = [(tap, tap.tokens(dy, parts)) for tap, dy in calls]
+        vectors: list[VectorInput] = [
+            (tap.bias, dy, None, 0.0, False) for tap, dy in calls if tap.bias
+        ]
+        if isinstance(kind, Norm):
+            if tap.weight:
+                vectors.append((tap.weight, calls[0][1], rows, kind.eps, kind.centred))
+        else:
+            layers = [(dy, tap.weight) for tap, dy in calls if tap.weight]
+            if layers:
+                parts.linear(rows, layers)
         if vectors:
             parts.vectors(vectors)
 
