@@ -266,21 +266,24 @@ def stated_bytes(subject: Subject, track: str, turn: int, plain: int) -> int:
     slots = max(len(block.lengths) * block.length for block in blocks)
     # In the last block, where activations are still there, k's and v's gradients wait for q's.
     waiting = 2 * tokens * c.hidden_size // c.num_attention_heads * c.num_key_value_heads
-    within = head + waiting + k * k * groups * (step + most)
+    sketches = k * k * groups * (step + most)
+    within = head + waiting + sketches
     if _native.library() is None:  # factors of an input, as they are and in dense blocks
         within += 2 * k * (2 * tokens + slots)
     if track == "exact":
         grams = max(len(block.lengths) * block.length**2 for block in blocks)
         head = c.hidden_size // c.num_attention_heads
         heads = head * (c.num_attention_heads + c.num_key_value_heads)
-        within += 2 * min(ENTRIES, grams) + slots * c.hidden_size
         # The last block's MLP is small; at its attention the final states, in and out of the last
-        # norm, are gone, at another block the activations of those behind it. All of what goes into
-        # the narrowed output projection is kept.
+        # norm, the MLP's and the head's exponentials are gone; at another block the activations of
+        # those behind it. All of what goes into the narrowed output projection is kept.
         gone = hidden // (4 * (c.num_hidden_layers + 1))
         mlp = (tokens + slots) * max(c.intermediate_size, heads) - gone
         last = tokens * heads + (slots - 2 * tokens) * c.hidden_size
-        within += tokens * c.hidden_size + max(mlp, last)
+        work = 2 * min(ENTRIES, grams) + (slots + tokens) * c.hidden_size + max(mlp, last)
+        read = int(packed.read_spans()[1].sum())
+        work -= c.vocab_size * len(packed.segment_id) + 3 * read * c.intermediate_size
+        within = max(within, sketches + work)
     return 4 * within
 
 
