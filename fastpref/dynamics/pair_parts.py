@@ -72,17 +72,22 @@ class PairParts:
         return self.norm_sq.shape[1]
 
     @functools.cached_property
+    def read_counts(self) -> list[int]:
+        """(P,) tokens of every pair that are read."""
+        found: list[int] = self.batch.read_spans()[1].tolist()
+        return found
+
+    @functools.cached_property
     def read(self) -> int:
         """N."""
-        return int(self.batch.read_spans()[1].sum())
+        return sum(self.read_counts)
 
     @functools.cached_property
     def read_ops(self) -> PairOps:
         """Of the N tokens that are read."""
-        counts = self.batch.read_spans()[1]
-        device = self.batch.pair_of_token.device
+        counts, device = self.read_counts, self.batch.pair_of_token.device
         (pair,) = on_device([np.repeat(np.arange(len(counts)), counts)], device)
-        return _ops(pair, counts.tolist(), self.signs)
+        return _ops(pair, counts, self.signs)
 
     def of_rows(self, x: Tensor) -> PairOps:
         """The operations for rows x (T, ...) | (1, T, ...), which are all tokens or those that are
