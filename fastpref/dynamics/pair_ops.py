@@ -289,8 +289,8 @@ def of_one_projection(
 
 
 def by_token(x: Tensor) -> Tensor:
-    """(T, ...) of that or (1, T, ...); a batch has more than one token."""
-    return x.squeeze(0)
+    """(T, ...) of that or (1, T, D)."""
+    return x.squeeze(0) if x.dim() == 3 else x
 
 
 def _single(x: Tensor) -> Tensor:

@@ -90,9 +90,10 @@ class PairParts:
         return _ops(pair, counts, self.signs)
 
     def of_rows(self, x: Tensor) -> PairOps:
-        """The operations for rows x (T, ...) | (1, T, ...), which are all tokens or those that are
+        """The operations for rows x (T, ...) | (1, T, D), which are all tokens or those that are
         read."""
-        rows = x.shape[1] if x.shape[0] == 1 else x.shape[0]
+        shape = x.shape
+        rows = shape[1] if len(shape) == 3 and shape[0] == 1 else shape[0]
         if rows == self.tokens:
             return self.ops
         assert rows == self.read

@@ -7,6 +7,7 @@ Shapes: T tokens of a packed batch, d inputs, p outputs, D features, H heads.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -195,7 +196,7 @@ def on_gradient(y: Tensor, hook: Callable[[Tensor], None]) -> None:
     """``y.register_hook(hook)`` without the handle by which it could be removed: what that does
     besides takes two thirds of its time."""
     if y._backward_hooks is None and y.grad_fn is not None:
-        y._backward_hooks = {-1: hook}  # handles count from 0
+        y._backward_hooks = OrderedDict({-1: hook})  # others' handles count from 0
         y.grad_fn._register_hook_dict(y)
     else:
         y.register_hook(hook)

@@ -3,7 +3,7 @@
     taps = attach(module, "sketch")            # a causal LM of transformers, as PairModel holds it
     with taps.watching(batch):
         logp = ...                             # forward
-        logp.backward(slopes)                  # backward of a sum over pairs
+        logp.backward(slopes)                  # one backward, of a sum over pairs
     values = taps.collect()                    # of each pair's part of what was differentiated
 
 A *tap* stands behind a layer: it keeps the layer's input as autograd does, and sees the gradient of
@@ -16,7 +16,8 @@ A *layer group* is `embedding`, `block.<i>.attention`, `block.<i>.mlp`, `other` 
 outside of blocks), `norms` (every norm's weight and bias) or `head`; only those with trained
 weights are there. A head that is tied to the embedding belongs to `embedding`.
 
-Memory    Of a tap: nothing beyond what autograd keeps for the layer's own gradient. Sketches: k^2
+Memory    Of a tap: nothing beyond what autograd keeps for the layer's own gradient, but for norms
+          that compute in another dtype, whose input it keeps as it is given. Sketches: k^2
           numbers for every pair and group. Layers that share an input wait for each other: the
           gradients of their outputs live until the last of them has come.
 Shapes    T tokens, P pairs, G groups, k sketch size.
@@ -194,14 +195,17 @@ class Taps:
         if tap_layers.saved_elsewhere():
             return Kept.apply(y, x.detach(), shared, hook)
         # At a fraction of the cost of a Function: the graph of a small model is a few hundred nodes
-        # long. What is kept autograd keeps for the layer's own gradient.
-        shared.x = x
+        # long. For a weight's gradient autograd keeps the same tensor.
+        if tap.weight is not None:
+            shared.x = x
         tap_layers.on_gradient(y, hook)
         return y
 
     def take(self, shared: Input) -> None:
         """The backward has passed the first layer that was given the input."""
         assert self._watched, "the backward ran outside of watching()"
+        if not shared.calls:
+            raise RuntimeError("taps see one backward of what they watch, and this is another one")
         if all([dy for _, dy in shared.calls]):
             self._add(shared)
 
@@ -214,13 +218,13 @@ class Taps:
         shared.x, shared.calls = None, []
         if not calls:
             return
-        assert x is not None
         (tap, dy), kind = calls[0], calls[0][0].kind
         if isinstance(kind, Embedding):
+            assert x is not None
             self.add_embedding(tap, x, dy)
             return
-        rows = tap.tokens(x, parts)
-        if rows is not x:  # else the gradients are such rows, too
+        rows = None if x is None else tap.tokens(x, parts)
+        if rows is None or rows is not x:  # else the gradients are such rows, too
             calls = [(tap, tap.tokens(dy, parts)) for tap, dy in calls]
         vectors: list[VectorInput] = [
             (tap.bias, dy, None, 0.0, False) for tap, dy in calls if tap.bias
@@ -231,6 +235,7 @@ class Taps:
         else:
             layers = [(dy, tap.weight) for tap, dy in calls if tap.weight]
             if layers:
+                assert rows is not None
                 parts.linear(rows, layers)
         if vectors:
             parts.vectors(vectors)

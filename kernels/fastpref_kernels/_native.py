@@ -116,12 +116,15 @@ def fits(x: Tensor, contiguous: bool = True) -> bool:
 
 
 def rows_of(x: Tensor) -> tuple[int, int, int] | None:
-    """Where C finds x, (T, d) | (1, T, d) on a CPU: its address, d and the step from row to row;
-    None where it may not work on it. Rows need not follow each other."""
+    """Where C finds the rows of x, (T, d) | (1, T, d) in a CPU's memory: its address, d and the
+    step from row to row, which need not follow each other; None where it may not work on it."""
     if x.dtype is not torch.float32 or type(x) is not Tensor or x.is_neg() or not library():
         return None
+    shape = x.shape
+    if len(shape) != 2 and (len(shape) != 3 or shape[0] != 1):
+        return None
     *_, step, within = x.stride()
-    return (x.data_ptr(), x.shape[-1], step) if within == 1 else None
+    return (x.data_ptr(), shape[-1], step) if within == 1 else None
 
 
 def column_maxima(z: Tensor) -> Tensor:

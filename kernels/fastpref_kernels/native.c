@@ -471,9 +471,6 @@ static inline __attribute__((always_inline)) void sums16(const float *x, long co
 }
 #endif
 
-#define TILE 32      /* rows, of sixteen numbers, whose sums stand in the first-level cache */
-#define MOST_QUADS 1024 /* sixteens of a row's sums */
-
 /* sum (rows, quads): numbers of K buckets of x (rows, cols); rows at most TILE / quads, or 1. */
 static void bucket_sums(const float *x, long rows, long cols, long stride, Signs signs,
                         Lanes *sum) {

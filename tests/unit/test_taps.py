@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastpref_kernels import _native
 from torch import Tensor, nn
 
 from fastpref import recompute
@@ -16,6 +17,7 @@ from fastpref.dynamics.pair_ops import BlockOps, Signs
 from fastpref.dynamics.pair_parts import PairParts
 from fastpref.dynamics.taps import attach
 from fastpref.gradients import head_norms, pair_gradients
+from fastpref.tapcheck import check_taps
 from tests.architectures import PAIRS, packed, tiny_model
 from tests.kernels.test_norms_models import build
 
@@ -236,6 +238,43 @@ def test_no_gradient_outlives_the_backward(mode: str, monkeypatch: pytest.Monkey
     assert taps.collect().sketch.abs().sum() > 0
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_a_last_block_that_reads_one_token(
+    name: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(_native, "library", lambda: None)
+    assert int(pack_pairs(PAIRS[:1]).read_spans()[1].sum()) == 1
+    for dtype, close in ((torch.float32, 1e-4), (torch.float64, 1e-6)):  # of norms in float32
+        model = packed(tiny_model(name, dtype))
+        for mode in ("sketch", "exact"):
+            assert check_taps(model, attach(model.module, mode, sketch_dim=16), PAIRS[:1]) < close
+
+
+def test_hooks_of_others_stay_and_a_second_backward_is_refused() -> None:
+    model, seen = packed(tiny_model("llama", torch.float32)), []
+    taps, batch = attach(model.module, "sketch"), pack_pairs(PAIRS)
+    for layer in model.module.model.layers:
+        layer.mlp.down_proj.register_forward_hook(
+            lambda module, x, y: (y.register_hook(lambda dy: seen.append(dy.shape)), None)[1]
+        )
+    with pytest.raises(RuntimeError, match="one backward"), taps.watching(batch):
+        logp = model.logp(batch, head_norms(taps)).logp
+        logp.backward(torch.ones_like(logp), retain_graph=True)
+        assert len(seen) == len(model.module.model.layers)
+        logp.backward(torch.ones_like(logp))
+
+
+def test_rows_that_are_not_one_for_every_token_are_refused() -> None:
+    """Not read as those of the first tokens."""
+    model, batch = packed(tiny_model("llama", torch.float32)), pack_pairs(PAIRS)
+    taps, layer = attach(model.module, "sketch"), model.module.model.layers[0].mlp.gate_proj
+    with pytest.raises(RuntimeError, match="matrix"), taps.watching(batch):
+        x = torch.randn(1, batch.num_tokens, 3, layer.in_features)
+        layer(x).square().sum().backward()
+
+
 def test_layers_of_one_input_are_summed_together() -> None:
     """q, k and v; gate and up; on every device, as exact norms cost less so."""
     model = packed(tiny_model("llama", torch.float32))
@@ -297,7 +336,6 @@ class Crossed(nn.Module):
 def test_what_no_layer_tells_a_first_batch_shows(mode: str) -> None:
     from fastpref import loading
     from fastpref.model import PairModel
-    from fastpref.tapcheck import check_taps
     from tests.kernels.test_norms_models import PAIRS
 
     module = build("llama")
