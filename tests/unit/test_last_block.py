@@ -228,6 +228,7 @@ def test_taps_in_the_mlp_see_what_is_read(monkeypatch: pytest.MonkeyPatch) -> No
     assert inside == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert {rows[n] for n in rows.keys() - inside} == {every}
     last_block.widen(model.module)
+    rows.clear()
     wide = pair_gradients(model, taps, BATCH, change=change)
     assert set(rows.values()) == {every}
     for name in ("norm_sq", "sketch", "change"):
