@@ -2,7 +2,7 @@
 
 Both give the same numbers but for rounding. On a CPU a step of a small model is a few hundred calls
 long, so the parts of its pairs must not take many calls either: signs of projections are made once
-and kept, and all that is sketched of many linear layers is one call of C. Shapes: T tokens, P
+and kept, and sketches of all linear layers of one input are one call of C. Shapes: T tokens, P
 pairs, G layer groups, d inputs, p outputs, D features, k sketch size.
 """
 
@@ -111,7 +111,7 @@ class PairOps(Protocol):
         """out[group] (P, k, k) += sketches of gradients of linear layers of one input x (T, d)."""
 
     def add_vectors(self, norm_sq: Tensor, sketch: Tensor, given: Sequence[VectorInput]) -> None:
-        """norm_sq[group] (P,), sketch[group] (P, k, k) += those of the gradients of vectors."""
+        """norm_sq[group] (P,), sketch[group] (P, k, k) += those of gradients that are vectors."""
 
     def add_products(self, out: Tensor, y: Tensor, x: Tensor) -> None:
         """out (P, k, k) += sums of y_t x_t^T / k, y and x (T, k)."""
@@ -129,7 +129,7 @@ class PairOps(Protocol):
 
 
 class CalledOps:
-    """What is the same however the calls themselves are made."""
+    """`PairOps.add_linear` and `add_vectors` by calls of the others."""
 
     signs: Signs
 
