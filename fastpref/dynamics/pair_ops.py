@@ -202,11 +202,12 @@ class BlockOps(CalledOps):
     # asked of a tensor takes a microsecond or two.
 
     def add_linear(self, out: Tensor, x: Tensor, layers: Sequence[LinearOutput]) -> None:
-        k, given, key = out.shape[-1], _native.rows_of(x), None
+        k, key = out.shape[-1], None
+        given = _native.rows_of(x) if _native.fits(out) else None
         sides: list[_native.Side] = []
         for dy, place in layers:
             own, signs = _native.rows_of(dy), self.signs.of_linear(place, k)
-            if given is None or own is None or signs is None or not _native.fits(out):
+            if given is None or own is None or signs is None:
                 super().add_linear(out, x, layers)
                 return
             if place.key != key:
