@@ -327,7 +327,7 @@ class _Vector(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("y", "x")),
         *((name, ctypes.c_int64) for name in ("cols", "each", "kind")),
-        *((name, ctypes.c_int64) for name in ("sign", "turn", "quads", "k", "group")),
+        *((name, ctypes.c_int64) for name in ("sign", "turn", "quads", "group")),
         ("eps", ctypes.c_double),
     )
 
@@ -340,7 +340,7 @@ def vector_sketches_(
     norm_sq (G, S), contiguous like all."""
     table = (_Vector * len(vectors))()
     for i, (y, x, cols, each, kind, eps, signs, group) in enumerate(vectors):
-        table[i] = _Vector(y, x, cols, each, kind, *signs.pointers, group, eps)
+        table[i] = _Vector(y, x, cols, each, kind, *signs.pointers[:3], group, eps)
     sizes = (first.data_ptr(), norm_sq.shape[1], vectors[0][6].k)
     places = (norm_sq.data_ptr(), sketch.data_ptr())
     _library().vector_sketches(table, len(vectors), *sizes, scale, *places)

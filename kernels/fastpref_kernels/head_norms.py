@@ -200,21 +200,18 @@ class HeadNorms:
         assert self.groups and self.sketch
         hidden, weight, target, _ = head
         plan, dtype, device = self.sketch, terms.total.dtype, hidden.device
-        in_c = counted is None and _native.fits(hidden)
-        if in_c:
-            assert self.projected is not None
+        side, counts = Projection.of(plan.seed, plan.key, "in"), self.groups.counts
+        in_c = self.projected is not None and _native.fits(hidden)
+        signs = native_signs(side, 0, hidden.shape[1], plan.size) if in_c else None
+        if signs is not None and self.projected is not None:
             per_row = (target, terms.total, terms.miss, terms.phi)
             outputs = _native.head_outputs(self.projected.sums, self.projected.table, *per_row)
-        else:
-            outputs = self._outputs(counted, target, terms, weight.shape[0])
-        side, counts = Projection.of(plan.seed, plan.key, "in"), self.groups.counts
-        signs = native_signs(side, 0, hidden.shape[1], plan.size) if in_c else None
-        if signs is not None:
+            inputs = _native.project(hidden, signs)
             sketch = hidden.new_zeros(len(counts), plan.size, plan.size)
             first = torch.tensor(starts(counts), device="cpu")
-            inputs = _native.project(hidden, signs)
             _native.segment_products_(sketch, outputs, inputs, first, 1.0 / plan.size)
             return sketch
+        outputs = self._outputs(counted, target, terms, weight.shape[0])
         rows = sign_rows(side, hidden.shape[1], plan.size, hidden.dtype, device)
         inputs = multiply(hidden, rows, dtype)
         if device.type == "cpu":

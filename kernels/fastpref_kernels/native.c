@@ -584,7 +584,7 @@ void linear_sketches(const Side *side, long count, const int64_t *first, long se
 typedef struct {
   const float *y, *x;
   int64_t cols, each; /* rows (., cols), `each` of them for every token */
-  int64_t kind, sign, turn, quads, k, group;
+  int64_t kind, sign, turn, quads, group;
   double eps;
 } Vector;
 
