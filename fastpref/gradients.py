@@ -119,8 +119,8 @@ def pair_gradients(
                 allow_unused=True,
             )
             for (tap, ids, _), dy in zip(taps.anchors, found, strict=True):
-                if dy is not None and tap.group >= 0:
-                    taps.add_embedding(tap, ids, dy)
+                if dy is not None:
+                    taps.add_anchor(tap, ids, dy)
     values = put_together(model, taps, batch, scored, slope, of, change)
     chosen, rejected = sequence_sums(scored.logp.detach(), batch.num_pairs, tail_weight)
     return replace(values, logp_chosen=chosen, logp_rejected=rejected)
@@ -149,7 +149,6 @@ def put_together(
     slope: Tensor,  # (S,) of the quantity in the segments' log-probs
     of: str,
     change: Mapping[nn.Parameter, Tensor] | None = None,
-    divisor: float = 1.0,  # what the slopes were divided by for the backward that the taps saw
 ) -> PairGradients:
     """What the taps saw and what the head's op found, of one batch, as one."""
     tied = taps.parts.tied if taps.parts is not None else None
@@ -163,7 +162,7 @@ def put_together(
         of,
         "gram" if taps.exact else "sketch",
         values.change,
-    ).scaled(divisor, of)
+    )
     if taps.head is None:
         return total
     group, slope = taps.head.group, slope.to(scored.logp.dtype)
@@ -174,10 +173,7 @@ def put_together(
         norm_sq[group] = own_norm.to(norm_sq.dtype)
     elif taps.exact:
         assert tied is not None
-        ids, dy = tied
-        norm_sq[group] += own_norm + divisor * _common_term(
-            model.head, taps, batch, scored, slope, ids, dy
-        )
+        norm_sq[group] += own_norm + _common_term(model.head, taps, batch, scored, slope, *tied)
     else:
         norm_sq[group], total.norm_sq_error[group] = sketch_dot(sketch[group])
     if total.change is not None and change is not None and taps.head.parameter in change:
@@ -220,6 +216,7 @@ def _common_term(
     slope: Tensor,
     ids: Tensor,  # (T,) tokens of the embedding
     dy: Tensor,  # (T, D) gradient of its output
+    factor: float,  # of dy
 ) -> Tensor:
     """(P,) 2 <E, H> of a weight that is embedding and head at once."""
     assert taps.tied is not None and isinstance(taps.tied.kind, Embedding)
@@ -241,7 +238,7 @@ def _common_term(
         dz,
         row_pair,
         num_segments=pairs,
-        scale=kind.scale,
+        scale=factor * kind.scale,
     )
 
 

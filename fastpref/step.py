@@ -250,7 +250,7 @@ def backward(
     if taps:
         assert model.router is None, "a balance of routers is no sum over pairs"
         norms = head_norms(taps)
-    with taps.watching(batch) if taps else nullcontext():
+    with taps.watching(batch, scale=num_pairs) if taps else nullcontext():
         head, load = model.routed_logp(batch, norms, wanted_stats(config))
         if asked is None:
             (asked,) = pair_slopes([(batch, head)], loss, config, step_len)
@@ -267,7 +267,7 @@ def backward(
     result = _result(batch, head, asked, loss, config, own)
     if taps is None:
         return result
-    seen = put_together(model, taps, batch, head, asked.slope, "loss", divisor=num_pairs)
+    seen = put_together(model, taps, batch, head, asked.slope, "loss")
     return replace(result, gradients=seen)
 
 

@@ -1,16 +1,15 @@
-"""What pair parts are computed by: the fused operations of a GPU, or C and dense blocks on a CPU.
+"""What pair parts are computed by: the fused operations of a GPU, or dense blocks on a CPU.
 
-Both give the same numbers but for rounding. On a CPU a step of a small model is a few hundred calls
-long, so the parts of its pairs must not take many calls either: signs of projections are made once
-and kept, and sketches of all linear layers of one input are one call of C. Shapes: T tokens, P
-pairs, G layer groups, d inputs, p outputs, D features, k sketch size.
+Both give the same numbers but for rounding. On a CPU signs of projections are made once and kept,
+and sketches of float32 are C's business (input_layers.py). Shapes: T tokens, P pairs, G layer
+groups, d inputs, p outputs, D features, k sketch size.
 """
 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from fastpref_kernels import _native, linear_norms
@@ -32,7 +31,7 @@ KEPT = 1 << 30  # bytes of signs that stay in memory
 # What follows is by token, (T, ...), or, as most layers see it, in a row of tokens, (1, T, ...).
 # The gradient of a linear layer's output (T, p), and the layer's weight.
 LinearOutput = tuple[Tensor, Place]
-# A bias or a norm's weight, and what `sums` makes its gradient of.
+# A bias or a norm's weight, and what `PairOps.sums` makes its gradient of.
 VectorInput = tuple[Place, Tensor, Tensor | None, float, bool]
 
 
@@ -41,10 +40,8 @@ class Signs:
 
     def __init__(self, seed: int) -> None:
         self.seed, self.kept, self.bytes = seed, {}, 0  # type: ignore[var-annotated]
-        # For C, None where it has none: by key, side, first row, rows, k; pointers to both sides of
-        # a linear layer's.
+        # For C, None where it has none: by key, side, first row, rows, k.
         self.turned: dict[tuple[str, str, int, int, int], _native.Signs | None] = {}
-        self.linear: dict[tuple[Place, int], tuple[tuple[int, int], tuple[int, int]] | None] = {}
 
     def get(
         self, key: str, side: str, first: int, rows: int, k: int, device: torch.device
@@ -65,18 +62,6 @@ class Signs:
             projection = Projection.of(self.seed, key, side)
             self.turned[name] = native_signs(projection, first, rows, k)
         return self.turned[name]
-
-    def of_linear(self, place: Place, k: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
-        """For C, pointers to the signs of the inputs and of the outputs of a linear layer's weight;
-        None where it cannot do it."""
-        if (place, k) not in self.linear:
-            inputs, outputs = place.parameter.shape[:: 1 if place.transposed else -1]
-            left = self.for_c(place.key, "in", 0, inputs, k)
-            right = self.for_c(place.key, "out", place.first_output, outputs, k)
-            self.linear[place, k] = None
-            if left and right and k <= _native.NARROW:
-                self.linear[place, k] = (left.pointers[:2], right.pointers[:2])
-        return self.linear[place, k]
 
     def of_vocabulary(
         self, ids: Tensor, key: str, vocab: int, k: int, buckets: int | None
@@ -104,36 +89,20 @@ class Signs:
         return True
 
 
-class PairOps(Protocol):
-    """Sums over the tokens of every pair."""
+class PairOps(ABC):
+    """Sums over the tokens of every pair, ``counts`` of each; sketches come ``scale`` times."""
+
+    def __init__(
+        self, pair_of_token: Tensor, counts: list[int], signs: Signs, scale: float = 1.0
+    ) -> None:
+        self.pair, self.counts, self.signs, self.scale = pair_of_token, counts, signs, scale
+
+    def for_c(self, norm_sq: Tensor, sketch: Tensor) -> _native.Sums | None:
+        """What C adds to; None where it does not."""
+        return None
 
     def add_linear(self, out: Tensor, x: Tensor, layers: Sequence[LinearOutput]) -> None:
         """out[group] (P, k, k) += sketches of gradients of linear layers of one input x (T, d)."""
-
-    def add_vectors(self, norm_sq: Tensor, sketch: Tensor, given: Sequence[VectorInput]) -> None:
-        """norm_sq[group] (P,), sketch[group] (P, k, k) += those of gradients that are vectors."""
-
-    def add_products(self, out: Tensor, y: Tensor, x: Tensor) -> None:
-        """out (P, k, k) += sums of y_t x_t^T / k, y and x (T, k)."""
-
-    def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
-        """(T, k) x times the signs of a projection."""
-
-    def sums(
-        self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
-    ) -> Tensor:
-        """(P, D) as `column_sums`."""
-
-    def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
-        """(P,) as `linear_norms`."""
-
-
-class CalledOps:
-    """`PairOps.add_linear` and `add_vectors` by calls of the others."""
-
-    signs: Signs
-
-    def add_linear(self: PairOps, out: Tensor, x: Tensor, layers: Sequence[LinearOutput]) -> None:
         k = out.shape[-1]
         for own in of_one_projection(layers):
             place = own[0][1]
@@ -144,32 +113,44 @@ class CalledOps:
             inputs = self.project(by_token(x), place.key, "in", k)
             self.add_products(out[place.group], outputs, inputs)
 
-    def add_vectors(
-        self: PairOps, norm_sq: Tensor, sketch: Tensor, given: Sequence[VectorInput]
-    ) -> None:
+    def add_vectors(self, norm_sq: Tensor, sketch: Tensor, given: Sequence[VectorInput]) -> None:
+        """norm_sq[group] (P,), sketch[group] (P, k, k) += those of gradients that are vectors."""
         k = sketch.shape[-1]
         for place, dy, x, eps, centred in given:
             sums = self.sums(by_token(dy), None if x is None else by_token(x), eps, centred)
             norm_sq[place.group] += sums.square().sum(1)
-            own = self.project(sums, place.key, "vector", k * k)
-            sketch[place.group] += own.unflatten(1, (k, k)) / k
+            own = self.project(sums, place.key, "vector", k * k).mul_(self.scale / k)
+            sketch[place.group] += own.unflatten(1, (k, k))
+
+    @abstractmethod
+    def add_products(self, out: Tensor, y: Tensor, x: Tensor) -> None:
+        """out (P, k, k) += sums of y_t x_t^T / k, y and x (T, k)."""
+
+    @abstractmethod
+    def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
+        """(T, k) x times the signs of a projection."""
+
+    @abstractmethod
+    def sums(
+        self, dy: Tensor, x: Tensor | None = None, eps: float = 0.0, centred: bool = False
+    ) -> Tensor:
+        """(P, D) as `column_sums`."""
+
+    @abstractmethod
+    def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
+        """(P,) as `linear_norms`."""
 
 
-class FusedOps(CalledOps):
+class FusedOps(PairOps):
     """Of fastpref_kernels' operations."""
-
-    def __init__(self, pair_of_token: Tensor, counts: list[int], signs: Signs) -> None:
-        self.pair, self.counts, self.signs = pair_of_token, counts, signs
 
     def add_products(self, out: Tensor, y: Tensor, x: Tensor) -> None:
         pairs = len(self.counts)
         backend = resolve_backend("auto", self.pair.device, wide_dtype(y, x), op="taps")
-        out += (
-            segment_products(
-                y, x, self.pair, pairs, counts=self.counts, backend=backend, name="taps"
-            )
-            / out.shape[-1]
+        found = segment_products(
+            y, x, self.pair, pairs, counts=self.counts, backend=backend, name="taps"
         )
+        out += found.mul_(self.scale / out.shape[-1])
 
     def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
         return project(x, Projection.of(self.signs.seed, key, side), k, first_row=first)
@@ -183,11 +164,8 @@ class FusedOps(CalledOps):
         return linear_norms(x, dy, self.pair, num_segments=len(self.counts), counts=self.counts)
 
 
-class BlockOps(CalledOps):
-    """In C where it is there, else of dense blocks: for a CPU."""
-
-    def __init__(self, pair_of_token: Tensor, counts: list[int], signs: Signs) -> None:
-        self.pair, self.counts, self.signs = pair_of_token, counts, signs
+class BlockOps(PairOps):
+    """Of dense blocks, or passes of C where they are there: for a CPU."""
 
     @functools.cached_property
     def blocks(self) -> TokenBlocks:
@@ -198,54 +176,21 @@ class BlockOps(CalledOps):
         """(P + 1,) the first token of every pair, and T."""
         return torch.tensor(starts(self.counts), device="cpu")
 
-    # What follows runs between products that have emptied the caches, see taps.py: there what is
-    # asked of a tensor takes a microsecond or two.
-
-    def add_linear(self, out: Tensor, x: Tensor, layers: Sequence[LinearOutput]) -> None:
-        k, key = out.shape[-1], None
-        given = _native.rows_of(x) if _native.fits(out) else None
-        sides: list[_native.Side] = []
-        for dy, place in layers:
-            own, signs = _native.rows_of(dy), self.signs.of_linear(place, k)
-            if given is None or own is None or signs is None:
-                super().add_linear(out, x, layers)
-                return
-            if place.key != key:
-                key = place.key
-                sides.append((*given, *signs[0], place.group))
-            sides.append((*own, *signs[1], -1))
-        _native.linear_sketches_(out, sides, self.first, 1.0 / k)
-
-    def add_vectors(self, norm_sq: Tensor, sketch: Tensor, given: Sequence[VectorInput]) -> None:
-        size = sketch.shape[-1] ** 2
-        vectors: list[_native.Vector] = []
-        for one in given:
-            place, dy, x, eps, centred = one
-            shape = dy.shape
-            cols, each = shape[-1], 1 if len(shape) == 2 or shape[0] == 1 else shape[1]
-            signs = self.signs.for_c(place.key, "vector", 0, cols, size)
-            fit = cols <= MOST_FEATURES and _native.fits(norm_sq) and _native.fits(dy)
-            if signs is None or not fit or (x is not None and not _native.fits(x)):
-                super().add_vectors(norm_sq, sketch, [one])
-                continue
-            kind, at = _native.CENTRED if centred else _native.RMS, None
-            if x is None:
-                kind = _native.ALONE
-            else:
-                at = x.data_ptr()
-            vectors.append((dy.data_ptr(), at, cols, each, kind, eps, signs, place.group))
-        if vectors:
-            _native.vector_sketches_(norm_sq, sketch, vectors, self.first, size**-0.5)
+    def for_c(self, norm_sq: Tensor, sketch: Tensor) -> _native.Sums | None:
+        if not _native.fits(sketch):
+            return None
+        return _native.Sums(norm_sq, sketch, self.first, self.scale)
 
     def add_products(self, out: Tensor, y: Tensor, x: Tensor) -> None:
+        scale = self.scale / out.shape[-1]
         if all(map(_native.fits, (out, y, x))):
-            _native.segment_products_(out, y, x, self.first, 1.0 / out.shape[-1])
+            _native.segment_products_(out, y, x, self.first, scale)
         else:
-            out += self.blocks.products(y.unsqueeze(0), x.unsqueeze(0))[0] / out.shape[-1]
+            out += self.blocks.products(y.unsqueeze(0), x.unsqueeze(0))[0].mul_(scale)
 
     def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:
         x = _single(x)
-        if _native.rows_of(x):
+        if x.stride(1) == 1 and _native.fits(x, contiguous=False):
             turned = self.signs.for_c(key, side, first, x.shape[1], k)
             if turned is not None:
                 return _native.project(x, turned)
@@ -273,9 +218,6 @@ class BlockOps(CalledOps):
 
     def norms(self, x: Tensor, dy: Sequence[Tensor]) -> Tensor:
         return self.blocks.norms(x, dy)
-
-
-MOST_FEATURES = 1 << 14  # of a vector whose sums stand on a thread's stack
 
 
 def of_one_projection(

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from fastpref_kernels import embedding_norms
+from fastpref_kernels import _native, embedding_norms
 from fastpref_kernels.segment_products import multiply, wide_dtype
 from torch import Tensor, nn
 
@@ -42,16 +42,27 @@ class PairParts:
     tokens: int  # T
     ops: PairOps
     exact: bool
+    more: bool  # than sketches, and norms of vectors: exact norms, or products with `changes`
     k: int
+    scale: float  # of what is added, beside that of which layers see the gradients
     norm_sq: Tensor  # (G, P)
     sketch: Tensor  # (G, P, k, k)
     change: Tensor | None = None  # (G, P) inner products with `changes`
     changes: Mapping[nn.Parameter, Tensor] | None = None
-    # ids (T,), dy (T, D) where embedding and head are one
-    tied: tuple[Tensor, Tensor] | None = None
+    # ids (T,), dy (T, D) and `scale` where embedding and head are one
+    tied: tuple[Tensor, Tensor, float] | None = None
+    _for_c: dict[int, _native.Sums | None] = field(default_factory=dict)  # by rows
 
     @staticmethod
-    def of(batch: PairBatch, groups: int, exact: bool, k: int, signs: Signs) -> PairParts:
+    def of(
+        batch: PairBatch,
+        groups: int,
+        exact: bool,
+        k: int,
+        signs: Signs,
+        scale: float,
+        changes: Mapping[nn.Parameter, Tensor] | None,
+    ) -> PairParts:
         pair, pairs = batch.pair_of_token, batch.num_pairs
         device = pair.device
         counts = [sum(lengths) for lengths in batch.lengths]
@@ -59,11 +70,17 @@ class PairParts:
             batch,
             signs,
             len(pair),
-            _ops(pair, counts, signs),
+            _ops(pair, counts, signs, scale),
             exact,
+            exact or changes is not None,
             k,
+            scale,
             torch.zeros(groups, pairs, dtype=torch.float32, device=device),
             torch.zeros(groups, pairs, k, k, dtype=torch.float32, device=device),
+            None
+            if changes is None
+            else torch.zeros(groups, pairs, dtype=torch.float32, device=device),
+            changes,
         )
 
     @property
@@ -87,23 +104,33 @@ class PairParts:
         """Of the N tokens that are read."""
         counts, device = self.read_counts, self.batch.pair_of_token.device
         (pair,) = on_device([np.repeat(np.arange(len(counts)), counts)], device)
-        return _ops(pair, counts, self.signs)
+        return _ops(pair, counts, self.signs, self.scale)
 
     def of_rows(self, x: Tensor) -> PairOps:
         """The operations for rows x (T, ...) | (1, T, D), which are all tokens or those that are
         read."""
         shape = x.shape
-        rows = shape[1] if len(shape) == 3 and shape[0] == 1 else shape[0]
+        return self._of(shape[1] if len(shape) == 3 and shape[0] == 1 else shape[0])
+
+    def _of(self, rows: int) -> PairOps:
         if rows == self.tokens:
             return self.ops
         assert rows == self.read
         return self.read_ops
 
-    def linear(self, x: Tensor, layers: Sequence[LinearOutput]) -> None:
+    def for_c(self, rows: int) -> _native.Sums | None:
+        """What C adds to, of as many rows; None where it does not."""
+        found = self._for_c.get(rows)
+        if found is None and rows not in self._for_c:
+            found = self._for_c[rows] = self._of(rows).for_c(self.norm_sq, self.sketch)
+        return found
+
+    def linear(self, x: Tensor, layers: Sequence[LinearOutput], sketched: bool = False) -> None:
         """Weights of linear layers of one input x (T, d) | (1, T, d)."""
         ops = self.of_rows(x)
-        self._widen(x.dtype)
-        ops.add_linear(self.sketch, x, layers)
+        if not sketched:
+            self._widen(x.dtype)
+            ops.add_linear(self.sketch, x, layers)
         if self.exact:
             for group in dict.fromkeys(place.group for _, place in layers):
                 own = [by_token(dy) for dy, place in layers if place.group == group]
@@ -119,10 +146,11 @@ class PairParts:
             there = multiply(x, (moved if place.transposed else moved.t()).to(x.dtype), wide)
             self._add_change(place.group, (dy.to(wide) * there).sum(1))
 
-    def vectors(self, given: Sequence[VectorInput]) -> None:
+    def vectors(self, given: Sequence[VectorInput], sketched: bool = False) -> None:
         """Gradients that are vectors, of the biases and the norm's weight of one input."""
-        self._widen(given[0][1].dtype)
-        self.of_rows(given[0][1]).add_vectors(self.norm_sq, self.sketch, given)
+        if not sketched:
+            self._widen(given[0][1].dtype)
+            self.of_rows(given[0][1]).add_vectors(self.norm_sq, self.sketch, given)
         if self.changes is not None:
             for one in given:
                 self._vector_change(*one)
@@ -188,9 +216,10 @@ class PairParts:
         """float64 sums once anything is float64."""
         if dtype == torch.float64 and self.sketch.dtype != dtype:
             self.norm_sq, self.sketch = self.norm_sq.double(), self.sketch.double()
+            self._for_c.clear()
             self.change = None if self.change is None else self.change.double()
 
 
-def _ops(pair: Tensor, counts: list[int], signs: Signs) -> PairOps:
+def _ops(pair: Tensor, counts: list[int], signs: Signs, scale: float) -> PairOps:
     """Of tokens of these pairs, ``counts`` of each."""
-    return (BlockOps if pair.device.type == "cpu" else FusedOps)(pair, counts, signs)
+    return (BlockOps if pair.device.type == "cpu" else FusedOps)(pair, counts, signs, scale)

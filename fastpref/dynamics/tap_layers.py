@@ -146,27 +146,26 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.
 
 class Input:
     """What layers are given, the same tensor q, k and v, or gate and up, and what the backward has
-    brought of their outputs."""
+    brought of their outputs. A hook on the gradient of the first one's, the last in its order."""
 
-    __slots__ = ("calls", "taps", "x")
+    __slots__ = ("brought", "owner", "taps", "x")
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Taps) -> None:
+        self.owner = owner
         self.x: Tensor | None = None  # where autograd brings it with the gradients: not yet
-        self.calls: list[tuple[Tap, list[Tensor]]] = []  # gradients of the output: none, then one
-        self.taps: list[Tap] = []  # of the calls
-
-
-class Last:
-    """A hook on the gradient of the output of an input's first layer."""
-
-    __slots__ = ("brought", "shared", "taps")
-
-    def __init__(self, brought: list[Tensor], taps: Taps, shared: Input) -> None:
-        self.brought, self.taps, self.shared = brought, taps, shared
+        self.taps: list[Tap] = []
+        self.brought: list[list[Tensor]] = []  # for every tap its output's gradient: none, then one
 
     def __call__(self, dy: Tensor) -> None:
-        self.brought.append(dy)
-        self.taps.take(self.shared)
+        if not self.brought:
+            raise RuntimeError(
+                "taps see one backward of what they watch, while they watch it; this is another one"
+            )
+        self.brought[0].append(dy)
+        for own in self.brought:
+            if not own:  # it comes later, or not at all: the end of `Taps.watching` will show
+                return
+        self.owner.add(self, self.taps, self.brought)
 
 
 class Kept(torch.autograd.Function):
@@ -195,16 +194,20 @@ class Kept(torch.autograd.Function):
 def on_gradient(y: Tensor, hook: Callable[[Tensor], None]) -> None:
     """``y.register_hook(hook)`` without the handle by which it could be removed: what that does
     besides takes two thirds of its time."""
-    if y._backward_hooks is None and y.grad_fn is not None:
+    node = y.grad_fn
+    if node is not None and y._backward_hooks is None:
         y._backward_hooks = OrderedDict({-1: hook})  # others' handles count from 0
-        y.grad_fn._register_hook_dict(y)
+        node._register_hook_dict(y)
     else:
         y.register_hook(hook)
 
 
 def saved_elsewhere() -> bool:
     """Whether what autograd saves now goes through hooks, as under activation checkpointing."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return _saved_tensors_hooks(False) is not None
+
+
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def as_autocast(x: Tensor) -> Tensor:

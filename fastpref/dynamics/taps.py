@@ -26,7 +26,7 @@ Shapes    T tokens, P pairs, G groups, k sketch size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,11 +38,12 @@ from torch import Tensor, nn
 from fastpref import last_block
 from fastpref.batch import PairBatch
 from fastpref.dynamics import tap_groups, tap_layers
-from fastpref.dynamics.pair_ops import Signs, VectorInput, by_token
+from fastpref.dynamics.input_layers import EmbeddingLayer, InputLayers
+from fastpref.dynamics.pair_ops import Signs
 from fastpref.dynamics.pair_parts import PairParts
 from fastpref.dynamics.places import Place
 from fastpref.dynamics.tap_groups import Layer
-from fastpref.dynamics.tap_layers import Embedding, Input, Kept, Last, Linear, Norm
+from fastpref.dynamics.tap_layers import Embedding, Input, Kept, Linear
 
 MODES = ("sketch", "exact")
 
@@ -60,11 +61,14 @@ class Tap:
     """Stands behind a layer."""
 
     plain: Any = None  # the layer's own forward, while it is watched
+    tied = False  # whether it is an embedding that has the head's weight
 
     def __init__(self, layer: Layer, taps: Taps) -> None:
         self.name, self.module, self.kind = layer.name, layer.module, layer.kind
         self.group, self.weight, self.bias = layer.group, layer.weight, layer.bias
         self.taps = taps
+        # Of the layers that were given an input of which this one was the first.
+        self.layers: InputLayers | EmbeddingLayer | None = None
         self.rows = tap_layers.TokenRows(f"{layer.name} ({type(layer.module).__name__})")
 
     # What follows is met once a layer and step, between products that have emptied the caches: a
@@ -81,15 +85,16 @@ class Tap:
             return y
         if self.group < 0 or not y.requires_grad:
             return y
-        return self.taps.watch(self, y, x, Input())
+        return self.taps.watch(self, y, x, Input(self.taps))
 
     def linear(self, x: Tensor, *more: Any, **named: Any) -> Any:
         """In the place of a linear layer's own."""
         if self.group < 0 or not torch.is_grad_enabled():
             return self.plain(x, *more, **named)
-        shared = x.__dict__.get("_fastpref_input")
+        own = x.__dict__
+        shared = own.get("_fastpref_input")
         if shared is None or self in shared.taps:  # a layer that has seen it is recomputed
-            shared = x._fastpref_input = Input()  # type: ignore[attr-defined]
+            shared = own["_fastpref_input"] = Input(self.taps)
         x = tap_layers.as_autocast(x)
         return self.taps.watch(self, self.plain(x, *more, **named), x, shared)
 
@@ -118,6 +123,8 @@ class Taps:
         self.layers = [Tap(layer, self) for layer in found.layers]
         # The embedding that has the head's weight.
         self.tied = next((tap for tap in self.layers if tap.name == found.tied), None)
+        if self.tied is not None:
+            self.tied.tied = True
 
     @property
     def exact(self) -> bool:
@@ -138,19 +145,20 @@ class Taps:
         *,
         change: Mapping[nn.Parameter, Tensor] | None = None,
         anchored: bool = False,
+        scale: float = 1.0,
     ) -> Iterator[None]:
         """Around forward and backward of ``batch``; outside, the module is the plain one.
 
+        ``scale``: what gradients are multiplied by before they are summed, for a backward of slopes
+        that were divided by it.
         ``change``: what the trained weights are compared with, see `TapValues.change`; weights that
         are not in it count as unchanged. ``anchored``: the outputs of embeddings are leaves, and
         stand in `anchors` (fastpref.gradients).
         """
         assert not self._watched, "a batch is watched already"
-        parts = PairParts.of(batch, len(self.groups), self.exact, self.sketch_dim, self.signs)
-        parts.changes = change
-        if change is not None:
-            parts.change = parts.norm_sq.new_zeros(parts.norm_sq.shape)
-        self.parts, self._watched = parts, True
+        sizes = (len(self.groups), self.exact, self.sketch_dim)
+        self.parts = PairParts.of(batch, *sizes, self.signs, scale, change)
+        self._watched = True
         self.anchors = [] if anchored else None
         before = [tap.module.__dict__.get("forward") for tap in self.layers]
         try:
@@ -161,7 +169,10 @@ class Taps:
             yield
             with torch.no_grad():
                 for shared in reversed(self._inputs):  # what the backward has passed in part
-                    self._add(shared)
+                    came = [i for i, own in enumerate(shared.brought) if own]
+                    if came:
+                        taps = [shared.taps[i] for i in came]
+                        self.add(shared, taps, [shared.brought[i] for i in came])
         finally:
             for tap, own in zip(self.layers, before, strict=True):
                 if own is None:
@@ -169,13 +180,17 @@ class Taps:
                 else:
                     tap.module.__dict__["forward"] = own
             for shared in self._inputs:
-                shared.x, shared.calls = None, []  # it hangs on x, which hangs on it
+                shared.x, shared.brought = None, []  # it hangs on x, which hangs on it
             self._watched, self._inputs, self.anchors = False, [], None
 
     def collect(self) -> TapValues:
         """What the taps saw since the last call: of the batch that was watched."""
         parts, self.parts = self.parts, None
         assert parts is not None, "nothing was watched since the last collect()"
+        if parts.scale != 1.0:
+            parts.norm_sq *= parts.scale**2
+            if parts.change is not None:
+                parts.change *= parts.scale
         exact = {
             name: parts.norm_sq[i]
             for i, name in enumerate(self.groups)
@@ -186,12 +201,12 @@ class Taps:
     def watch(self, tap: Tap, y: Tensor, x: Tensor, shared: Input) -> Tensor:
         """y, the output of a layer for x, whose gradient will be seen when the backward comes."""
         brought: list[Tensor] = []
-        hook = brought.append
-        if not shared.calls:  # which is the last in the order of the backward
-            hook = Last(brought, self, shared)
+        hook: Callable[[Tensor], None] = brought.append
+        if not shared.taps:
+            hook = shared
             self._inputs.append(shared)
-        shared.calls.append((tap, brought))
         shared.taps.append(tap)
+        shared.brought.append(brought)
         if tap_layers.saved_elsewhere():
             return Kept.apply(y, x.detach(), shared, hook)
         # At a fraction of the cost of a Function: the graph of a small model is a few hundred nodes
@@ -201,54 +216,33 @@ class Taps:
         tap_layers.on_gradient(y, hook)
         return y
 
-    def take(self, shared: Input) -> None:
-        """The backward has passed the first layer that was given the input."""
-        assert self._watched, "the backward ran outside of watching()"
-        if not shared.calls:
-            raise RuntimeError("taps see one backward of what they watch, and this is another one")
-        if all([dy for _, dy in shared.calls]):
-            self._add(shared)
-
-    def _add(self, shared: Input) -> None:
-        """To the sums."""
-        parts = self.parts
+    def add(self, shared: Input, taps: list[Tap], brought: list[list[Tensor]]) -> None:
+        """To the sums, what the backward has brought of the layers of an input."""
+        x, parts = shared.x, self.parts
         assert parts is not None
-        # Taken out, as the lists hang on the graph.
-        x, calls = shared.x, [(tap, dy.pop()) for tap, dy in shared.calls if dy]
-        shared.x, shared.calls = None, []
-        if not calls:
-            return
-        (tap, dy), kind = calls[0], calls[0][0].kind
-        if isinstance(kind, Embedding):
-            assert x is not None
-            self.add_embedding(tap, x, dy)
-            return
-        rows = None if x is None else tap.tokens(x, parts)
-        if rows is None or rows is not x:  # else the gradients are such rows, too
-            calls = [(tap, tap.tokens(dy, parts)) for tap, dy in calls]
-        vectors: list[VectorInput] = [
-            (tap.bias, dy, None, 0.0, False) for tap, dy in calls if tap.bias
-        ]
-        if isinstance(kind, Norm):
-            if tap.weight:
-                vectors.append((tap.weight, calls[0][1], rows, kind.eps, kind.centred))
-        else:
-            layers = [(dy, tap.weight) for tap, dy in calls if tap.weight]
-            if layers:
-                assert rows is not None
-                parts.linear(rows, layers)
-        if vectors:
-            parts.vectors(vectors)
+        shared.x, shared.brought = None, []
+        gradients = []
+        for own in brought:
+            gradients.append(own.pop())  # out of lists that hang on the graph  # noqa: PERF401
+        layers = taps[0].layers
+        if layers is None or layers.taps != taps:
+            layers = self._layers_of(taps)
+        layers.add(parts, x, gradients)
 
-    def add_embedding(self, tap: Tap, ids: Tensor, dy: Tensor) -> None:
-        """What an embedding got ``ids`` for; dy the gradient of its output."""
-        parts, kind = self.parts, tap.kind
-        assert parts is not None and isinstance(kind, Embedding)
-        ids, dy = ids.reshape(-1), by_token(tap.tokens(dy, parts))
-        if tap.weight is not None:
-            parts.embedding(ids, dy, kind.scale, kind.padding_idx, tap.weight)
-            if tap is self.tied:
-                parts.tied = (ids, dy)
+    def add_anchor(self, tap: Tap, ids: Tensor, dy: Tensor) -> None:
+        """To the sums, of an embedding's output of `anchors`, dy the gradient."""
+        assert self.parts is not None
+        if tap.group >= 0:
+            EmbeddingLayer([tap]).add(self.parts, ids, [dy])
+
+    def _layers_of(self, taps: list[Tap]) -> InputLayers | EmbeddingLayer:
+        found: InputLayers | EmbeddingLayer
+        if isinstance(taps[0].kind, Embedding):
+            found = EmbeddingLayer(taps)
+        else:
+            found = InputLayers(taps, self.signs, self.sketch_dim)
+        taps[0].layers = found
+        return found
 
     def weight_sketch(self) -> Tensor:
         """(G, k, k) float64: sketch of the trained weights as they are, under the projections of

@@ -115,18 +115,6 @@ def fits(x: Tensor, contiguous: bool = True) -> bool:
     )
 
 
-def rows_of(x: Tensor) -> tuple[int, int, int] | None:
-    """Where C finds the rows of x, (T, d) | (1, T, d) in a CPU's memory: its address, d and the
-    step from row to row, which need not follow each other; None where it may not work on it."""
-    if x.dtype is not torch.float32 or type(x) is not Tensor or x.is_neg() or not library():
-        return None
-    shape = x.shape
-    if len(shape) != 2 and (len(shape) != 3 or shape[0] != 1):
-        return None
-    *_, step, within = x.stride()
-    return (x.data_ptr(), shape[-1], step) if within == 1 else None
-
-
 def column_maxima(z: Tensor) -> Tensor:
     """(R,) the largest of every column of z (C, R)."""
     rows, cols = z.shape
@@ -300,50 +288,115 @@ def project(x: Tensor, signs: Signs) -> Tensor:
     return out
 
 
-NARROW = 2048  # k of `linear_sketches_` at most
-# An input of linear layers or the gradient of an output: `rows_of`, pointers to its signs (two of
-# `Signs.pointers`), and the group of an input; -1 for an output of the input before it.
-Side = tuple[int, int, int, int, int, int]
+NARROW = 2048  # k of `LinearSketches` at most
+MOST_FEATURES = 1 << 14  # of `VectorSketches`, whose sums stand on a thread's stack
 
 
-def linear_sketches_(out: Tensor, sides: Sequence[Side], first: Tensor, scale: float) -> None:
-    """out[group] (S, k, k) += scale times sums over the rows first[s] .. first[s + 1] - 1 of
-    g_t p_t^T, p an input of ``sides``, projected, g the sum of its projected outputs, one at least.
-    out (G, S, k, k), first (S + 1,) int64, k at most NARROW."""
-    k, table = out.shape[-1], [number for side in sides for number in side]
-    packed = (ctypes.c_int64 * len(table))(*table)
-    sizes = (first.data_ptr(), out.shape[1], buckets_of(k) // 16, k)
-    _library().linear_sketches(packed, len(sides), *sizes, scale, out.data_ptr())
+class Sums:
+    """What the sketches of a batch are added to, ``scale`` / k times, as C takes it: sketch
+    (G, S, k, k) and norm_sq (G, S), contiguous float32, of segments s with the rows
+    first[s] .. first[s + 1] - 1, (S + 1,) int64."""
+
+    __slots__ = ("linear", "tensors", "vectors")
+
+    def __init__(self, norm_sq: Tensor, sketch: Tensor, first: Tensor, scale: float) -> None:
+        k, out = sketch.shape[-1], _pointer(sketch.data_ptr())
+        rows = (_pointer(first.data_ptr()), _long(sketch.shape[1]))
+        sizes = (_long(k * k), _float(scale / k), _pointer(norm_sq.data_ptr()))
+        self.tensors = (norm_sq, sketch, first)
+        self.linear = (*rows, _long(buckets_of(k) // 16), _long(k), _float(scale / k), out)
+        self.vectors = (*rows, *sizes, out)
+
+
+# An input of linear layers or the gradient of an output: its features, signs, and the group of an
+# input; -1 for an output of the input before it.
+Side = tuple[int, Signs, int]
+
+
+class LinearSketches:
+    """Sketches of gradients of linear layers, of which all is known but where the numbers are.
+
+    ``sides``: inputs, the outputs of each behind it, one at least. k is at most NARROW.
+    """
+
+    __slots__ = ("arguments", "call", "numbers", "places")
+
+    def __init__(self, sides: Sequence[Side]) -> None:
+        table = [
+            n for cols, signs, group in sides for n in (0, 0, cols, *signs.pointers[:2], group)
+        ]
+        self.numbers = (ctypes.c_int64 * len(table))(*table)
+        self.places = range(0, len(table), len(table) // len(sides))
+        self.arguments = (_pointer(ctypes.addressof(self.numbers)), _long(len(sides)))
+        self.call = _library().linear_sketches
+
+    def add_(self, sums: Sums, given: Sequence[Tensor]) -> bool:
+        """Adds sums over a segment's rows of g_t p_t^T, p an input, projected, g the sum of its
+        projected outputs, of ``given`` (T, d) | (1, T, d) for each side. False, with nothing added,
+        where C may not work on one of them."""
+        numbers = self.numbers
+        for at, x in zip(self.places, given, strict=True):
+            step = x.stride()
+            if x.dtype is not torch.float32 or type(x) is not Tensor or step[-1] != 1 or x.is_neg():
+                return False
+            numbers[at] = x.data_ptr()
+            numbers[at + 1] = step[-2]
+        self.call(*self.arguments, *sums.linear)
+        return True
 
 
 ALONE, RMS, CENTRED = 0, 1, 2  # what is made of x beside y, see native.c
-# Address of y (T, [H,] D), of x like it or None, D, H, kind, eps, signs, group.
-Vector = tuple[int, int | None, int, int, int, float, Signs, int]
+# Features, kind, eps, signs, group.
+Vector = tuple[int, int, float, Signs, int]
 
 
 class _Vector(ctypes.Structure):
     """That of native.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("y", "x")),
-        *((name, ctypes.c_int64) for name in ("cols", "each", "kind")),
+        *((name, ctypes.c_int64) for name in ("y", "x", "each", "cols", "kind")),
         *((name, ctypes.c_int64) for name in ("sign", "turn", "quads", "group")),
         ("eps", ctypes.c_double),
     )
 
 
-def vector_sketches_(
-    norm_sq: Tensor, sketch: Tensor, vectors: Sequence[Vector], first: Tensor, scale: float
-) -> None:
-    """Of `segment_sums` (S, D) of each of ``vectors``: norm_sq[group] (S,) += their squares,
-    sketch[group] (S, ...) += scale times their products with the signs, as many of them for each;
-    norm_sq (G, S), contiguous like all."""
-    table = (_Vector * len(vectors))()
-    for i, (y, x, cols, each, kind, eps, signs, group) in enumerate(vectors):
-        table[i] = _Vector(y, x, cols, each, kind, *signs.pointers[:3], group, eps)
-    sizes = (first.data_ptr(), norm_sq.shape[1], vectors[0][6].k)
-    places = (norm_sq.data_ptr(), sketch.data_ptr())
-    _library().vector_sketches(table, len(vectors), *sizes, scale, *places)
+class VectorSketches:
+    """Norms and sketches of gradients that are vectors, of which all is known but where the numbers
+    are: those of `segment_sums` of each of ``vectors``, whose signs are as many for each."""
+
+    __slots__ = ("arguments", "call", "numbers", "places", "table")
+
+    def __init__(self, vectors: Sequence[Vector]) -> None:
+        self.table = (_Vector * len(vectors))()
+        for i, (cols, kind, eps, signs, group) in enumerate(vectors):
+            self.table[i] = _Vector(0, 0, 1, cols, kind, *signs.pointers[:3], group, eps)
+        words = ctypes.sizeof(self.table) // 8
+        self.numbers = (ctypes.c_int64 * words).from_buffer(self.table)
+        self.places = range(0, words, words // len(vectors))
+        self.arguments = (_pointer(ctypes.addressof(self.table)), _long(len(vectors)))
+        self.call = _library().vector_sketches
+
+    def add_(self, sums: Sums, given: Sequence[tuple[Tensor, Tensor | None]]) -> bool:
+        """Adds those of ``given``: y and x, (T, D), (1, T, D) or (T, H, D), x None for ALONE.
+        False, with nothing added, where C may not work on one of them."""
+        numbers = self.numbers
+        for at, own in zip(self.places, given, strict=True):
+            for x in own:
+                if x is not None and not (
+                    x.dtype is torch.float32
+                    and x.is_contiguous()
+                    and type(x) is Tensor
+                    and not x.is_neg()
+                ):
+                    return False
+            y, x = own
+            shape = y.shape
+            numbers[at] = y.data_ptr()
+            if x is not None:
+                numbers[at + 1] = x.data_ptr()
+            numbers[at + 2] = 1 if len(shape) == 2 or shape[0] == 1 else shape[1]
+        self.call(*self.arguments, *sums.vectors)
+        return True
 
 
 def _library() -> ctypes.CDLL:

@@ -550,7 +550,7 @@ void project(const float *x, long rows, long cols, long stride, const float *sig
 /* A matrix (rows, cols) beside a linear layer: an input, or the gradient of an output. */
 typedef struct {
   const float *x;
-  int64_t cols, stride, sign, turn; /* the last two are the pointers of Signs */
+  int64_t stride, cols, sign, turn; /* the last two are the pointers of Signs */
   int64_t group;                    /* of an input; -1: of an output of the input before it */
 } Side;
 
@@ -583,7 +583,7 @@ void linear_sketches(const Side *side, long count, const int64_t *first, long se
 /* Beside a weight that is a vector (cols): what sum_rows makes its gradient of; x may be null. */
 typedef struct {
   const float *y, *x;
-  int64_t cols, each; /* rows (., cols), `each` of them for every token */
+  int64_t each, cols; /* rows (., cols), `each` of them for every token */
   int64_t kind, sign, turn, quads, group;
   double eps;
 } Vector;

@@ -259,12 +259,12 @@ def test_sketches_of_linear_layers(k: int) -> None:
     x = {name: torch.randn(1, rows, cols + 3)[..., :cols] for name, cols in widths.items()}
     x["k"] = x["k"][0]
     groups = {"in": 1, "up in": 1}
-    given = [
-        (*_native.rows_of(x[n]), *signs(sides[n], 0, cols, k).pointers[:2], groups.get(n, -1))
-        for n, cols in widths.items()
-    ]
+    layers = _native.LinearSketches(
+        [(cols, signs(sides[n], 0, cols, k), groups.get(n, -1)) for n, cols in widths.items()]
+    )
     out = torch.ones(3, len(counts), k, k)
-    _native.linear_sketches_(out, given, first, 0.25)
+    sums = _native.Sums(torch.zeros(3, len(counts)), out, first, 0.25 * k)
+    assert layers.add_(sums, list(x.values()))
     wide = {
         n: x[n].double().view(rows, -1) @ sides[n].signs(torch.arange(cols), k, torch.float64)
         for n, cols in widths.items()
@@ -288,10 +288,9 @@ def test_sketches_of_vectors(k: int) -> None:
     sides = [Projection.of(3, str(n), "vector") for n in widths]
     own = [signs(side, 0, n, k * k) for side, n in zip(sides, widths, strict=True)]
     norm_sq, sketch = torch.ones(2, len(COUNTS)), torch.ones(2, len(COUNTS), k, k)
-    at = [None if one is None else one.data_ptr() for one in x]
-    pointers, eps = [one.data_ptr() for one in y], [1e-5] * 3
-    vectors = zip(pointers, at, widths, (1, 3, 1), kinds, eps, own, groups, strict=True)
-    _native.vector_sketches_(norm_sq, sketch, list(vectors), first, 0.5)
+    vectors = zip(widths, kinds, [1e-5] * 3, own, groups, strict=True)
+    sums = _native.Sums(norm_sq, sketch, first, 0.5 * k)
+    assert _native.VectorSketches(list(vectors)).add_(sums, list(zip(y, x, strict=True)))
     true = torch.ones(2, len(COUNTS)).double(), torch.ones(2, len(COUNTS), k * k).double()
     for one, other, side, width, group in zip(y, x, sides, widths, groups, strict=True):
         rows = one.double().view(tokens, -1, width)
@@ -361,16 +360,16 @@ def test_sums_for_taps_are_the_same_with_every_number_of_threads() -> None:
         for count in (1, 3):
             torch.set_num_threads(count)
             out, norm_sq = torch.zeros(1, 3, k, k), torch.zeros(1, 3)
-            sides = [(*_native.rows_of(m), *own.pointers[:2], g) for m, g in ((x, 0), (y, -1))]
-            _native.linear_sketches_(out, sides, first, 1.0)
+            sums = _native.Sums(norm_sq, out, first, 1.0)
+            _native.LinearSketches([(256, own, 0), (256, own, -1)]).add_(sums, [x, y])
             _native.segment_products_(out[0], x[:, :k].clone(), y[:, :k].clone(), first, 1.0)
-            beside = [(y.data_ptr(), x.data_ptr(), 256, 1, _native.RMS, 1e-5, vector, 0)]
-            _native.vector_sketches_(norm_sq, out, beside, first, 1.0)
+            norm = [(256, _native.RMS, 1e-5, vector, 0)]
+            _native.VectorSketches(norm).add_(sums, [(y, x)])
             columns = torch.zeros(k, 40)
             _native.project_columns_(columns, z, (torch.arange(5000) % 16).int(), z[:, 0], 16)
-            sums = _native.segment_sums(y, x, first, 1e-5, False)
+            rows = _native.segment_sums(y, x, first, 1e-5, False)
             products = _native.group_products(z, target, groups, 8)
-            found.append([_native.project(x, own), out, norm_sq, columns, sums, *products])
+            found.append([_native.project(x, own), out, norm_sq, columns, rows, *products])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -381,6 +380,25 @@ def test_what_c_may_not_work_on() -> None:
     assert _native.fits(z)
     for other in (z.double(), z.t()[::2], z.to("meta"), torch.nn.Parameter(z)):
         assert not _native.fits(other)
+
+
+@compiled
+def test_what_sketches_in_c_may_not_work_on() -> None:
+    z, k = logits(8, 16), 16
+    own = signs(Projection.of(3, "a", "in"), 0, 16, k)
+    vector = signs(Projection.of(3, "a", "vector"), 0, 16, k * k)
+    norm_sq, sketch = torch.zeros(1, 1), torch.zeros(1, 1, k, k)
+    sums = _native.Sums(norm_sq, sketch, torch.tensor([0, 8]), 1.0)
+    linear = _native.LinearSketches([(16, own, 0), (16, own, -1)])
+    norm = _native.VectorSketches([(16, _native.RMS, 1e-5, vector, 0)])
+    negative = torch.complex(z, z).conj().imag
+    turned = logits(16, 8).t()
+    for other in (z.double(), turned, torch.nn.Parameter(z), negative):
+        for given in ([other, z], [z, other]):
+            assert not linear.add_(sums, given)
+            assert not norm.add_(sums, [tuple(given)])
+    assert not norm.add_(sums, [(torch.randn(8, 20)[:, :16], z)])
+    assert not sketch.any() and not norm_sq.any()
 
 
 @pytest.mark.parametrize("width", [50, 400])

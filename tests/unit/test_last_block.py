@@ -20,7 +20,8 @@ from fastpref.compile import compile_blocks
 from fastpref.config import Config
 from fastpref.data.branches import Probe, pack_probes
 from fastpref.data.pack import pack_pairs
-from fastpref.dynamics.taps import Tap, attach
+from fastpref.dynamics.input_layers import InputLayers
+from fastpref.dynamics.taps import attach
 from fastpref.flops import Shape
 from fastpref.gradients import pair_gradients
 from fastpref.loading import prepare
@@ -214,18 +215,17 @@ def test_taps_in_the_mlp_see_what_is_read(monkeypatch: pytest.MonkeyPatch) -> No
     model = packed(tiny_model("llama"))
     taps = attach(model.module, "exact", sketch_dim=4)
     change = {p: torch.ones_like(p) for p in model.trained}
-    rows, plain = dict[str, int](), Tap.tokens
+    rows, plain = dict[str, int](), InputLayers.add
 
-    def noted(self: Tap, x: Tensor, parts: Any) -> Tensor:
-        found = plain(self, x, parts)
-        rows[self.name] = found.shape[-2]
-        return found
+    def noted(self: InputLayers, parts: Any, x: Any, gradients: list[Tensor]) -> None:
+        rows.update({place.name: gradients[i].shape[-2] for i, place in self.weights})
+        plain(self, parts, x, gradients)
 
-    monkeypatch.setattr(Tap, "tokens", noted)
+    monkeypatch.setattr(InputLayers, "add", noted)
     ours = pair_gradients(model, taps, BATCH, change=change)
     every, read = BATCH.num_tokens, BATCH.num_tokens - BATCH.unread
     inside = {n for n, count in rows.items() if count == read}
-    assert inside == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert inside == {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
     assert {rows[n] for n in rows.keys() - inside} == {every}
     last_block.widen(model.module)
     rows.clear()
