@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -270,11 +270,25 @@ void head_outputs(const float *sums, const float *table, const int64_t *target, 
   }
 }
 
-/* Sixteen numbers, and the same with the place of each xor'ed with m. */
+/* Sixteen numbers, and as many of them as a register holds. Compilers keep more than that in memory,
+   and take a shuffle of more apart into single numbers. */
 typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+#if defined(__AVX512F__)
+#define WIDE 16
 #define TURN(v, m)                                                                             \
   __builtin_shufflevector(v, v, 0 ^ m, 1 ^ m, 2 ^ m, 3 ^ m, 4 ^ m, 5 ^ m, 6 ^ m, 7 ^ m, 8 ^ m, \
                           9 ^ m, 10 ^ m, 11 ^ m, 12 ^ m, 13 ^ m, 14 ^ m, 15 ^ m)
+#elif defined(__AVX__)
+#define WIDE 8
+#define TURN(v, m) \
+  __builtin_shufflevector(v, v, 0 ^ m, 1 ^ m, 2 ^ m, 3 ^ m, 4 ^ m, 5 ^ m, 6 ^ m, 7 ^ m)
+#else
+#define WIDE 4
+#define TURN(v, m) __builtin_shufflevector(v, v, 0 ^ m, 1 ^ m, 2 ^ m, 3 ^ m)
+#endif
+#define PIECES (16 / WIDE)
+typedef float Piece __attribute__((vector_size(4 * WIDE), aligned(4)));
+/* TURN (v, m), m < WIDE: v with the place of each number xor'ed with m. */
 
 static void products(const float *y, const float *x, long rows, long a, long b, float scale,
                      float *restrict sum) {
@@ -285,20 +299,26 @@ static void products(const float *y, const float *x, long rows, long a, long b, 
     }
 }
 
-/* The same with the sums in registers. */
-static void products16(const float *y, const float *x, long rows, float scale, Lanes *out) {
-  Lanes sum[16] = {{0}};
-  for (long t = 0; t < rows; t++) {
-    Lanes right = *(const Lanes *)(x + t * 16);
-    for (int i = 0; i < 16; i++) sum[i] += y[t * 16 + i] * right;
+/* The same for a, b = 16, with sums in registers, as many as there are. */
+static void products16(const float *y, const float *x, long rows, float scale,
+                       float *restrict sum) {
+  enum { HELD = WIDE == 16 ? 16 : WIDE / 2 };
+  for (int i = 0; i < 16; i += HELD) {
+    Piece own[HELD][PIECES] = {{{0}}};
+    for (long t = 0; t < rows; t++)
+      for (int p = 0; p < PIECES; p++) {
+        Piece right = *(const Piece *)(x + t * 16 + p * WIDE);
+        for (int j = 0; j < HELD; j++) own[j][p] += y[t * 16 + i + j] * right;
+      }
+    for (int j = 0; j < HELD; j++)
+      for (int p = 0; p < PIECES; p++) *(Piece *)(sum + (i + j) * 16 + p * WIDE) += scale * own[j][p];
   }
-  for (int i = 0; i < 16; i++) out[i] += scale * sum[i];
 }
 
 static void add_products(const float *y, const float *x, long rows, long a, long b, float scale,
                          float *sum) {
   if (a == 16 && b == 16)
-    products16(y, x, rows, scale, (Lanes *)sum);
+    products16(y, x, rows, scale, sum);
   else
     products(y, x, rows, a, b, scale, sum);
 }
@@ -313,21 +333,26 @@ void segment_products(const float *y, const float *x, const int64_t *first, long
                  out + s * a * b);
 }
 
-/* Sum of (row - mean), or of its squares; four sums of sixteen numbers, that none waits long. */
+/* Sum of (row - mean), or of its squares; eight sums of pieces, that none waits long. */
 static inline __attribute__((always_inline)) float row_sum(const float *row, long cols, float mean,
                                                            const int squares) {
-  Lanes sums[4] = {{0}};
-  float rest = 0.0f, part[4];
+  enum { SUMS = 8 };
+  Piece sums[SUMS] = {{0}};
+  float rest = 0.0f;
   long c = 0;
-  for (; c + 64 <= cols; c += 64)
-    for (int i = 0; i < 4; i++) {
-      Lanes own = *(const Lanes *)(row + c + 16 * i) - mean;
+  for (; c + SUMS * WIDE <= cols; c += SUMS * WIDE)
+    for (int i = 0; i < SUMS; i++) {
+      Piece own = *(const Piece *)(row + c + WIDE * i) - mean;
       sums[i] += squares ? own * own : own;
     }
   for (; c < cols; c++) rest += squares ? (row[c] - mean) * (row[c] - mean) : row[c] - mean;
-  Lanes sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  for (int i = 0; i < 4; i++) part[i] = (sum[i] + sum[i + 4]) + (sum[i + 8] + sum[i + 12]);
-  return rest + ((part[0] + part[1]) + (part[2] + part[3]));
+  for (int half = SUMS / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+  float part[WIDE];
+  memcpy(part, sums, sizeof part);
+  for (int half = WIDE / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) part[i] += part[i + half];
+  return rest + part[0];
 }
 
 enum { ALONE, RMS, CENTRED }; /* what sum_rows makes of x */
@@ -337,16 +362,29 @@ enum { ALONE, RMS, CENTRED }; /* what sum_rows makes of x */
 static void sum_rows(const float *y, const float *x, long from, long to, long cols, int kind,
                      float eps, float *restrict sum) {
   memset(sum, 0, sizeof(float) * cols);
-  for (long t = from; t < to; t++) {
-    const float *restrict row = y + t * cols;
-    if (kind == ALONE) {
+  if (kind == ALONE) {
+    for (long t = from; t < to; t++) {
+      const float *restrict row = y + t * cols;
       for (long c = 0; c < cols; c++) sum[c] += row[c];
-      continue;
     }
-    const float *restrict other = x + t * cols;
-    float mean = kind == CENTRED ? row_sum(other, cols, 0.0f, 0) / cols : 0.0f;
-    float root = 1.0f / sqrtf(row_sum(other, cols, mean, 1) / cols + eps);
-    for (long c = 0; c < cols; c++) sum[c] += row[c] * ((other[c] - mean) * root);
+    return;
+  }
+  enum { ROWS = 4 }; /* whose products are added to the sums at a time */
+  for (; from < to; from += ROWS) {
+    const float *row[ROWS], *other[ROWS];
+    float mean[ROWS], root[ROWS];
+    for (int i = 0; i < ROWS; i++) {
+      long t = from + i < to ? from + i : from;
+      row[i] = y + t * cols, other[i] = x + t * cols;
+      mean[i] = kind == CENTRED ? row_sum(other[i], cols, 0.0f, 0) / cols : 0.0f;
+      root[i] = 1.0f / sqrtf(row_sum(other[i], cols, mean[i], 1) / cols + eps);
+      if (t < from + i) root[i] = 0.0f;
+    }
+    for (long c = 0; c < cols; c++) {
+      float own = 0.0f;
+      for (int i = 0; i < ROWS; i++) own += row[i][c] * ((other[i][c] - mean[i]) * root[i]);
+      sum[c] += own;
+    }
   }
 }
 
@@ -411,25 +449,51 @@ void sketch_dots(const float *a, const float *b, long count, long k, double *res
   }
 }
 
-/* One step of a Walsh-Hadamard transform: v[i] and v[i ^ step] to sum and difference. */
-static inline Lanes walsh(Lanes v, int step) {
-  Lanes sign;
-  for (int i = 0; i < 16; i++) sign[i] = i & step ? -1.0f : 1.0f;
-  Lanes turned =
-      step == 1 ? TURN(v, 1) : step == 2 ? TURN(v, 2) : step == 4 ? TURN(v, 4) : TURN(v, 8);
-  return turned + sign * v;
+/* Walsh-Hadamard transform of sixteen numbers. */
+static inline void walsh16(float *v) {
+  Piece own[PIECES];
+  memcpy(own, v, sizeof own);
+#define STEP(m)                                                    \
+  for (int p = 0; m < WIDE && p < PIECES; p++) {                   \
+    Piece sign;                                                    \
+    for (int i = 0; i < WIDE; i++) sign[i] = i & m ? -1.0f : 1.0f; \
+    own[p] = TURN(own[p], (m % WIDE)) + sign * own[p];             \
+  }
+  STEP(1) STEP(2) STEP(4) STEP(8)
+  for (int half = 1; half < PIECES; half *= 2)
+    for (int p = 0; p < PIECES; p++)
+      if (!(p & half)) {
+        Piece low = own[p], high = own[p ^ half];
+        own[p] = low + high;
+        own[p ^ half] = low - high;
+      }
+  memcpy(v, own, sizeof own);
+}
+
+/* The same of rows and columns of v (16, 16). */
+static void walsh16_both(float *v) {
+  for (int i = 0; i < 16; i++) walsh16(v + 16 * i);
+  for (int half = 1; half < 16; half *= 2)
+    for (int i = 0; i < 16; i++)
+      for (int j = 0; j < 16 && !(i & half); j++) {
+        float low = v[16 * i + j], high = v[16 * (i ^ half) + j];
+        v[16 * i + j] = low + high;
+        v[16 * (i ^ half) + j] = low - high;
+      }
 }
 
 /* sum[t quads] += the sixteen numbers at `at + t step` times signs, each at its place xor turn, for
    `count` rows t. */
-static inline void turned_sums(const float *at, long step, long count, Lanes signs, int turn,
+static inline void turned_sums(const float *at, long step, long count, const float *signs, int turn,
                                Lanes *sum, long quads) {
-#define TURNED(m)                                                    \
-  case m:                                                            \
-    for (long t = 0; t < count; t++) {                               \
-      Lanes own = *(const Lanes *)(at + t * step) * signs;           \
-      sum[t * quads] += TURN(own, m);                                \
-    }                                                                \
+#define TURNED(m)                                                                    \
+  case m:                                                                            \
+    for (long t = 0; t < count; t++)                                                 \
+      for (int p = 0; p < PIECES; p++) {                                             \
+        long from = (p ^ (m / WIDE)) * WIDE;                                         \
+        Piece own = *(const Piece *)(at + t * step + from) * *(const Piece *)(signs + from); \
+        *((Piece *)(sum + t * quads) + p) += TURN(own, (m % WIDE));                  \
+      }                                                                              \
     break;
   switch (turn) {
     TURNED(0) TURNED(1) TURNED(2) TURNED(3) TURNED(4) TURNED(5) TURNED(6) TURNED(7)
@@ -447,59 +511,111 @@ typedef struct {
   long quads;
 } Signs;
 
-#ifdef __AVX512F__
-/* sum[t] += K = 16 sums of row t, of `count` of them, which are summed in registers. */
+/* sums16 (at, cols, stride, signs, count, add, sum): bucket_sums for K = 16 of `count` rows, at most
+   AT_ONCE, added up in registers. A place xor turn is found by a permutation of eight or sixteen
+   numbers; of two eights that a turn exchanges, the second is read first. */
+#define AHEAD 2048 /* numbers between those in work and those asked for, in the order of memory */
+#if defined(__AVX512F__)
+#define AT_ONCE 8
+
 static inline __attribute__((always_inline)) void sums16(const float *x, long cols, long stride,
-                                                         Signs signs, const int count,
+                                                         Signs signs, const int count, int add,
                                                          Lanes *sum) {
   const __m512i places =
       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  __m512 own[8];
-  for (int t = 0; t < count; t++) own[t] = _mm512_setzero_ps();
+  __m512 own[AT_ONCE];
+  for (int t = 0; t < count; t++) own[t] = add ? (__m512)sum[t] : _mm512_setzero_ps();
   for (long c = 0; c < cols; c += 16) {
     __mmask16 inside = cols - c < 16 ? (__mmask16)((1 << (cols - c)) - 1) : 0xffff;
     __m512i turned = _mm512_xor_si512(places, _mm512_set1_epi32(signs.turn[c / 16] & 15));
     __m512 sign = _mm512_maskz_loadu_ps(inside, signs.sign + c);
     for (int t = 0; t < count; t++) {
       __m512 row = _mm512_maskz_loadu_ps(inside, x + t * stride + c);
-      __builtin_prefetch(x + (t + count) * stride + c); /* rows to come */
+      __builtin_prefetch(x + c * count + 16 * t + AHEAD);
       row = _mm512_permutexvar_ps(turned, _mm512_mul_ps(row, sign));
       own[t] = _mm512_add_ps(own[t], row);
     }
   }
   for (int t = 0; t < count; t++) sum[t] = (Lanes)own[t];
 }
+#elif defined(__AVX2__) && defined(__FMA__)
+#define AT_ONCE 4
+
+/* own[t] += sixteen numbers at x + t stride, times the sign of each. */
+static inline __attribute__((always_inline)) void block16(const float *x, long stride,
+                                                          const float *sign, int turn,
+                                                          const int count, __m256 own[][2]) {
+  const __m256i places = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  __m256i turned = _mm256_xor_si256(places, _mm256_set1_epi32(turn & 7));
+  long low = turn & 8, high = low ^ 8;
+  __m256 low_sign = _mm256_permutevar8x32_ps(_mm256_loadu_ps(sign + low), turned);
+  __m256 high_sign = _mm256_permutevar8x32_ps(_mm256_loadu_ps(sign + high), turned);
+  for (int t = 0; t < count; t++) {
+    __m256 a = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + t * stride + low), turned);
+    __m256 b = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + t * stride + high), turned);
+    own[t][0] = _mm256_fmadd_ps(a, low_sign, own[t][0]);
+    own[t][1] = _mm256_fmadd_ps(b, high_sign, own[t][1]);
+  }
+}
+
+static inline __attribute__((always_inline)) void sums16(const float *x, long cols, long stride,
+                                                         Signs signs, const int count, int add,
+                                                         Lanes *sum) {
+  __m256 own[AT_ONCE][2];
+  if (add)
+    memcpy(own, sum, sizeof own[0] * count);
+  else
+    memset(own, 0, sizeof own[0] * count);
+  long c = 0;
+  for (; c + 16 <= cols; c += 16) {
+    for (int t = 0; t < count; t++)
+      __builtin_prefetch(x + c * count + 16 * t + AHEAD);
+    block16(x + c, stride, signs.sign + c, signs.turn[c / 16], count, own);
+  }
+  if (c < cols) {
+    float rows[AT_ONCE * 16] = {0}, sign[16] = {0};
+    memcpy(sign, signs.sign + c, sizeof(float) * (cols - c));
+    for (int t = 0; t < count; t++)
+      memcpy(rows + 16 * t, x + t * stride + c, sizeof(float) * (cols - c));
+    block16(rows, 16, sign, signs.turn[c / 16], count, own);
+  }
+  memcpy(sum, own, sizeof own[0] * count);
+}
 #endif
 
-/* sum (rows, quads): numbers of K buckets of x (rows, cols); rows at most TILE / quads, or 1. */
-static void bucket_sums(const float *x, long rows, long cols, long stride, Signs signs,
+/* sum (rows, quads): numbers of K buckets of x (rows, cols), added to what is there if `add`; rows at
+   most TILE / quads, or 1. */
+static void bucket_sums(const float *x, long rows, long cols, long stride, Signs signs, int add,
                         Lanes *sum) {
   long quads = signs.quads;
-#ifdef __AVX512F__
+#ifdef AT_ONCE
   if (quads == 1) {
-    for (long t = 0; t < rows; t += 8) {
+    for (long t = 0; t < rows; t += AT_ONCE) {
       const float *at = x + t * stride;
       switch (rows - t) {
 #define SUMS16(n)                                      \
   case n:                                              \
-    sums16(at, cols, stride, signs, n, sum + t);       \
+    sums16(at, cols, stride, signs, n, add, sum + t);  \
     break;
-        SUMS16(1) SUMS16(2) SUMS16(3) SUMS16(4) SUMS16(5) SUMS16(6) SUMS16(7)
+        SUMS16(1) SUMS16(2) SUMS16(3)
+#if AT_ONCE > 4
+        SUMS16(4) SUMS16(5) SUMS16(6) SUMS16(7)
+#endif
         default:
-          sums16(at, cols, stride, signs, 8, sum + t);
+          sums16(at, cols, stride, signs, AT_ONCE, add, sum + t);
       }
     }
     return;
   }
 #endif
   float padded[TILE * 16];
-  memset(sum, 0, sizeof(Lanes) * rows * quads);
+  if (!add) memset(sum, 0, sizeof(Lanes) * rows * quads);
   for (long c = 0; c < cols; c += 16) {
     long width = cols - c < 16 ? cols - c : 16, block = c / 16 / quads, place = c / 16 % quads;
     const float *at = x + c;
     long step = stride;
-    Lanes own = {0};
-    memcpy(&own, signs.sign + c, sizeof(float) * width);
+    float own[16] = {0};
+    memcpy(own, signs.sign + c, sizeof(float) * width);
     if (width < 16) {
       memset(padded, 0, sizeof padded);
       for (long t = 0; t < rows; t++)
@@ -519,10 +635,10 @@ static void project_rows(const float *x, long rows, long cols, long stride, Sign
   Lanes sum[MOST_QUADS > TILE ? MOST_QUADS : TILE];
   for (long first = 0; first < rows; first += tile) {
     long count = rows - first < tile ? rows - first : tile;
-    bucket_sums(x + first * stride, count, cols, stride, signs, sum);
+    bucket_sums(x + first * stride, count, cols, stride, signs, 0, sum);
     for (long t = 0; t < count; t++) {
       Lanes *own = sum + t * quads;
-      for (long q = 0; q < quads; q++) own[q] = walsh(walsh(walsh(walsh(own[q], 1), 2), 4), 8);
+      for (long q = 0; q < quads; q++) walsh16((float *)(own + q));
       for (long half = 1; half < quads; half *= 2)
         for (long q = 0; q < quads; q++)
           if (!(q & half)) {
@@ -556,23 +672,54 @@ typedef struct {
 
 #define NARROW 2048 /* numbers of a projected side that stand in the first-level cache; k at most */
 
+static Signs signs_of(const Side *side, long quads) {
+  Signs signs = {(const float *)side->sign, (const int32_t *)side->turn, quads};
+  return signs;
+}
+
+/* linear_sketches of one segment for K = 16. A transform of sums is the sum of transforms, so it is
+   done once for the products of all rows. */
+static void linear_sketches16(const Side *side, long count, long first, long end, long s,
+                              long segments, long k, float scale, float *out) {
+  Lanes left[TILE], right[TILE];
+  for (long n = 0, next; n < count; n = next) {
+    const Side *input = side + n;
+    for (next = n + 1; next < count && side[next].group < 0;) next++;
+    float sum[16 * 16] = {0};
+    for (long from = first; from < end; from += TILE) {
+      long rows = end - from < TILE ? end - from : TILE;
+      for (const Side *own = input; own < side + next; own++)
+        bucket_sums(own->x + from * own->stride, rows, own->cols, own->stride, signs_of(own, 1),
+                    own > input + 1, own == input ? right : left);
+      products16((float *)left, (float *)right, rows, 1.0f, sum);
+    }
+    walsh16_both(sum);
+    float *own = out + (input->group * segments + s) * k * k;
+    for (long i = 0; i < k; i++)
+      for (long j = 0; j < k; j++) own[i * k + j] += scale * sum[i * 16 + j];
+  }
+}
+
 /* out[group] (segments, k, k) += scale times the sums over a segment's rows of (projected gradients
    of an input's outputs)_t (projected input)_t^T, for each input of `count` sides. */
 void linear_sketches(const Side *side, long count, const int64_t *first, long segments, long quads,
                      long k, float scale, float *out) {
 #pragma omp parallel for schedule(static) if (first[segments] * count > 1024)
   for (long s = 0; s < segments; s++) {
+    if (quads == 1) {
+      linear_sketches16(side, count, first[s], first[s + 1], s, segments, k, scale, out);
+      continue;
+    }
     float left[NARROW], right[NARROW];
     for (long from = first[s], rows; from < first[s + 1]; from += rows) {
       rows = first[s + 1] - from < NARROW / k ? first[s + 1] - from : NARROW / k;
       float *sum = out;
       for (long n = 0; n < count; n++) {
         const Side *own = side + n;
-        Signs signs = {(const float *)own->sign, (const int32_t *)own->turn, quads};
         int input = own->group >= 0, more = n > 0 && own[-1].group < 0;
         if (input) sum = out + (own->group * segments + s) * k * k;
-        project_rows(own->x + from * own->stride, rows, own->cols, own->stride, signs, k,
-                     !input && more, input ? right : left);
+        project_rows(own->x + from * own->stride, rows, own->cols, own->stride,
+                     signs_of(own, quads), k, !input && more, input ? right : left);
         if (n + 1 < count && own[1].group < 0) continue;
         add_products(left, right, rows, k, k, scale, sum);
       }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import platform
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,24 @@ def test_c_has_no_warnings(tmp_path: Path) -> None:
     command = ["cc", *flags, str(_native.SOURCE), "-o", str(tmp_path / "native.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@compiled
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names its registers")
+@pytest.mark.parametrize("without", ["avx512f", "avx2", "avx"])
+@pytest.mark.usefixtures("anew")
+def test_narrower_registers(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written for each width of them, where the processor has wider ones."""
+    monkeypatch.setenv("CC", f"cc -mno-{without}")
+    found = _native.library()
+    assert found is not None
+    monkeypatch.setattr(_native, "library", lambda: found)
+    for k, cols in itertools.product((9, 16, 64, 4096), (1, 37, 300)):
+        test_projection(k, cols)
+    for k in (9, 16, 33, 512):
+        test_sketches_of_linear_layers(k)
+    for k in (4, 16):
+        test_sketches_of_vectors(k)
 
 
 @compiled
