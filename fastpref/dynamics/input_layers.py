@@ -39,10 +39,8 @@ class InputLayers:
                 self.vectors.append((i, tap.bias, None))
             if tap.weight is not None and norm is not None:
                 self.vectors.append((i, tap.weight, norm))
-        self._linear = _linear_sketches([p for _, p in self.weights], signs, k)
-        self._others = _vector_sketches([own[1:] for own in self.vectors], signs, k)
-        sides = _sides(self.weights)
-        self._sides = None if sides == list(range(len(taps) + 1)) else sides
+        self._linear = _linear_sketches(self.weights, signs, k)
+        self._others = _vector_sketches(self.vectors, signs, k)
 
     def add(self, parts: PairParts, x: Tensor | None, gradients: list[Tensor]) -> None:
         """What comes of x, the input, None where no weight wants it, and of the gradient of every
@@ -56,12 +54,10 @@ class InputLayers:
             shape = gradients[0].shape
         row = len(shape) == 3 and shape[0] == 1
         c = parts.for_c(shape[1] if row else shape[0])
+        given = (x, *gradients)
         if self.weights:
             done = False
             if c is not None and self._linear is not None and (row or len(shape) == 2):
-                given = (x, *gradients)
-                if self._sides is not None:
-                    given = tuple([given[i] for i in self._sides])
                 done = self._linear.add_(c, given)
             if not done or parts.more:
                 assert x is not None
@@ -69,10 +65,7 @@ class InputLayers:
         if self.vectors:
             done = False
             if c is not None and self._others is not None:
-                rows = []
-                for i, _, norm in self.vectors:
-                    rows.append((gradients[i], None if norm is None else x))
-                done = self._others.add_(c, rows)
+                done = self._others.add_(c, given)
             if not done or parts.more:
                 parts.vectors([self._vector(own, x, gradients) for own in self.vectors], done)
 
@@ -103,41 +96,31 @@ class EmbeddingLayer:
                 parts.tied = (ids, dy, parts.scale)
 
 
-def _sides(weights: Sequence[tuple[int, Place]]) -> list[int]:
-    """Of an input and gradients of outputs behind it, those that `_native.LinearSketches` is given:
-    the input once for every projection that it has."""
-    found: list[int] = []
-    key = None
-    for i, place in weights:
-        found += [i + 1] if place.key == key else [0, i + 1]
-        key = place.key
-    return found
-
-
 def _linear_sketches(
-    places: Sequence[Place], signs: Signs, k: int
+    weights: Sequence[tuple[int, Place]], signs: Signs, k: int
 ) -> _native.LinearSketches | None:
-    """None where there is nothing, or C cannot do it."""
+    """Of an input and gradients of outputs behind it. None where there is nothing, or C cannot do
+    it."""
     sides: list[_native.Side] = []
     key = None
-    for place in places:
+    for i, place in weights:
         cols, outputs = place.parameter.shape[:: 1 if place.transposed else -1]
         left = signs.for_c(place.key, "in", 0, cols, k)
         right = signs.for_c(place.key, "out", place.first_output, outputs, k)
         if left is None or right is None or k > _native.NARROW:
             return None
-        sides += [] if place.key == key else [(cols, left, place.group)]
-        sides.append((outputs, right, -1))
+        sides += [] if place.key == key else [(0, cols, left, place.group)]
+        sides.append((i + 1, outputs, right, -1))
         key = place.key
     return _native.LinearSketches(sides) if sides else None
 
 
 def _vector_sketches(
-    vectors: Sequence[tuple[Place, Norm | None]], signs: Signs, k: int
+    vectors: Sequence[tuple[int, Place, Norm | None]], signs: Signs, k: int
 ) -> _native.VectorSketches | None:
-    """None where there is nothing, or C cannot do it."""
+    """As `_linear_sketches`."""
     found: list[_native.Vector] = []
-    for place, norm in vectors:
+    for i, place, norm in vectors:
         cols = len(place.parameter)
         own = signs.for_c(place.key, "vector", 0, cols, k * k)
         if own is None or cols > _native.MOST_FEATURES:
@@ -145,5 +128,5 @@ def _vector_sketches(
         kind, eps = _native.ALONE, 0.0
         if norm is not None:
             kind, eps = _native.CENTRED if norm.centred else _native.RMS, norm.eps
-        found.append((cols, kind, eps, own, place.group))
+        found.append((i + 1, 0, cols, kind, eps, own, place.group))
     return _native.VectorSketches(found) if found else None

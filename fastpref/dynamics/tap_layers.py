@@ -165,7 +165,18 @@ class Input:
         for own in self.brought:
             if not own:  # it comes later, or not at all: the end of `Taps.watching` will show
                 return
-        self.owner.add(self, self.taps, self.brought)
+        self.add()
+
+    def add(self) -> None:
+        """What has been brought, of each tap that stands here, to the sums."""
+        x, taps, parts = self.x, self.taps, self.owner.parts
+        gradients = [own.pop() for own in self.brought]  # out of lists that hang on the graph
+        self.x, self.brought = None, []
+        layers = taps[0].layers
+        if layers is None or layers.taps != taps:
+            layers = taps[0].layers = self.owner.layers_of(taps)
+        assert parts is not None
+        layers.add(parts, x, gradients)
 
 
 class Kept(torch.autograd.Function):

@@ -171,8 +171,9 @@ class Taps:
                 for shared in reversed(self._inputs):  # what the backward has passed in part
                     came = [i for i, own in enumerate(shared.brought) if own]
                     if came:
-                        taps = [shared.taps[i] for i in came]
-                        self.add(shared, taps, [shared.brought[i] for i in came])
+                        shared.taps = [shared.taps[i] for i in came]
+                        shared.brought = [shared.brought[i] for i in came]
+                        shared.add()
         finally:
             for tap, own in zip(self.layers, before, strict=True):
                 if own is None:
@@ -216,33 +217,17 @@ class Taps:
         tap_layers.on_gradient(y, hook)
         return y
 
-    def add(self, shared: Input, taps: list[Tap], brought: list[list[Tensor]]) -> None:
-        """To the sums, what the backward has brought of the layers of an input."""
-        x, parts = shared.x, self.parts
-        assert parts is not None
-        shared.x, shared.brought = None, []
-        gradients = []
-        for own in brought:
-            gradients.append(own.pop())  # out of lists that hang on the graph  # noqa: PERF401
-        layers = taps[0].layers
-        if layers is None or layers.taps != taps:
-            layers = self._layers_of(taps)
-        layers.add(parts, x, gradients)
-
     def add_anchor(self, tap: Tap, ids: Tensor, dy: Tensor) -> None:
         """To the sums, of an embedding's output of `anchors`, dy the gradient."""
         assert self.parts is not None
         if tap.group >= 0:
             EmbeddingLayer([tap]).add(self.parts, ids, [dy])
 
-    def _layers_of(self, taps: list[Tap]) -> InputLayers | EmbeddingLayer:
-        found: InputLayers | EmbeddingLayer
+    def layers_of(self, taps: list[Tap]) -> InputLayers | EmbeddingLayer:
+        """What is made of the gradients of layers of one input."""
         if isinstance(taps[0].kind, Embedding):
-            found = EmbeddingLayer(taps)
-        else:
-            found = InputLayers(taps, self.signs, self.sketch_dim)
-        taps[0].layers = found
-        return found
+            return EmbeddingLayer(taps)
+        return InputLayers(taps, self.signs, self.sketch_dim)
 
     def weight_sketch(self) -> Tensor:
         """(G, k, k) float64: sketch of the trained weights as they are, under the projections of

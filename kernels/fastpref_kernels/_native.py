@@ -308,9 +308,9 @@ class Sums:
         self.vectors = (*rows, *sizes, out)
 
 
-# An input of linear layers or the gradient of an output: its features, signs, and the group of an
-# input; -1 for an output of the input before it.
-Side = tuple[int, Signs, int]
+# Which of `given` is meant, an input of linear layers or the gradient of an output: its features,
+# signs, and the group of an input; -1 for an output of the input before it.
+Side = tuple[int, int, Signs, int]
 
 
 class LinearSketches:
@@ -322,22 +322,24 @@ class LinearSketches:
     __slots__ = ("arguments", "call", "numbers", "places")
 
     def __init__(self, sides: Sequence[Side]) -> None:
-        table = [
-            n for cols, signs, group in sides for n in (0, 0, cols, *signs.pointers[:2], group)
-        ]
+        rows = [(0, 0, cols, *signs.pointers[:2], group) for _, cols, signs, group in sides]
+        table = [number for row in rows for number in row]
         self.numbers = (ctypes.c_int64 * len(table))(*table)
-        self.places = range(0, len(table), len(table) // len(sides))
+        self.places = [(n * len(rows[0]), side[0]) for n, side in enumerate(sides)]
         self.arguments = (_pointer(ctypes.addressof(self.numbers)), _long(len(sides)))
         self.call = _library().linear_sketches
 
-    def add_(self, sums: Sums, given: Sequence[Tensor]) -> bool:
+    def add_(self, sums: Sums, given: Sequence[Tensor | None]) -> bool:
         """Adds sums over a segment's rows of g_t p_t^T, p an input, projected, g the sum of its
-        projected outputs, of ``given`` (T, d) | (1, T, d) for each side. False, with nothing added,
-        where C may not work on one of them."""
+        projected outputs, of ``given`` (T, d) | (1, T, d). False, with nothing added, where C may
+        not work on one of them."""
         numbers = self.numbers
-        for at, x in zip(self.places, given, strict=True):
+        for at, i in self.places:
+            x = given[i]
+            if type(x) is not Tensor or x.dtype is not torch.float32 or x.is_neg():
+                return False
             step = x.stride()
-            if x.dtype is not torch.float32 or type(x) is not Tensor or step[-1] != 1 or x.is_neg():
+            if step[-1] != 1:
                 return False
             numbers[at] = x.data_ptr()
             numbers[at + 1] = step[-2]
@@ -346,8 +348,8 @@ class LinearSketches:
 
 
 ALONE, RMS, CENTRED = 0, 1, 2  # what is made of x beside y, see native.c
-# Features, kind, eps, signs, group.
-Vector = tuple[int, int, float, Signs, int]
+# Which of `given` y and x are (ALONE: any), features, kind, eps, signs, group.
+Vector = tuple[int, int, int, int, float, Signs, int]
 
 
 class _Vector(ctypes.Structure):
@@ -368,33 +370,44 @@ class VectorSketches:
 
     def __init__(self, vectors: Sequence[Vector]) -> None:
         self.table = (_Vector * len(vectors))()
-        for i, (cols, kind, eps, signs, group) in enumerate(vectors):
+        for i, (_, _, cols, kind, eps, signs, group) in enumerate(vectors):
             self.table[i] = _Vector(0, 0, 1, cols, kind, *signs.pointers[:3], group, eps)
-        words = ctypes.sizeof(self.table) // 8
-        self.numbers = (ctypes.c_int64 * words).from_buffer(self.table)
-        self.places = range(0, words, words // len(vectors))
+        words = ctypes.sizeof(_Vector) // 8
+        self.numbers = (ctypes.c_int64 * (words * len(vectors))).from_buffer(self.table)
+        self.places = [
+            (words * n, y, None if kind == ALONE else x)
+            for n, (y, x, _, kind, *_) in enumerate(vectors)
+        ]
         self.arguments = (_pointer(ctypes.addressof(self.table)), _long(len(vectors)))
         self.call = _library().vector_sketches
 
-    def add_(self, sums: Sums, given: Sequence[tuple[Tensor, Tensor | None]]) -> bool:
-        """Adds those of ``given``: y and x, (T, D), (1, T, D) or (T, H, D), x None for ALONE.
-        False, with nothing added, where C may not work on one of them."""
+    def add_(self, sums: Sums, given: Sequence[Tensor | None]) -> bool:
+        """Adds those of ``given``: (T, D), (1, T, D) or (T, H, D). False, with nothing added, where
+        C may not work on one of them."""
         numbers = self.numbers
-        for at, own in zip(self.places, given, strict=True):
-            for x in own:
-                if x is not None and not (
-                    x.dtype is torch.float32
-                    and x.is_contiguous()
-                    and type(x) is Tensor
-                    and not x.is_neg()
-                ):
-                    return False
-            y, x = own
+        for at, i, beside in self.places:
+            y = given[i]
+            if (
+                type(y) is not Tensor
+                or y.dtype is not torch.float32
+                or not y.is_contiguous()
+                or y.is_neg()
+            ):
+                return False
             shape = y.shape
             numbers[at] = y.data_ptr()
-            if x is not None:
-                numbers[at + 1] = x.data_ptr()
             numbers[at + 2] = 1 if len(shape) == 2 or shape[0] == 1 else shape[1]
+            if beside is None:
+                continue
+            x = given[beside]
+            if (
+                type(x) is not Tensor
+                or x.dtype is not torch.float32
+                or not x.is_contiguous()
+                or x.is_neg()
+            ):
+                return False
+            numbers[at + 1] = x.data_ptr()
         self.call(*self.arguments, *sums.vectors)
         return True
 

@@ -279,7 +279,10 @@ def test_sketches_of_linear_layers(k: int) -> None:
     x["k"] = x["k"][0]
     groups = {"in": 1, "up in": 1}
     layers = _native.LinearSketches(
-        [(cols, signs(sides[n], 0, cols, k), groups.get(n, -1)) for n, cols in widths.items()]
+        [
+            (i, cols, signs(sides[n], 0, cols, k), groups.get(n, -1))
+            for i, (n, cols) in enumerate(widths.items())
+        ]
     )
     out = torch.ones(3, len(counts), k, k)
     sums = _native.Sums(torch.zeros(3, len(counts)), out, first, 0.25 * k)
@@ -307,9 +310,10 @@ def test_sketches_of_vectors(k: int) -> None:
     sides = [Projection.of(3, str(n), "vector") for n in widths]
     own = [signs(side, 0, n, k * k) for side, n in zip(sides, widths, strict=True)]
     norm_sq, sketch = torch.ones(2, len(COUNTS)), torch.ones(2, len(COUNTS), k, k)
-    vectors = zip(widths, kinds, [1e-5] * 3, own, groups, strict=True)
+    numbers = ((0, 1, 2), (3, 4, 5))
+    vectors = zip(*numbers, widths, kinds, [1e-5] * 3, own, groups, strict=True)
     sums = _native.Sums(norm_sq, sketch, first, 0.5 * k)
-    assert _native.VectorSketches(list(vectors)).add_(sums, list(zip(y, x, strict=True)))
+    assert _native.VectorSketches(list(vectors)).add_(sums, [*y, *x])
     true = torch.ones(2, len(COUNTS)).double(), torch.ones(2, len(COUNTS), k * k).double()
     for one, other, side, width, group in zip(y, x, sides, widths, groups, strict=True):
         rows = one.double().view(tokens, -1, width)
@@ -380,10 +384,10 @@ def test_sums_for_taps_are_the_same_with_every_number_of_threads() -> None:
             torch.set_num_threads(count)
             out, norm_sq = torch.zeros(1, 3, k, k), torch.zeros(1, 3)
             sums = _native.Sums(norm_sq, out, first, 1.0)
-            _native.LinearSketches([(256, own, 0), (256, own, -1)]).add_(sums, [x, y])
+            _native.LinearSketches([(0, 256, own, 0), (1, 256, own, -1)]).add_(sums, [x, y])
             _native.segment_products_(out[0], x[:, :k].clone(), y[:, :k].clone(), first, 1.0)
-            norm = [(256, _native.RMS, 1e-5, vector, 0)]
-            _native.VectorSketches(norm).add_(sums, [(y, x)])
+            norm = [(1, 0, 256, _native.RMS, 1e-5, vector, 0)]
+            _native.VectorSketches(norm).add_(sums, [x, y])
             columns = torch.zeros(k, 40)
             _native.project_columns_(columns, z, (torch.arange(5000) % 16).int(), z[:, 0], 16)
             rows = _native.segment_sums(y, x, first, 1e-5, False)
@@ -408,15 +412,15 @@ def test_what_sketches_in_c_may_not_work_on() -> None:
     vector = signs(Projection.of(3, "a", "vector"), 0, 16, k * k)
     norm_sq, sketch = torch.zeros(1, 1), torch.zeros(1, 1, k, k)
     sums = _native.Sums(norm_sq, sketch, torch.tensor([0, 8]), 1.0)
-    linear = _native.LinearSketches([(16, own, 0), (16, own, -1)])
-    norm = _native.VectorSketches([(16, _native.RMS, 1e-5, vector, 0)])
+    linear = _native.LinearSketches([(0, 16, own, 0), (1, 16, own, -1)])
+    norm = _native.VectorSketches([(0, 1, 16, _native.RMS, 1e-5, vector, 0)])
     negative = torch.complex(z, z).conj().imag
     turned = logits(16, 8).t()
     for other in (z.double(), turned, torch.nn.Parameter(z), negative):
         for given in ([other, z], [z, other]):
             assert not linear.add_(sums, given)
-            assert not norm.add_(sums, [tuple(given)])
-    assert not norm.add_(sums, [(torch.randn(8, 20)[:, :16], z)])
+            assert not norm.add_(sums, given)
+    assert not norm.add_(sums, [torch.randn(8, 20)[:, :16], z])
     assert not sketch.any() and not norm_sq.any()
 
 
