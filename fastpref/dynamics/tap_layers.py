@@ -144,6 +144,10 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.
             yield name, layer, own, parameter
 
 
+# The hooks through which goes what autograd saves, as under activation checkpointing, or None.
+_saved_elsewhere = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 class Input:
     """What layers are given, the same tensor q, k and v, or gate and up, and what the backward has
     brought of their outputs. A hook on the gradient of the first one's, the last in its order."""
@@ -152,6 +156,7 @@ class Input:
 
     def __init__(self, owner: Taps) -> None:
         self.owner = owner
+        owner.inputs.append(self)
         self.x: Tensor | None = None  # where autograd brings it with the gradients: not yet
         self.taps: list[Tap] = []
         self.brought: list[list[Tensor]] = []  # for every tap its output's gradient: none, then one
@@ -166,6 +171,28 @@ class Input:
             if not own:  # it comes later, or not at all: the end of `Taps.watching` will show
                 return
         self.add()
+
+    def watch(self, tap: Tap, y: Tensor, x: Tensor) -> Tensor:
+        """y, the output of a layer for x, whose gradient will be seen when the backward comes."""
+        brought: list[Tensor] = []
+        hook = brought.append if self.taps else self
+        self.taps.append(tap)
+        self.brought.append(brought)
+        if _saved_elsewhere(False) is not None:
+            return Kept.apply(y, x.detach(), self, hook)
+        # At a fraction of the cost of a Function: the graph of a small model is a few hundred nodes
+        # long. For a weight's gradient autograd keeps the same tensor.
+        if tap.weight is not None:
+            self.x = x
+        node = y.grad_fn
+        if node is None or y._backward_hooks is not None:
+            y.register_hook(hook)
+        else:
+            # The same without the handle by which it could be removed: what that does besides takes
+            # two thirds of its time. Others' handles count from 0.
+            y._backward_hooks = OrderedDict({-1: hook})
+            node._register_hook_dict(y)
+        return y
 
     def add(self) -> None:
         """What has been brought, of each tap that stands here, to the sums."""
@@ -200,25 +227,6 @@ class Kept(torch.autograd.Function):
         (ctx.shared.x,) = ctx.saved_tensors
         ctx.brought(dy)
         return dy, None, None, None
-
-
-def on_gradient(y: Tensor, hook: Callable[[Tensor], None]) -> None:
-    """``y.register_hook(hook)`` without the handle by which it could be removed: what that does
-    besides takes two thirds of its time."""
-    node = y.grad_fn
-    if node is not None and y._backward_hooks is None:
-        y._backward_hooks = OrderedDict({-1: hook})  # others' handles count from 0
-        node._register_hook_dict(y)
-    else:
-        y.register_hook(hook)
-
-
-def saved_elsewhere() -> bool:
-    """Whether what autograd saves now goes through hooks, as under activation checkpointing."""
-    return _saved_tensors_hooks(False) is not None
-
-
-_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def as_autocast(x: Tensor) -> Tensor:

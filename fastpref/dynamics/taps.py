@@ -26,7 +26,7 @@ Shapes    T tokens, P pairs, G groups, k sketch size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,7 @@ from fastpref.dynamics.pair_ops import Signs
 from fastpref.dynamics.pair_parts import PairParts
 from fastpref.dynamics.places import Place
 from fastpref.dynamics.tap_groups import Layer
-from fastpref.dynamics.tap_layers import Embedding, Input, Kept, Linear
+from fastpref.dynamics.tap_layers import Embedding, Input, Linear
 
 MODES = ("sketch", "exact")
 
@@ -85,7 +85,7 @@ class Tap:
             return y
         if self.group < 0 or not y.requires_grad:
             return y
-        return self.taps.watch(self, y, x, Input(self.taps))
+        return Input(self.taps).watch(self, y, x)
 
     def linear(self, x: Tensor, *more: Any, **named: Any) -> Any:
         """In the place of a linear layer's own."""
@@ -96,7 +96,7 @@ class Tap:
         if shared is None or self in shared.taps:  # a layer that has seen it is recomputed
             shared = own["_fastpref_input"] = Input(self.taps)
         x = tap_layers.as_autocast(x)
-        return self.taps.watch(self, self.plain(x, *more, **named), x, shared)
+        return shared.watch(self, self.plain(x, *more, **named), x)
 
     def tokens(self, x: Tensor, parts: PairParts) -> Tensor:
         """The rows of x by token: (T, ...), or (1, T, D) as it is."""
@@ -117,7 +117,7 @@ class Taps:
         self.anchors: list[tuple[Tap, Tensor, Tensor]] | None = None
         self.parts: PairParts | None = None
         self._watched = False
-        self._inputs: list[Input] = []  # of the batch
+        self.inputs: list[Input] = []  # of the batch
         found = tap_groups.find(module)
         self.groups, self.head = found.groups, found.head
         self.layers = [Tap(layer, self) for layer in found.layers]
@@ -168,7 +168,7 @@ class Taps:
                 tap.module.__dict__["forward"] = tap.linear if linear else tap.forward
             yield
             with torch.no_grad():
-                for shared in reversed(self._inputs):  # what the backward has passed in part
+                for shared in reversed(self.inputs):  # what the backward has passed in part
                     came = [i for i, own in enumerate(shared.brought) if own]
                     if came:
                         shared.taps = [shared.taps[i] for i in came]
@@ -180,9 +180,10 @@ class Taps:
                     del tap.module.__dict__["forward"]
                 else:
                     tap.module.__dict__["forward"] = own
-            for shared in self._inputs:
+            for shared in self.inputs:
                 shared.x, shared.brought = None, []  # it hangs on x, which hangs on it
-            self._watched, self._inputs, self.anchors = False, [], None
+            self._watched, self.anchors = False, None
+            self.inputs.clear()
 
     def collect(self) -> TapValues:
         """What the taps saw since the last call: of the batch that was watched."""
@@ -198,24 +199,6 @@ class Taps:
             if name != "head" and (self.exact or name == "norms")
         }
         return TapValues(exact, parts.sketch, parts.change)
-
-    def watch(self, tap: Tap, y: Tensor, x: Tensor, shared: Input) -> Tensor:
-        """y, the output of a layer for x, whose gradient will be seen when the backward comes."""
-        brought: list[Tensor] = []
-        hook: Callable[[Tensor], None] = brought.append
-        if not shared.taps:
-            hook = shared
-            self._inputs.append(shared)
-        shared.taps.append(tap)
-        shared.brought.append(brought)
-        if tap_layers.saved_elsewhere():
-            return Kept.apply(y, x.detach(), shared, hook)
-        # At a fraction of the cost of a Function: the graph of a small model is a few hundred nodes
-        # long. For a weight's gradient autograd keeps the same tensor.
-        if tap.weight is not None:
-            shared.x = x
-        tap_layers.on_gradient(y, hook)
-        return y
 
     def add_anchor(self, tap: Tap, ids: Tensor, dy: Tensor) -> None:
         """To the sums, of an embedding's output of `anchors`, dy the gradient."""

@@ -15,6 +15,7 @@ from fastpref.data.pack import pack_pairs
 from fastpref.dynamics import tap_layers
 from fastpref.dynamics.pair_ops import BlockOps, Signs
 from fastpref.dynamics.pair_parts import PairParts
+from fastpref.dynamics.tap_layers import Input
 from fastpref.dynamics.taps import attach
 from fastpref.gradients import head_norms, pair_gradients
 from fastpref.tapcheck import check_taps
@@ -223,13 +224,13 @@ def test_no_gradient_outlives_the_backward(mode: str, monkeypatch: pytest.Monkey
     """Though the graph that the hooks hang on does."""
     model = packed(tiny_model("llama", torch.float32))
     taps, batch, seen = attach(model.module, mode, sketch_dim=16), pack_pairs(PAIRS), []
-    plain = taps.watch
+    plain = Input.watch
 
-    def watch(tap: Any, y: Tensor, x: Tensor, shared: Any) -> Tensor:
+    def watch(self: Input, tap: Any, y: Tensor, x: Tensor) -> Tensor:
         y.register_hook(lambda dy: seen.append(weakref.ref(dy)))
-        return plain(tap, y, x, shared)
+        return plain(self, tap, y, x)
 
-    monkeypatch.setattr(taps, "watch", watch)
+    monkeypatch.setattr(Input, "watch", watch)
     with taps.watching(batch):
         logp = model.logp(batch, head_norms(taps)).logp
         logp.backward(torch.ones_like(logp))
