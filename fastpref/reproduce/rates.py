@@ -216,7 +216,8 @@ def _ranked(mixed: Mixed, observed: np.ndarray) -> dict[str, float]:
 def _excess(alone: list[Alone]) -> tuple[float, float]:
     """Mean over behaviors and draws of (observed / predicted)^2 of random batches, expected 1, and
     its standard error; the draws of a behavior of one batch are all the same, and it has none."""
-    ratio = np.concatenate([(own.random / own.batch_rate) ** 2 for own in alone if own.batch_rate])
+    found = [(own.random / own.batch_rate) ** 2 for own in alone if own.batch_rate]
+    ratio = np.concatenate(found or [np.zeros(0)])
     if ratio.size < 2:
         return math.nan, math.nan
     return float(ratio.mean()), float(ratio.std(ddof=1) / math.sqrt(ratio.size))

@@ -7,9 +7,6 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
 #define PARTS 8        /* of the rows, shared out to threads */
 #define BLOCK 32       /* rows summed to one number before it is added to others */
@@ -511,65 +508,38 @@ typedef struct {
   long quads;
 } Signs;
 
-/* sums16 (at, cols, stride, signs, count, add, sum): bucket_sums for K = 16 of `count` rows, at most
-   AT_ONCE, added up in registers. A place xor turn is found by a permutation of eight or sixteen
-   numbers; of two eights that a turn exchanges, the second is read first. */
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shuffle) /* not clang's */
+#define AT_ONCE (WIDE == 16 ? 8 : 4) /* rows of sixteen sums in registers */
 #define AHEAD 2048 /* numbers between those in work and those asked for, in the order of memory */
-#if defined(__AVX512F__)
-#define AT_ONCE 8
 
-static inline __attribute__((always_inline)) void sums16(const float *x, long cols, long stride,
-                                                         Signs signs, const int count, int add,
-                                                         Lanes *sum) {
-  const __m512i places =
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  __m512 own[AT_ONCE];
-  for (int t = 0; t < count; t++) own[t] = add ? (__m512)sum[t] : _mm512_setzero_ps();
-  for (long c = 0; c < cols; c += 16) {
-    __mmask16 inside = cols - c < 16 ? (__mmask16)((1 << (cols - c)) - 1) : 0xffff;
-    __m512i turned = _mm512_xor_si512(places, _mm512_set1_epi32(signs.turn[c / 16] & 15));
-    __m512 sign = _mm512_maskz_loadu_ps(inside, signs.sign + c);
-    for (int t = 0; t < count; t++) {
-      __m512 row = _mm512_maskz_loadu_ps(inside, x + t * stride + c);
-      __builtin_prefetch(x + c * count + 16 * t + AHEAD);
-      row = _mm512_permutexvar_ps(turned, _mm512_mul_ps(row, sign));
-      own[t] = _mm512_add_ps(own[t], row);
-    }
-  }
-  for (int t = 0; t < count; t++) sum[t] = (Lanes)own[t];
-}
-#elif defined(__AVX2__) && defined(__FMA__)
-#define AT_ONCE 4
-
-/* own[t] += sixteen numbers at x + t stride, times the sign of each. */
+/* own[t] += sixteen numbers at x + t stride, times the sign of each, each at its place xor turn; the
+   pieces that a turn exchanges are read the other way round. */
 static inline __attribute__((always_inline)) void block16(const float *x, long stride,
                                                           const float *sign, int turn,
-                                                          const int count, __m256 own[][2]) {
-  const __m256i places = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-  __m256i turned = _mm256_xor_si256(places, _mm256_set1_epi32(turn & 7));
-  long low = turn & 8, high = low ^ 8;
-  __m256 low_sign = _mm256_permutevar8x32_ps(_mm256_loadu_ps(sign + low), turned);
-  __m256 high_sign = _mm256_permutevar8x32_ps(_mm256_loadu_ps(sign + high), turned);
-  for (int t = 0; t < count; t++) {
-    __m256 a = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + t * stride + low), turned);
-    __m256 b = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + t * stride + high), turned);
-    own[t][0] = _mm256_fmadd_ps(a, low_sign, own[t][0]);
-    own[t][1] = _mm256_fmadd_ps(b, high_sign, own[t][1]);
+                                                          const int count, Piece own[][PIECES]) {
+  typedef int32_t Places __attribute__((vector_size(4 * WIDE)));
+  Places places;
+  for (int i = 0; i < WIDE; i++) places[i] = i ^ (turn & (WIDE - 1));
+  for (int p = 0; p < PIECES; p++) {
+    long from = WIDE * p ^ (turn & (16 - WIDE));
+    Places flips = (Places)__builtin_shuffle(*(const Piece *)(sign + from), places) & INT32_MIN;
+    for (int t = 0; t < count; t++) {
+      Piece row = __builtin_shuffle(*(const Piece *)(x + t * stride + from), places);
+      own[t][p] += (Piece)((Places)row ^ flips);
+    }
   }
 }
 
+/* bucket_sums for K = 16 of `count` rows, at most AT_ONCE. */
 static inline __attribute__((always_inline)) void sums16(const float *x, long cols, long stride,
                                                          Signs signs, const int count, int add,
                                                          Lanes *sum) {
-  __m256 own[AT_ONCE][2];
-  if (add)
-    memcpy(own, sum, sizeof own[0] * count);
-  else
-    memset(own, 0, sizeof own[0] * count);
+  Piece own[AT_ONCE][PIECES] = {{{0}}};
+  if (add) memcpy(own, sum, sizeof own[0] * count);
   long c = 0;
   for (; c + 16 <= cols; c += 16) {
-    for (int t = 0; t < count; t++)
-      __builtin_prefetch(x + c * count + 16 * t + AHEAD);
+    for (int t = 0; t < count; t++) __builtin_prefetch(x + c * count + 16 * t + AHEAD);
     block16(x + c, stride, signs.sign + c, signs.turn[c / 16], count, own);
   }
   if (c < cols) {
@@ -582,11 +552,13 @@ static inline __attribute__((always_inline)) void sums16(const float *x, long co
   memcpy(sum, own, sizeof own[0] * count);
 }
 #endif
+#endif
 
 /* sum (rows, quads): numbers of K buckets of x (rows, cols), added to what is there if `add`; rows at
    most TILE / quads, or 1. */
-static void bucket_sums(const float *x, long rows, long cols, long stride, Signs signs, int add,
-                        Lanes *sum) {
+static __attribute__((noinline)) void bucket_sums(const float *x, long rows, long cols,
+                                                  long stride, Signs signs, int add,
+                                                  Lanes *sum) {
   long quads = signs.quads;
 #ifdef AT_ONCE
   if (quads == 1) {
@@ -598,7 +570,7 @@ static void bucket_sums(const float *x, long rows, long cols, long stride, Signs
     sums16(at, cols, stride, signs, n, add, sum + t);  \
     break;
         SUMS16(1) SUMS16(2) SUMS16(3)
-#if AT_ONCE > 4
+#if WIDE == 16
         SUMS16(4) SUMS16(5) SUMS16(6) SUMS16(7)
 #endif
         default:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,15 @@ def test_over_cached_states_the_head_has_the_gradient_that_it_has_over_the_body(
     model = freeze_body(paired(build(name).double()))
     features = with_features(model, PAIRS, cache_dir=str(tmp_path), progress=False)
     ours = backward(model, features.pack(PAIRS), loss, config, len(PAIRS), "exact")
-    assert torch.equal(ours.loss, whole.loss) and torch.equal(ours.weight, whole.weight)
-    for value in ours.norms:
-        assert torch.equal(ours.norms[value], whole.norms[value])
+    # A product of other rows beside these gives them other last bits on some processors.
+    close = functools.partial(torch.testing.assert_close, rtol=1e-13, atol=0)
+    close(ours.loss, whole.loss)
+    close(ours.weight, whole.weight)
+    close(ours.norms, whole.norms)
     layer = model.module.get_output_embeddings()  # type: ignore[operator]
     assert model.trained == list(layer.parameters())
     for parameter, grad in zip(layer.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, grad, rtol=1e-13, atol=0)
+        close(parameter.grad, grad)
     assert all(p.grad is None for p in model.module.base_model.parameters())
 
 
