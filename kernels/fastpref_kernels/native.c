@@ -285,6 +285,7 @@ typedef float Lanes __attribute__((vector_size(64), aligned(4)));
 #endif
 #define PIECES (16 / WIDE)
 typedef float Piece __attribute__((vector_size(4 * WIDE), aligned(4)));
+#define AHEAD 2048 /* numbers between those in work and those asked for, in the order of memory */
 /* TURN (v, m), m < WIDE: v with the place of each number xor'ed with m. */
 
 static void products(const float *y, const float *x, long rows, long a, long b, float scale,
@@ -339,6 +340,7 @@ static inline __attribute__((always_inline)) float row_sum(const float *row, lon
   long c = 0;
   for (; c + SUMS * WIDE <= cols; c += SUMS * WIDE)
     for (int i = 0; i < SUMS; i++) {
+      if (i % PIECES == 0) __builtin_prefetch(row + c + WIDE * i + AHEAD);
       Piece own = *(const Piece *)(row + c + WIDE * i) - mean;
       sums[i] += squares ? own * own : own;
     }
@@ -377,11 +379,20 @@ static void sum_rows(const float *y, const float *x, long from, long to, long co
       root[i] = 1.0f / sqrtf(row_sum(other[i], cols, mean[i], 1) / cols + eps);
       if (t < from + i) root[i] = 0.0f;
     }
-    for (long c = 0; c < cols; c++) {
-      float own = 0.0f;
-      for (int i = 0; i < ROWS; i++) own += row[i][c] * ((other[i][c] - mean[i]) * root[i]);
-      sum[c] += own;
+    long c = 0;
+    for (; c + 16 <= cols; c += 16) {
+      for (int i = 0; i < ROWS; i++) __builtin_prefetch(row[0] + ROWS * c + 16 * i + AHEAD);
+      for (int p = 0; p < PIECES; p++) {
+        Piece *to = (Piece *)(sum + c) + p, own = *to;
+        for (int i = 0; i < ROWS; i++) {
+          Piece left = ((const Piece *)(row[i] + c))[p], right = ((const Piece *)(other[i] + c))[p];
+          own += left * ((right - mean[i]) * root[i]);
+        }
+        *to = own;
+      }
     }
+    for (; c < cols; c++)
+      for (int i = 0; i < ROWS; i++) sum[c] += row[i][c] * ((other[i][c] - mean[i]) * root[i]);
   }
 }
 
@@ -511,7 +522,6 @@ typedef struct {
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shuffle) /* not clang's */
 #define AT_ONCE (WIDE == 16 ? 8 : 4) /* rows of sixteen sums in registers */
-#define AHEAD 2048 /* numbers between those in work and those asked for, in the order of memory */
 
 /* own[t] += sixteen numbers at x + t stride, times the sign of each, each at its place xor turn; the
    pieces that a turn exchanges are read the other way round. */
