@@ -152,10 +152,11 @@ class Input:
     """What layers are given, the same tensor q, k and v, or gate and up, and what the backward has
     brought of their outputs. A hook on the gradient of the first one's, the last in its order."""
 
-    __slots__ = ("brought", "owner", "taps", "x")
+    __slots__ = ("brought", "norm", "owner", "taps", "x")
 
     def __init__(self, owner: Taps) -> None:
         self.owner = owner
+        self.norm: Input | None = None  # that waits for this one, see `_waits`
         owner.inputs.append(self)
         self.x: Tensor | None = None  # where autograd brings it with the gradients: not yet
         self.taps: list[Tap] = []
@@ -170,12 +171,15 @@ class Input:
         for own in self.brought:
             if not own:  # it comes later, or not at all: the end of `Taps.watching` will show
                 return
+        norm = self.norm
+        if norm is not None and norm.brought and norm.brought[0]:
+            norm.add()
         self.add()
 
     def watch(self, tap: Tap, y: Tensor, x: Tensor) -> Tensor:
         """y, the output of a layer for x, whose gradient will be seen when the backward comes."""
         brought: list[Tensor] = []
-        hook = brought.append if self.taps else self
+        hook = brought.append if self.taps or self._waits(tap) else self
         self.taps.append(tap)
         self.brought.append(brought)
         if _saved_elsewhere(False) is not None:
@@ -193,6 +197,19 @@ class Input:
             y._backward_hooks = OrderedDict({-1: hook})
             node._register_hook_dict(y)
         return y
+
+    def _waits(self, tap: Tap) -> bool:
+        """Whether this is a norm's, to be summed with the one that the backward meets next: Python
+        is dear where it begins, and a norm's own backward is short."""
+        if not isinstance(tap.kind, Norm) or len(self.owner.inputs) < 2:
+            return False
+        following = self.owner.inputs[-2]
+        if not following.brought or any(
+            following.brought
+        ):  # it has been met: blocks computed again
+            return False
+        following.norm = self
+        return True
 
     def add(self) -> None:
         """What has been brought, of each tap that stands here, to the sums."""
