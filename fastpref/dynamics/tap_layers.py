@@ -179,7 +179,7 @@ class Input:
     def watch(self, tap: Tap, y: Tensor, x: Tensor) -> Tensor:
         """y, the output of a layer for x, whose gradient will be seen when the backward comes."""
         brought: list[Tensor] = []
-        hook = brought.append if self.taps or self._waits(tap) else self
+        hook = brought.append if self.taps or self._waits(tap, y) else self
         self.taps.append(tap)
         self.brought.append(brought)
         if _saved_elsewhere(False) is not None:
@@ -198,10 +198,10 @@ class Input:
             node._register_hook_dict(y)
         return y
 
-    def _waits(self, tap: Tap) -> bool:
-        """Whether this is a norm's, to be summed with the one that the backward meets next: Python
-        is dear where it begins, and a norm's own backward is short."""
-        if not isinstance(tap.kind, Norm) or len(self.owner.inputs) < 2:
+    def _waits(self, tap: Tap, y: Tensor) -> bool:
+        """Whether this is a norm's, to be summed with the one that the backward meets next: Python is
+        dear on a CPU where it begins, and a norm's own backward is short."""
+        if not y.is_cpu or not isinstance(tap.kind, Norm) or len(self.owner.inputs) < 2:
             return False
         following = self.owner.inputs[-2]
         if not following.brought or any(
