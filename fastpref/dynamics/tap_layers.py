@@ -199,8 +199,8 @@ class Input:
         return y
 
     def _waits(self, tap: Tap, y: Tensor) -> bool:
-        """Whether this is a norm's, to be summed with the one that the backward meets next: Python is
-        dear on a CPU where it begins, and a norm's own backward is short."""
+        """Whether this is a norm's, to be summed with what the backward meets next: on a CPU Python
+        is dear where it begins, and a norm's own backward is short."""
         if not y.is_cpu or not isinstance(tap.kind, Norm) or len(self.owner.inputs) < 2:
             return False
         following = self.owner.inputs[-2]
