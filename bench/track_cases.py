@@ -264,11 +264,8 @@ def stated_bytes(subject: Subject, track: str, turn: int, plain: int) -> int:
     tokens, most, step = sum(counts), len(largest), len(subject.steps[0])
     blocks = TokenBlocks.make(counts, torch.device("cpu")).blocks
     slots = max(len(block.lengths) * block.length for block in blocks)
-    # In the last block, where activations are still there, k's and v's gradients wait for q's, on a
-    # CPU the norm's and its input for the block before.
+    # In the last block, where activations are still there, k's and v's gradients wait for q's.
     waiting = 2 * tokens * c.hidden_size // c.num_attention_heads * c.num_key_value_heads
-    if subject.device.type == "cpu":
-        waiting = max(waiting, 2 * tokens * c.hidden_size)
     sketches = k * k * groups * (step + most)
     within = head + waiting + sketches
     if _native.library() is None:  # factors of an input, as they are and in dense blocks

@@ -7,6 +7,7 @@ for all steps; a step fills in addresses. Shapes: T tokens, d inputs, p outputs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ class InputLayers:
     """Linear layers of one input, q, k and v, or a norm: of those with trained weights."""
 
     def __init__(self, taps: Sequence[Tap], signs: Signs, k: int) -> None:
-        self.taps = taps
+        self.taps, self.signs, self.k = list(taps), signs, k
         # Numbers of the layers whose weights are matrices, and what is a vector, a bias or a norm's
         # weight, with what `VectorInput` wants of it.
         self.weights: list[tuple[int, Place]] = []
@@ -39,8 +40,14 @@ class InputLayers:
                 self.vectors.append((i, tap.bias, None))
             if tap.weight is not None and norm is not None:
                 self.vectors.append((i, tap.weight, norm))
-        self._linear = _linear_sketches(self.weights, signs, k)
-        self._others = _vector_sketches(self.vectors, signs, k)
+
+    @functools.cached_property
+    def _linear(self) -> _native.LinearSketches | None:
+        return _linear_sketches(self.weights, self.signs, self.k)
+
+    @functools.cached_property
+    def _others(self) -> _native.VectorSketches | None:
+        return _vector_sketches(self.vectors, self.signs, self.k)
 
     def add(self, parts: PairParts, x: Tensor | None, gradients: list[Tensor]) -> None:
         """What comes of x, the input, None where no weight wants it, and of the gradient of every
@@ -53,7 +60,8 @@ class InputLayers:
             ]
             shape = gradients[0].shape
         row = len(shape) == 3 and shape[0] == 1
-        c = parts.for_c(shape[1] if row else shape[0])
+        rows = shape[1] if row else shape[0]
+        c = parts.for_c(rows)
         given = (x, *gradients)
         if self.weights:
             done = False
@@ -62,6 +70,7 @@ class InputLayers:
             if not done or parts.more:
                 assert x is not None
                 parts.linear(x, [(gradients[i], place) for i, place in self.weights], done)
+                c = parts.for_c(rows)  # none any more if the sums are float64 now
         if self.vectors:
             done = False
             if c is not None and self._others is not None:

@@ -124,7 +124,7 @@ class PairOps(ABC):
 
     @abstractmethod
     def add_products(self, out: Tensor, y: Tensor, x: Tensor) -> None:
-        """out (P, k, k) += sums of y_t x_t^T / k, y and x (T, k)."""
+        """out (P, k, k) += scale / k times sums of y_t x_t^T, y and x (T, k)."""
 
     @abstractmethod
     def project(self, x: Tensor, key: str, side: str, k: int, first: int = 0) -> Tensor:

@@ -44,7 +44,8 @@ class PairParts:
     exact: bool
     more: bool  # than sketches, and norms of vectors: exact norms, or products with `changes`
     k: int
-    scale: float  # of what is added, beside that of which layers see the gradients
+    # Times what layers see: sketches have it as they are added, all else in `Taps.collect`.
+    scale: float
     norm_sq: Tensor  # (G, P)
     sketch: Tensor  # (G, P, k, k)
     change: Tensor | None = None  # (G, P) inner products with `changes`

@@ -148,15 +148,17 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.
 _saved_elsewhere = torch._C._autograd._top_saved_tensors_default_hooks
 
 
+SECOND = "taps see one backward of what they watch, while they watch it; this is another one"
+
+
 class Input:
     """What layers are given, the same tensor q, k and v, or gate and up, and what the backward has
-    brought of their outputs. A hook on the gradient of the first one's, the last in its order."""
+    brought of their outputs. It is the hook on the first one's, whose gradient comes last."""
 
-    __slots__ = ("brought", "norm", "owner", "taps", "x")
+    __slots__ = ("brought", "owner", "taps", "x")
 
     def __init__(self, owner: Taps) -> None:
         self.owner = owner
-        self.norm: Input | None = None  # that waits for this one, see `_waits`
         owner.inputs.append(self)
         self.x: Tensor | None = None  # where autograd brings it with the gradients: not yet
         self.taps: list[Tap] = []
@@ -164,22 +166,22 @@ class Input:
 
     def __call__(self, dy: Tensor) -> None:
         if not self.brought:
-            raise RuntimeError(
-                "taps see one backward of what they watch, while they watch it; this is another one"
-            )
+            raise RuntimeError(SECOND)
         self.brought[0].append(dy)
         for own in self.brought:
             if not own:  # it comes later, or not at all: the end of `Taps.watching` will show
                 return
-        norm = self.norm
-        if norm is not None and norm.brought and norm.brought[0]:
-            norm.add()
         self.add()
+
+    def takes(self, tap: Tap) -> bool:
+        """Whether a layer that is given the same tensor belongs here: not where this one has been
+        summed, or stems from other taps, or where the layer has seen it and is computed again."""
+        return bool(self.brought) and self.owner is tap.taps and tap not in self.taps
 
     def watch(self, tap: Tap, y: Tensor, x: Tensor) -> Tensor:
         """y, the output of a layer for x, whose gradient will be seen when the backward comes."""
         brought: list[Tensor] = []
-        hook = brought.append if self.taps or self._waits(tap, y) else self
+        hook = brought.append if self.taps else self
         self.taps.append(tap)
         self.brought.append(brought)
         if _saved_elsewhere(False) is not None:
@@ -198,23 +200,12 @@ class Input:
             node._register_hook_dict(y)
         return y
 
-    def _waits(self, tap: Tap, y: Tensor) -> bool:
-        """Whether this is a norm's, to be summed with what the backward meets next: on a CPU Python
-        is dear where it begins, and a norm's own backward is short."""
-        if not y.is_cpu or not isinstance(tap.kind, Norm) or len(self.owner.inputs) < 2:
-            return False
-        following = self.owner.inputs[-2]
-        if not following.brought or any(
-            following.brought
-        ):  # it has been met: blocks computed again
-            return False
-        following.norm = self
-        return True
-
     def add(self) -> None:
         """What has been brought, of each tap that stands here, to the sums."""
         x, taps, parts = self.x, self.taps, self.owner.parts
         gradients = [own.pop() for own in self.brought]  # out of lists that hang on the graph
+        if any(self.brought):
+            raise RuntimeError(SECOND)
         self.x, self.brought = None, []
         layers = taps[0].layers
         if layers is None or layers.taps != taps:

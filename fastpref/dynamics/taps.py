@@ -19,8 +19,7 @@ weights are there. A head that is tied to the embedding belongs to `embedding`.
 Memory    Of a tap: nothing beyond what autograd keeps for the layer's own gradient, but for norms
           that compute in another dtype, whose input it keeps as it is given. Sketches: k^2
           numbers for every pair and group. Layers that share an input wait for each other: the
-          gradients of their outputs live until the last of them has come; on a CPU a norm's
-          input and gradient until the layer before it is met.
+          gradients of their outputs live until the last of them has come.
 Shapes    T tokens, P pairs, G groups, k sketch size.
 """
 
@@ -94,7 +93,7 @@ class Tap:
             return self.plain(x, *more, **named)
         own = x.__dict__
         shared = own.get("_fastpref_input")
-        if shared is None or self in shared.taps:  # a layer that has seen it is recomputed
+        if shared is None or not shared.takes(self):
             shared = own["_fastpref_input"] = Input(self.taps)
         x = tap_layers.as_autocast(x)
         return shared.watch(self, self.plain(x, *more, **named), x)

@@ -319,9 +319,10 @@ class LinearSketches:
     ``sides``: inputs, the outputs of each behind it, one at least. k is at most NARROW.
     """
 
-    __slots__ = ("arguments", "call", "numbers", "places")
+    __slots__ = ("arguments", "call", "numbers", "places", "signs")
 
     def __init__(self, sides: Sequence[Side]) -> None:
+        self.signs = [side[2] for side in sides]  # whose addresses stand in the table
         rows = [(0, 0, cols, *signs.pointers[:2], group) for _, cols, signs, group in sides]
         table = [number for row in rows for number in row]
         self.numbers = (ctypes.c_int64 * len(table))(*table)
@@ -366,9 +367,10 @@ class VectorSketches:
     """Norms and sketches of gradients that are vectors, of which all is known but where the numbers
     are: those of `segment_sums` of each of ``vectors``, whose signs are as many for each."""
 
-    __slots__ = ("arguments", "call", "numbers", "places", "table")
+    __slots__ = ("arguments", "call", "numbers", "places", "signs", "table")
 
     def __init__(self, vectors: Sequence[Vector]) -> None:
+        self.signs = [vector[5] for vector in vectors]
         self.table = (_Vector * len(vectors))()
         for i, (_, _, cols, kind, eps, signs, group) in enumerate(vectors):
             self.table[i] = _Vector(0, 0, 1, cols, kind, *signs.pointers[:3], group, eps)

@@ -383,12 +383,12 @@ static void sum_rows(const float *y, const float *x, long from, long to, long co
     for (; c + 16 <= cols; c += 16) {
       for (int i = 0; i < ROWS; i++) __builtin_prefetch(row[0] + ROWS * c + 16 * i + AHEAD);
       for (int p = 0; p < PIECES; p++) {
-        Piece *to = (Piece *)(sum + c) + p, own = *to;
+        Piece *place = (Piece *)(sum + c) + p, own = *place;
         for (int i = 0; i < ROWS; i++) {
           Piece left = ((const Piece *)(row[i] + c))[p], right = ((const Piece *)(other[i] + c))[p];
           own += left * ((right - mean[i]) * root[i]);
         }
-        *to = own;
+        *place = own;
       }
     }
     for (; c < cols; c++)

@@ -276,6 +276,38 @@ def test_rows_that_are_not_one_for_every_token_are_refused() -> None:
         layer(x).square().sum().backward()
 
 
+@pytest.mark.parametrize("apart", ["batches", "backwards"])
+def test_a_layer_that_is_given_a_summed_input_is_seen(apart: str) -> None:
+    """A tensor that outlives a batch, or that is met again behind a backward."""
+    model, batch = packed(tiny_model("llama", torch.float32)), pack_pairs(PAIRS)
+    taps, mlp = attach(model.module, "sketch", sketch_dim=16), model.module.model.layers[0].mlp
+    x = torch.randn(1, batch.num_tokens, mlp.gate_proj.in_features)
+
+    def sketch(first: Tensor, second: Tensor) -> Tensor:
+        with taps.watching(batch):
+            mlp.gate_proj(first).square().sum().backward()
+            if apart == "backwards":
+                mlp.up_proj(second).square().sum().backward()
+        if apart == "batches":
+            taps.collect()
+            with taps.watching(batch):
+                mlp.up_proj(second).square().sum().backward()
+        return taps.collect().sketch
+
+    torch.testing.assert_close(sketch(x, x), sketch(x.clone(), x.clone()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_backward_of_a_part_is_refused() -> None:
+    model, batch = packed(tiny_model("llama", torch.float32)), pack_pairs(PAIRS)
+    taps, mlp = attach(model.module, "sketch"), model.module.model.layers[0].mlp
+    x = torch.randn(1, batch.num_tokens, mlp.gate_proj.in_features)
+    with pytest.raises(RuntimeError, match="one backward"), taps.watching(batch):
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        gate.sum().backward(retain_graph=True)
+        gate.sum().backward()
+        up.sum().backward()
+
+
 def test_layers_of_one_input_are_summed_together() -> None:
     """q, k and v; gate and up; on every device, as exact norms cost less so."""
     model = packed(tiny_model("llama", torch.float32))
