@@ -1,7 +1,7 @@
 """Passes over memory in C (native.c), for what torch needs several calls for on a CPU.
 
-Compiled when first needed by the C compiler that is there (`$CC`, else `cc`), in a fifth of a
-second. Without one, or with FASTPREF_NATIVE=0 in the environment, torch's own calls do the same, to
+Compiled when first needed by the C compiler that is there (`$CC`, else `cc`), in a second or two.
+Without one, or with FASTPREF_NATIVE=0 in the environment, torch's own calls do the same, to
 other last bits. Nothing is kept on disk, so no machine meets what another has compiled. The threads
 are torch's: those of the OpenMP runtime that it has loaded. Shapes: C rows of a matrix, R columns.
 """
