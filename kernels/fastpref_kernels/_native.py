@@ -367,7 +367,7 @@ class VectorSketches:
     """Norms and sketches of gradients that are vectors, of which all is known but where the numbers
     are: those of `segment_sums` of each of ``vectors``, whose signs are as many for each."""
 
-    __slots__ = ("arguments", "call", "numbers", "places", "signs", "table")
+    __slots__ = ("arguments", "call", "each", "numbers", "places", "signs", "table")
 
     def __init__(self, vectors: Sequence[Vector]) -> None:
         self.signs = [vector[5] for vector in vectors]
@@ -376,10 +376,14 @@ class VectorSketches:
             self.table[i] = _Vector(0, 0, 1, cols, kind, *signs.pointers[:3], group, eps)
         words = ctypes.sizeof(_Vector) // 8
         self.numbers = (ctypes.c_int64 * (words * len(vectors))).from_buffer(self.table)
-        self.places = [
-            (words * n, y, None if kind == ALONE else x)
-            for n, (y, x, _, kind, *_) in enumerate(vectors)
-        ]
+        self.places, self.each = (
+            [],
+            [],
+        )  # of y and x, and of `each`, with which of `given` says them
+        for n, (y, x, _, kind, *_) in enumerate(vectors):
+            first = words * n
+            self.places += [(first, y)] if kind == ALONE else [(first, y), (first + 1, x)]
+            self.each.append((first + 2, y))
         self.arguments = (_pointer(ctypes.addressof(self.table)), _long(len(vectors)))
         self.call = _library().vector_sketches
 
@@ -387,21 +391,8 @@ class VectorSketches:
         """Adds those of ``given``: (T, D), (1, T, D) or (T, H, D). False, with nothing added, where
         C may not work on one of them."""
         numbers = self.numbers
-        for at, i, beside in self.places:
-            y = given[i]
-            if (
-                type(y) is not Tensor
-                or y.dtype is not torch.float32
-                or not y.is_contiguous()
-                or y.is_neg()
-            ):
-                return False
-            shape = y.shape
-            numbers[at] = y.data_ptr()
-            numbers[at + 2] = 1 if len(shape) == 2 or shape[0] == 1 else shape[1]
-            if beside is None:
-                continue
-            x = given[beside]
+        for at, i in self.places:
+            x = given[i]
             if (
                 type(x) is not Tensor
                 or x.dtype is not torch.float32
@@ -409,7 +400,10 @@ class VectorSketches:
                 or x.is_neg()
             ):
                 return False
-            numbers[at + 1] = x.data_ptr()
+            numbers[at] = x.data_ptr()
+        for at, i in self.each:
+            shape = given[i].shape  # type: ignore[union-attr]  # a tensor, as the loop before saw
+            numbers[at] = 1 if len(shape) == 2 or shape[0] == 1 else shape[1]
         self.call(*self.arguments, *sums.vectors)
         return True
 
