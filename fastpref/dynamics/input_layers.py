@@ -101,7 +101,7 @@ class EmbeddingLayer:
         ids, dy = x.reshape(-1), by_token(tap.tokens(dy, parts))
         if isinstance(tap.weight, VocabularyPlace):
             parts.embedding(ids, dy, tap.kind.scale, tap.kind.padding_idx, tap.weight)
-            if tap.tied:
+            if tap is tap.taps.tied:
                 parts.tied = (ids, dy, parts.scale)
 
 

@@ -61,7 +61,6 @@ class Tap:
     """Stands behind a layer."""
 
     plain: Any = None  # the layer's own forward, while it is watched
-    tied = False  # whether it is an embedding that has the head's weight
 
     def __init__(self, layer: Layer, taps: Taps) -> None:
         self.name, self.module, self.kind = layer.name, layer.module, layer.kind
@@ -123,8 +122,6 @@ class Taps:
         self.layers = [Tap(layer, self) for layer in found.layers]
         # The embedding that has the head's weight.
         self.tied = next((tap for tap in self.layers if tap.name == found.tied), None)
-        if self.tied is not None:
-            self.tied.tied = True
 
     @property
     def exact(self) -> bool:

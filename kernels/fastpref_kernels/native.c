@@ -478,12 +478,11 @@ static inline void walsh16(float *v) {
   memcpy(v, own, sizeof own);
 }
 
-/* The same of rows and columns of v (16, 16). */
-static void walsh16_both(float *v) {
-  for (int i = 0; i < 16; i++) walsh16(v + 16 * i);
-  for (int half = 1; half < 16; half *= 2)
-    for (int i = 0; i < 16; i++)
-      for (int j = 0; j < 16 && !(i & half); j++) {
+/* What such a transform does between blocks of sixteen numbers, as many as a power of two. */
+static void walsh_blocks(float *v, long blocks) {
+  for (long half = 1; half < blocks; half *= 2)
+    for (long i = 0; i < blocks; i++)
+      for (long j = 0; j < 16 && !(i & half); j++) {
         float low = v[16 * i + j], high = v[16 * (i ^ half) + j];
         v[16 * i + j] = low + high;
         v[16 * (i ^ half) + j] = low - high;
@@ -621,13 +620,7 @@ static void project_rows(const float *x, long rows, long cols, long stride, Sign
     for (long t = 0; t < count; t++) {
       Lanes *own = sum + t * quads;
       for (long q = 0; q < quads; q++) walsh16((float *)(own + q));
-      for (long half = 1; half < quads; half *= 2)
-        for (long q = 0; q < quads; q++)
-          if (!(q & half)) {
-            Lanes low = own[q], high = own[q ^ half];
-            own[q] = low + high;
-            own[q ^ half] = low - high;
-          }
+      walsh_blocks((float *)own, quads);
       float *restrict to = out + (first + t) * k;
       const float *from = (const float *)own;
       for (long i = 0; i < k; i++) to[i] = add ? to[i] + from[i] : from[i];
@@ -675,7 +668,8 @@ static void linear_sketches16(const Side *side, long count, long first, long end
                     own > input + 1, own == input ? right : left);
       products16((float *)left, (float *)right, rows, 1.0f, sum);
     }
-    walsh16_both(sum);
+    for (int i = 0; i < 16; i++) walsh16(sum + 16 * i);
+    walsh_blocks(sum, 16);
     float *own = out + (input->group * segments + s) * k * k;
     for (long i = 0; i < k; i++)
       for (long j = 0; j < k; j++) own[i * k + j] += scale * sum[i * 16 + j];
